@@ -301,24 +301,31 @@ def _describe_command(function: Callable[..., Any], command: str) -> Iterator[st
     parameters = inspect.signature(function).parameters
     yield from _paragraphs(document)
     yield from ("```text", f"slam-asr {command} {_usage(command, parameters)}".rstrip(), "```", "")
-    yield from _table(
-        ("option", "type", "default", "meaning"),
-        [
-            (
-                f"`{_option(name)}`",
-                _type(parameter.annotation),
-                "the model's" if _is_optional_recipe(name, parameters) else _default_of(parameter),
-                _argument(document, name),
-            )
-            for name, parameter in parameters.items()
-        ],
-    )
+    rows: list[tuple[str, str, str, str]] = []
+    for name, parameter in parameters.items():
+        if name != "recipe" and dataclasses.is_dataclass(parameter.annotation):
+            rows += _fields_as_options(_option(name), parameter.annotation)
+            continue
+        default = "the model's" if _is_optional_recipe(name, parameters) else _default_of(parameter)
+        rows.append((f"`{_option(name)}`", _type(parameter.annotation), default, _argument(document, name)))
+    yield from _table(("option", "type", "default", "meaning"), rows)
     yield ""
     if document.returns and parameters:
         yield from (f"**Result.** {_sentence(document.returns.description)}", "")
     if document.raises:
         reasons = " ".join(_sentence(error.description) for error in document.raises)
         yield from (f"**Errors.** {reasons}", "")
+
+
+def _fields_as_options(option: str, section: type) -> Iterator[tuple[str, str, str, str]]:
+    """Yield a row for each field of a dataclass that a command takes as an option."""
+    from slam_asr.config.schema import bounds_of
+
+    document = parse_from_object(section)
+    for field in dataclasses.fields(section):
+        kind = ", ".join(filter(None, [_type(field.type), bounds_of(field)]))
+        default = _default(_field_default(field))
+        yield f"`{option}.{field.name}`", kind, default, _argument(document, field.name)
 
 
 class _ParserBuilt(Exception):

@@ -1,4 +1,4 @@
-"""`make images`: build the steps' images, push them, and list them in build/images.yaml.
+"""`make images`: build the images of the steps and the server, push them, and list them in build/images.yaml.
 
     python images/build.py --registry registry.example/team --tag 0.1.0 --push
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from slam_asr.steps import OWN_IMAGE, STEPS  # noqa: E402 - the package need not be installed here
+from slam_asr.steps import IMAGES  # noqa: E402 - the package need not be installed here
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
@@ -89,10 +89,10 @@ def _options() -> argparse.Namespace:
 
 
 def _stages(names: str) -> list[str]:
-    unknown = [stage for stage in names.split() if stage not in OWN_IMAGE]
+    unknown = [stage for stage in names.split() if stage not in IMAGES]
     if unknown:
-        raise BuildError(f"there is no stage {unknown[0]}: STAGES may name {', '.join(OWN_IMAGE)}.")
-    return names.split() or list(OWN_IMAGE)
+        raise BuildError(f"there is no stage {unknown[0]}: STAGES may name {', '.join(IMAGES)}.")
+    return names.split() or list(IMAGES)
 
 
 def _require_index(stages: list[str], options: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def _require_index(stages: list[str], options: argparse.Namespace) -> None:
 
 def _torch_of(stage: str, options: argparse.Namespace) -> str:
     """Return the build of torch in a stage's image: the requested one, if the stage needs torch at all."""
-    build = STEPS[stage].torch
+    build = IMAGES[stage]
     return options.torch or build if build != "none" else build
 
 

@@ -20,7 +20,7 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None, trainjob: str = ""
+    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None, trainjob: str = ""
 ) -> BaseComponent:
     """Build the training pipeline.
 

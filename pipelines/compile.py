@@ -316,12 +316,12 @@ def _with_sorted_keys(value: Any) -> Any:
     return [_with_sorted_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _write_component(stage: str, image: str, path: Path) -> Path:
+def _write_component(step: str, image: str, path: Path) -> Path:
     """Write a single component, for use in other pipelines."""
     from kfp.compiler import Compiler
 
     # A copy, because its image is changed and the pipelines use the same component.
-    component = copy.deepcopy(component_of(stage))
+    component = copy.deepcopy(component_of(step))
     container = component.component_spec.implementation.container
     assert container is not None, "every step is a container component"
     container.image = image

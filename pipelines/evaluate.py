@@ -16,7 +16,7 @@ DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report the
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None,
+    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
 ) -> BaseComponent:
     """Build the evaluation pipeline.
 

@@ -29,21 +29,21 @@ _EXTRA_HOURS = 1.0
 
 
 def place(
-    cluster: Cluster, images: dict[str, str], stage: str, task: PipelineTask, by_trainjob: bool = False
+    cluster: Cluster, images: dict[str, str], step: str, task: PipelineTask, by_trainjob: bool = False
 ) -> None:
     """Apply the profile's settings for a step to its task.
 
     Args:
         cluster: the profile.
         images: image of each step.
-        stage: name of the step.
+        step: name of the step.
         task: the step's task; changed in place.
         by_trainjob: whether a TrainJob does the step's work, so that the step's own pod needs no GPU.
     """
-    step = cluster.steps[stage]
-    task.set_container_image(images[stage])
-    task.set_display_name(stage)
-    pod = _coordinator(cluster) if by_trainjob else step
+    settings = cluster.steps[step]
+    task.set_container_image(images[step])
+    task.set_display_name(step)
+    pod = _coordinator(cluster) if by_trainjob else settings
     _resources(task, pod)
     _storage(task, cluster, pod)
     for name, value in environment(cluster).items():
@@ -57,14 +57,14 @@ def place(
     if pod.timeout_hours:
         kubernetes.set_timeout(task, round(pod.timeout_hours * 3600))
     if not by_trainjob:
-        for label, value in step.node_selector.items():
+        for label, value in settings.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
-        for taint in step.tolerations:
+        for taint in settings.tolerations:
             kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
     # A step that only watches its TrainJob must not compete with that job for the quota of the queue.
-    for label, value in labels(cluster, stage, queued=not by_trainjob).items():
+    for label, value in labels(cluster, step, queued=not by_trainjob).items():
         kubernetes.add_pod_label(task, label, value)
-    for name, value in step.annotations.items():
+    for name, value in settings.annotations.items():
         kubernetes.add_pod_annotation(task, name, value)
     kubernetes.set_image_pull_policy(task, cluster.images.pull_policy)
     if cluster.images.pull_secrets:
@@ -145,15 +145,15 @@ def environment(cluster: Cluster) -> dict[str, str]:
     }
 
 
-def labels(cluster: Cluster, stage: str, queued: bool) -> dict[str, str]:
+def labels(cluster: Cluster, step: str, queued: bool) -> dict[str, str]:
     """Return the labels of a step's pods, including those for Kueue only if `queued`."""
     return {
         "app.kubernetes.io/part-of": "slam-asr",
-        "app.kubernetes.io/component": stage,
+        "app.kubernetes.io/component": step,
         "app.kubernetes.io/version": __version__,
         **({f"{_KUEUE}/queue-name": cluster.queue.name} if cluster.queue.name and queued else {}),
         **({f"{_KUEUE}/priority-class": cluster.queue.priority} if cluster.queue.priority and queued else {}),
-        **cluster.steps[stage].labels,
+        **cluster.steps[step].labels,
     }
 
 

@@ -17,7 +17,7 @@ _ONE_SIGNAL = 1.0
 """Seconds within which a second signal is the same one: `timeout` signals a process, then its group."""
 _interrupted = threading.Event()
 _stoppers: set[Callable[[], None]] = set()
-"""Functions that end the steps of other threads than the main one."""
+"""Functions that end the steps that run in other threads than the main one."""
 
 
 @contextlib.contextmanager
@@ -40,8 +40,8 @@ def interruptible() -> Iterator[None]:
             threading.Thread(target=stop).start()
         raise KeyboardInterrupt
 
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
         elif number == signal.SIGINT:
@@ -52,7 +52,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 

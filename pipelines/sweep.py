@@ -25,7 +25,7 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda stage, task: None,
+    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
     trainjob: str = "",
     parallel: int = 0,
 ) -> BaseComponent:

@@ -1,6 +1,6 @@
 """Write the lock files: they list every package that slam-asr needs, in the version installed here.
 
-    pip install -e '.[pipelines,small-models,media,test]' 'torch==2.13.0' 'kfp==2.17.0'
+    pip install -e '.[pipelines,small-models,media,serve,test]' 'torch==2.13.0' 'kfp==2.17.0'
     python requirements/lock.py
 
 Run it in an environment with all of these, in which the tests have passed. It uses kfp 2.17.0 instead of
@@ -23,7 +23,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from slam_asr.steps import OWN_IMAGE, STEPS
+from slam_asr.steps import IMAGES, STEPS
 
 from imports import third_party
 
@@ -35,23 +35,27 @@ LAYERS = {
         None,
     ),
     "run.txt": (
-        "The stages, the pipelines that run them, what converts the demo's models, and ffmpeg.",
-        ["slam-asr[pipelines,small-models,media]"],
+        "The stages, the pipelines that run them, what converts the demo's models, ffmpeg, and the server.",
+        ["slam-asr[pipelines,small-models,media,serve]"],
         "stages.txt",
     ),
     "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),
 }
 """Each file's purpose, the requirements whose dependencies it lists, and the file that it extends."""
 
-ALSO_STARTED = {"train": ["slam_asr.training.loop"]}
-"""Modules that a step starts as programs of their own, so that no import leads to them."""
+ALSO_STARTED = {"train": ["slam_asr.training.loop"], "serve": ["slam_asr.stages.serve"]}
+"""Modules that start as programs of their own, so that no import of a component leads to them."""
+
+ALSO_INCLUDED = {"serve": {"python-multipart", "kfp"}}
+"""What no import of ours leads to: an optional dependency of starlette, and a package of the layer that all
+images share."""
 
 STAGES = {
     stage: [
         *(step.module for step in STEPS.values() if stage in (step.name, step.image)),
         *ALSO_STARTED.get(stage, []),
     ]
-    for stage in OWN_IMAGE
+    for stage in IMAGES
 }
 """The modules with which the code in each image begins."""
 
@@ -92,7 +96,7 @@ def of_stage(stage: str) -> set[str]:
     """Return the distributions in a stage's image, with the dependencies of the torch installed here."""
     known = packages_distributions()
     imported = {canonicalize_name(known[package][0]) for package in third_party(STAGES[stage]).keys() - OURS}
-    return needed(imported | COMMAND_LINE)
+    return needed(imported | COMMAND_LINE | ALSO_INCLUDED.get(stage, set()))
 
 
 def pinned(name: str) -> str:

@@ -43,12 +43,13 @@ from slam_asr.version import describe_version
 
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
+_FACTS = "slam_asr.artifacts.shipped:describe_default"
 OTHER_COMMANDS = {
     "transcribe": Command(
-        "slam_asr.stages.transcribe:transcribe",
-        "FILES…",
-        "transcribe audio files to text, JSON or subtitles",
-        "slam_asr.artifacts.shipped:describe_default",
+        "slam_asr.stages.transcribe:transcribe", "FILES…", "transcribe audio to text or subtitles", _FACTS
+    ),
+    "serve": Command(
+        "slam_asr.stages.serve:serve", "[MODEL]", "transcribe over HTTP, with OpenAI's interface", _FACTS
     ),
     "compare": Command(
         "slam_asr.stages.compare:compare",
@@ -59,9 +60,7 @@ OTHER_COMMANDS = {
         "slam_asr.stages.plan:plan", "RECIPE", "estimate memory, time and storage before anything is loaded"
     ),
     "copy-models": Command(
-        "slam_asr.pretrained.copy_to_bucket:copy_models",
-        "RECIPE",
-        "copy the recipe's frozen models to a bucket",
+        "slam_asr.pretrained.copy_to_bucket:copy_models", "RECIPE", "copy a recipe's models to a bucket"
     ),
     "features ls": Command(
         "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"
@@ -83,6 +82,7 @@ COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_C
 EFFECTIVE_KEYS = {
     "decode": ("decoding", "features.cache", *MODEL_KEYS),
     "transcribe": ("decoding", *MODEL_KEYS),
+    "serve": ("decoding", *MODEL_KEYS),
     "convert-checkpoint": MODEL_KEYS,
     "score": ("decoding", "published_wer"),
 }
@@ -213,10 +213,11 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
         positionals = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
-    if command == "transcribe" and _value_of("--model", arguments) is None:
+    by_default = command == "transcribe" or (command == "serve" and not values)
+    if by_default and _value_of("--model", arguments) is None:
         options.append(f"--model={_take_model(values)}")
     for positional in positionals:
-        name = option_name(positional.rstrip("…").lower())
+        name = option_name(positional.strip("[…]").lower())
         if positional.endswith("…"):
             options += [f"{name}+={value}" for value in values]
             values = []

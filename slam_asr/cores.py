@@ -18,7 +18,7 @@ THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables that set the number of threads: that of torch and NumPy, and that of tokenizers."""
 
 LIMITED = "SLAM_ASR_LIMITED"
-"""Environment variable: the names in `THREADS` that `limit_threads` has set, and not the user."""
+"""Environment variable: the names in `THREADS` that `limit_threads` has set, rather than the user."""
 
 
 def usable_cores() -> int:

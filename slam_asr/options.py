@@ -1,6 +1,6 @@
 """Commands and their options: made from a function's signature, and accepted in every usual spelling.
 
-jsonargparse makes the parser, the help and the typed values. Added here are lists as people write them
+jsonargparse makes the parser, the help and the typed values. This module adds lists as people write them
 (`--manifests a.jsonl b.jsonl`), outdated and mixed spellings, and errors of one sentence.
 """
 
@@ -41,7 +41,7 @@ def list_commands(program: str, groups: Mapping[str, Mapping[str, str]], *notes:
 
     Args:
         program: the program's name.
-        groups: by their headings, the commands with their summaries.
+        groups: the commands and their summaries, keyed by the heading of their group.
         notes: the last lines.
     """
     lines = [f"usage: {program} COMMAND --option value …"]

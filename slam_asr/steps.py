@@ -110,7 +110,7 @@ STEPS = {
         ),
         Step(
             "train",
-            "train the projector, with DeepSpeed",
+            "train the projector",
             output="checkpoint",
             pipelines=(TRAINING, SWEEP),
             processes="training.processes",
@@ -171,6 +171,10 @@ STEPS = {
 
 OWN_IMAGE = tuple(name for name, step in STEPS.items() if not step.image)
 """Steps that have an image of their own."""
+
+IMAGES = {name: STEPS[name].torch for name in OWN_IMAGE} | {"serve": "cuda"}
+"""All images: those of the steps, and that of the server, which is in no pipeline. The values are the builds
+of torch in them, as in `Step.torch`."""
 
 
 def outputs_of(pipeline: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The output of `slam-asr --version`: exactly what is installed."""
+"""What exactly is installed: the line that `slam-asr --version` prints, and a digest of the code."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ COMMIT = "SLAM_ASR_COMMIT"
 
 
 def describe_version() -> str:
-    """One line with the version, the commit if known, and the versions of torch and CUDA if installed."""
+    """One line with the version, the commit if known, torch's and CUDA's versions, and the number of GPUs."""
     commit = os.environ.get(COMMIT) or _commit_of_checkout()
     line = f"slam-asr {__version__}" + (f" (commit {commit})" if commit else "")
     if importlib.util.find_spec("torch") is None:

@@ -307,6 +307,6 @@ def docker_engine():
 
 @pytest.fixture(scope="session")
 def images(docker_engine, tmp_path_factory) -> str:
-    """Template of the names of the five images, which are built from this checkout."""
+    """Template of the names of all images, which are built from this checkout."""
     build_images(tmp_path_factory.mktemp("images"), docker_engine)
     return "slam-asr/{stage}:test"

@@ -112,9 +112,10 @@ def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channel
     file = find_frames(content)
     complete, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     # Without an encoder's header, libsndfile only estimates the length.
-    assert file.frames >= len(complete) if mode == "CONSTANT" else file.frames == len(complete) == 3 * rate
+    length = file.samples_per_channel
+    assert length >= len(complete) if mode == "CONSTANT" else length == len(complete) == 3 * rate
     stream = io.BytesIO(content)
-    for first in (0, 5_000, 2 * rate, file.frames - 2_000):
+    for first in (0, 5_000, 2 * rate, length - 2_000):
         stretch = file.read(stream, first, 2_000)
         expected = complete[first : first + 2_000]
         assert len(stretch) == 2_000
@@ -194,6 +195,6 @@ def test_the_named_channel_is_used():
     content = encoded("WAV", np.stack([left, right], 1), 16_000)
     for channel, expected in enumerate((left, right)):
         assert np.abs(read(content, channel=channel).samples - expected).max() < 1e-4
-    with pytest.raises(AudioError, match="has 2 channels, but the list names channel 2") as caught:
+    with pytest.raises(AudioError, match="but the corpus or manifest names channel 2") as caught:
         read(content, channel=2)
     assert caught.value.reason == "no such channel"

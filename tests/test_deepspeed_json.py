@@ -151,6 +151,11 @@ def test_a_file_is_read_and_the_resolved_recipe_no_longer_needs_it(tmp_path):
             "optimizer.params.adam_w_mode is false",
         ),
         ({"train_batch_size": 32}, {}, "sets train_batch_size without train_micro_batch_size_per_gpu"),
+        (
+            {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
+            {},
+            "without train_micro_batch_size_per_gpu and gradient_accumulation_steps: set all three",
+        ),
         ({"zero_optimization": 3}, {}, "zero_optimization must contain keys, not 3"),
         ("/no/such/file.json", {}, "names /no/such/file.json, which cannot be read as JSON"),
         (["a"], {}, "must contain DeepSpeed's keys and values, or name a JSON file"),

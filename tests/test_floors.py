@@ -16,6 +16,7 @@ TRADES = {
     "training",
     "conversion",
     "decoding",
+    "serving",
     "scoring",
     "planning",
     "trainjob",

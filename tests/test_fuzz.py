@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slam_asr.artifacts.scripts import characters_of, comparable, normalise_any_language
+from slam_asr.artifacts.writing_systems import characters_of, comparable, normalise_any_language
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys
 from slam_asr.corpora.splits import normalise
 from slam_asr.errors import UserError

@@ -103,7 +103,7 @@ def test_a_channel_can_be_chosen_and_channels_that_cancel_are_refused(name):
         np.abs(read_clip("x", content=content, channel=c).samples).max() for c in (0, 1, None)
     )
     assert (left, right, mean) == pytest.approx((0.3, 0.15, 0.225), abs=0.02)
-    assert "the list names channel 2" in refusal(content, channel=2)
+    assert "the corpus or manifest names channel 2" in refusal(content, channel=2)
     inverted = sound("mov pcm", 2) * [1, -1]
     assert "cancel each other" in refusal(encoded("mov pcm", inverted))
     assert read_clip("x", content=encoded(name, 0 * both)).silent

@@ -132,6 +132,13 @@ def test_recipes_named_after_a_training_method_use_it(name, values):
     assert {key: attrgetter(key)(recipe) for key in values} == values
 
 
+def test_a_q_former_has_positions_for_the_shortest_utterance():
+    values = {"encoder.frames": "speech", "projector.downsampling": 100}
+    assert load_recipe("demo", values | {"projector.kind": "q-former"}).projector.downsampling == 100
+    with pytest.raises(UserError, match="without an audio position"):
+        load_recipe("demo", values)
+
+
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
@@ -147,7 +154,10 @@ def test_recipes_named_after_a_training_method_use_it(name, values):
         ({"training.positions_per_batch": 10**6}, "training.positions_per_batch (1000000) must not exceed"),
         ({"data.test": []}, "data.test names no subset"),
         ({"training.learning_rate": float("nan")}, "training.learning_rate is nan but must be above 0."),
-        ({"training.learning_rate": float("inf")}, "training.learning_rate is inf but must be above 0."),
+        (
+            {"training.learning_rate": float("inf")},
+            "learning_rate is inf but must be above 0 and finite.",
+        ),
         ({"training.accumulation": 2}, "training.accumulation is 2 without training.utterances_per_batch"),
         ({"features.cache_gigabytes": 0}, "is too small for two windows of features.window_shards (8)"),
         ({"training.trackers": ["wandbb"]}, "training.trackers knows mlflow and wandb, not wandbb; did you"),

@@ -15,7 +15,7 @@ def train(
     features: dsl.Input[list[dsl.Dataset]] = None,
     trainjob: str = "",
 ) -> None:
-    """Train the projector between the frozen encoder and the frozen LLM.
+    """Train the projector between encoder and LLM, and what else the recipe trains.
 
     Args:
         store: Folder or s3:// prefix for the results of all stages; training saves its checkpoints there.

@@ -166,7 +166,7 @@ def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     """Check whether the dashboard can show the reports and curves of runs.
 
     For several users, the dashboard drops provider settings with secrets for namespaces other than its own
-    (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from the cluster's own store.
+    (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from Kubeflow's own object storage.
 
     Raises:
         kubernetes.ApiException: the launcher's configuration cannot be read.

@@ -25,9 +25,9 @@ from slam_asr.version import source_digest
 NAME = "slam-asr-doctor"
 DESCRIPTION = "Check from inside a pod of each step what runs need: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
-"""Steps with settings of their own. `run_view` shows these six for any workflow named slam-asr-…."""
+"""Steps with settings of their own. `run_view` shows these for any workflow named slam-asr-…."""
 _MINUTES = 10
-"""Time limit of a pod, a TrainJob and each of its pods."""
+"""Time limit in minutes of a pod, a TrainJob and each of its pods."""
 
 
 # Without an image of its own: `build_pipeline` gives each task the image of its step.

@@ -20,6 +20,7 @@ from slam_asr.findings import BAD, UNKNOWN, Finding, parse_finding
 _HOPELESS = ("for its image", "for its secret", "for its configuration")
 """What a pod waits for in vain unless somebody acts. Such a pod is given up after `_GRACE` seconds."""
 _GRACE = 30.0
+"""Seconds."""
 _HEADING = re.compile(r"── (\S+) \(")
 """The line before the log of each pod, as `LogReader` prints it."""
 
@@ -112,8 +113,10 @@ def _findings(connection: Connection, last: RunView) -> Iterator[Finding]:
     for step in last.steps:
         yield from (Finding(f.sign, f"{step.name}: {f.subject}", f.detail) for f in found[step.name])
         subject = f"{step.name}: pod"
-        if step.state in ("waiting", "starting", "not started"):
-            yield Finding(BAD, subject, f"did not start: it waits {step.detail or 'without a reason'}")
+        if step.state == "waiting":
+            yield Finding(BAD, subject, f"did not start: it waits {step.detail}")
+        elif step.state in ("starting", "not started"):
+            yield Finding(BAD, subject, f"did not start: {step.detail or 'the reason is not known'}")
         elif step.state == "failed":
             yield Finding(BAD, subject, step.detail or "failed, for an unknown reason")
         elif step.state == "succeeded" and not found[step.name]:

@@ -82,7 +82,7 @@ def submit(arguments: list[str]) -> int:
         if request.nodes > 1:
             require_trainer(cluster)
             if connection.namespace != cluster.namespace:
-                # The TrainJob belongs into the namespace of the run, which only the server knows.
+                # The TrainJob must be in the namespace of the run, which only the server knows.
                 there = replace(cluster, namespace=connection.namespace)
                 compile_package(there, package, options["images"], request=request)
         name = options["run_name"] or run_name(request.resolved_recipe)
@@ -235,10 +235,10 @@ def resume(arguments: list[str]) -> int:
         retry(connection, run, read_workflow(connection, run_id), changed)
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
         if changed is not False:
-            since = ", which was changed since" if changed else ""
+            since = " and that was changed since then" if changed else ""
             print(
-                f"it keeps the pipeline root and credentials of kfp-launcher with which it began{since}; "
-                f"{new_run_hint(run_id)}, with the present ones"
+                "it still uses the pipeline root and the credentials of the kfp-launcher with which it "
+                f"began{since}; {new_run_hint(run_id)}, with the present ones"
             )
     if not options["wait"]:
         return 0

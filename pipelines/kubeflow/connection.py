@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 
 from pipelines.cluster import Cluster
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.storage.client import seconds_from_environment
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 """Environment variable with the address of Kubeflow Pipelines."""
@@ -137,7 +138,7 @@ class Connection:
         return f"{page.rstrip('/')}/#/runs/details/{run_id}"
 
     def artifact(self, bucket: str, key: str) -> bytes | None:
-        """Read an object of the cluster's own store through the dashboard, which has its credentials.
+        """Read an object of Kubeflow's own object storage through the dashboard, which has its credentials.
 
         Returns:
             The content; None if there is no dashboard at this address, or it cannot read the object.
@@ -154,6 +155,24 @@ class Connection:
         # Unknown addresses may be answered with the dashboard's own page.
         is_page = "html" in answer.headers.get("content-type", "")
         return answer.data if answer.status == 200 and not is_page else None
+
+    def version(self) -> str:
+        """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        # The published type of v2beta1's answer has no version, that of v1beta1 has. Through the dashboard,
+        # the key has another name.
+        for api in ("v2beta1", "v1beta1"):
+            try:
+                answer = self._pool.request(
+                    "GET", f"{self.endpoint}/apis/{api}/healthz", headers=headers, redirect=False
+                )
+                health = json.loads(answer.data)
+            except (urllib3.exceptions.HTTPError, ValueError):
+                continue
+            named = isinstance(health, dict) and (health.get("tag_name") or health.get("apiServerTagName"))
+            if isinstance(named, str) and named != "unknown":
+                return named
+        return ""
 
     def _check_health(self) -> bool:
         """Send the health check, and return whether Kubeflow is installed for several users."""
@@ -271,13 +290,12 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
 
 
 def patience() -> float:
-    """Return the seconds for which temporary failures are retried."""
-    try:
-        return float(os.environ.get(PATIENCE, "60"))
-    except ValueError:
-        raise ConfigurationError(
-            f"{PATIENCE} is {os.environ[PATIENCE]!r}: give a number of seconds."
-        ) from None
+    """Return the seconds for which temporary failures are retried.
+
+    Raises:
+        ConfigurationError: the environment names no number of seconds.
+    """
+    return seconds_from_environment(PATIENCE, 60.0)
 
 
 def _token() -> str | None:

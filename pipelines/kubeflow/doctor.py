@@ -4,6 +4,7 @@ Each finding includes what to do about it.
 """
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from kubernetes import client as kubernetes
 from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster
-from pipelines.compile import DEFAULT_CLUSTER, images_source
+from pipelines.compile import DEFAULT_CLUSTER, OLDEST_BACKEND, images_source
 from pipelines.kubeflow.backend import (
     check_launcher,
     check_pages,
@@ -126,10 +127,10 @@ def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding
     try:
         run = CheckRun(cluster, images_of(images), options["nodes"], options["patience"], options["poll"])
         yield from run.findings(connection, lambda line: print(line, flush=True))
-    except UserError as error:
-        yield Finding(BAD, "run", str(error))
     except NotFound:
         yield Finding(BAD, "run", "somebody deleted it before it ended: start doctor again")
+    except UserError as error:
+        yield Finding(BAD, "run", str(error))
 
 
 def examine(
@@ -195,7 +196,7 @@ def _check_pipelines(
     answers = f"answers at {connection.endpoint}, for {users}"
     if connection.namespace != namespace:
         answers += f": runs are in {connection.namespace}, not in {namespace}"
-    findings = [Finding(GOOD, "Kubeflow Pipelines", answers)]
+    findings = [Finding(GOOD, "Kubeflow Pipelines", answers), _check_version(connection)]
     subject = f"runs in {connection.namespace}"
     try:
         from pipelines.kubeflow.runs import latest
@@ -205,6 +206,22 @@ def _check_pipelines(
     except UserError as error:
         findings.append(Finding(BAD, subject, str(error)))
     return connection, findings
+
+
+def _check_version(connection: Connection) -> Finding:
+    subject = "version of Kubeflow Pipelines"
+    version = re.search(r"\b(\d+)\.(\d+)(\.\d+)?", connection.version())
+    if version is None:
+        return Finding(
+            UNKNOWN, subject, f"the server does not report it; {OLDEST_BACKEND} or later is needed"
+        )
+    if [int(version[1]), int(version[2])] < [int(part) for part in OLDEST_BACKEND.split(".")]:
+        return Finding(
+            BAD,
+            subject,
+            f"is {version[0]}, but compiled pipelines need {OLDEST_BACKEND} or later: install a newer one.",
+        )
+    return Finding(GOOD, subject, f"is {version[0]}")
 
 
 def _check_store(cluster: Cluster) -> Iterator[Finding]:
@@ -232,7 +249,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(sign, f"store {store}", f"{error} (tried from here, with your own credentials)")
     finally:
         for name, previous in before.items():
-            if previous is None:
+            if not previous:
                 os.environ.pop(name, None)
 
 
@@ -242,8 +259,8 @@ def _check_images(source: str, loaded: list[str] | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
-    for stage in OWN_IMAGE:
-        yield check_image(stage, image_of[stage], loaded)
+    for step in OWN_IMAGE:
+        yield check_image(step, image_of[step], loaded)
 
 
 def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> Finding:

@@ -1,6 +1,7 @@
 """Reads the logs of a run's steps from the Kubernetes API, or from the archive once the pods are deleted."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,11 +21,11 @@ STEP_LABEL = "app.kubernetes.io/component"
 _NODE_NAME = "workflows.argoproj.io/node-name"
 """Annotation of a pod with the name of its node in the workflow; Argo sets it."""
 _QUICK_TIMEOUT = 5.0
-"""Seconds for a request whose answer only adds to a line."""
+"""Seconds for a request whose answer is only an addition to a line of the run's state."""
 CONTAINER = "main"
 """Container of a pod that runs the step."""
 _MAX_FRAMEWORK_LINES = 200
-"""Lines of Kubeflow and Argo that are shown at most if the program never started."""
+"""Number of the last lines of Kubeflow and Argo that are shown if the program never started."""
 _FRAMEWORK_LINE = re.compile(
     r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.]+:\d+\]"  # Kubeflow's launcher
     r"|time=\S+ level=\w+ msg=.*\bargo="  # Argo up to 3
@@ -169,14 +170,14 @@ class LogReader:
             for line in lines:
                 on_line(line)
             return
-        others: list[str] = []
+        others: deque[str] = deque(maxlen=_MAX_FRAMEWORK_LINES)
         any_of_program = False
         for is_of_program, line in _classified(lines):
             if is_of_program:
                 any_of_program = True
                 on_line(line)
             elif not any_of_program:
-                others = [*others[-_MAX_FRAMEWORK_LINES:], line]
+                others.append(line)
         if not any_of_program:
             for line in others:
                 on_line(line)

@@ -11,7 +11,10 @@ from slam_asr.steps import STEPS
 
 
 def loaded_images(api: kubernetes.CoreV1Api) -> list[str] | None:
-    """Return the names of the largest images that the nodes have; None if listing nodes is not allowed."""
+    """Return the names of images that the nodes have; None if the nodes cannot be listed.
+
+    Kubernetes lists only the 50 largest images of each node.
+    """
     try:
         nodes = api.list_node().items
     except (kubernetes.ApiException, urllib3.exceptions.HTTPError):
@@ -31,7 +34,9 @@ def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
         return Finding(GOOD, "nodes", f"{len(nodes)} accept pods; the profile requests no GPUs")
     lacking = {name: step for name, step in gpu_steps.items() if not any(_fits(node, step) for node in nodes)}
     if not lacking:
-        return Finding(GOOD, "nodes", f"{len(nodes)} accept pods, and each step fits on one of them")
+        return Finding(
+            GOOD, "nodes", f"{len(nodes)} accept pods, and each step with GPUs fits on one of them"
+        )
     name, step = next(iter(lacking.items()))
     max_gpus = max((_gpus(node, step) for node in nodes), default=0)
     return Finding(

@@ -16,7 +16,10 @@ class _Explanation:
 
     pattern: str
     sentence: str
-    """What happened, and what to do. Names in braces are the pattern's groups and those of `explain`."""
+    """What happened, and what to do.
+
+    Names in braces stand for the pattern's groups, and for `namespace`, `key` and `logs` (see `explain`).
+    """
     waits: str = ""
     """For a pod that has not started: what it waits for."""
 
@@ -73,8 +76,14 @@ _EXPLANATIONS = (
         waits="for a node",
     ),
     _Explanation(
-        r"untolerated taint(\(s\))? ?(?P<taint>\{[^}]*\})?",
+        r"untolerated taint(\(s\))? (?P<taint>\{[^}]*\})",
         "every node that would do has a taint {taint}: name it in steps.{key}.tolerations of the profile",
+        waits="for a node",
+    ),
+    _Explanation(
+        r"untolerated taint",
+        "every node that would do has a taint: name it in steps.{key}.tolerations of the profile (`kubectl "
+        "describe nodes` shows taints)",
         waits="for a node",
     ),
     _Explanation(
@@ -140,8 +149,13 @@ _EXPLANATIONS = (
         "smaller batches; `python -m pipelines plan` estimates what training needs",
     ),
     _Explanation(
-        r"(Evicted|node was low on resource:?) ?(?P<resource>[\w-]*)",
+        r"low on resource: (?P<resource>[\w-]+)",
         "its node ran short of {resource} and evicted it: raise steps.{key}.scratch or memory in the profile",
+    ),
+    _Explanation(
+        r"Evicted",
+        "its node evicted it, usually for lack of memory or disk: raise steps.{key}.memory or scratch in the "
+        "profile",
     ),
     _Explanation(
         r"deadline|DeadlineExceeded",

@@ -25,24 +25,26 @@ _LOGIN_REQUIRED = (
 )
 
 
-def check_image(stage: str, image: str, loaded: Collection[str] | None = None) -> Finding:
-    """Check that a stage's image exists, without pulling it.
+def check_image(step: str, image: str, loaded: Collection[str] | None = None) -> Finding:
+    """Check that a step's image exists, without pulling it.
 
     Args:
-        stage: name of the stage, for the message.
+        step: name of the step, for the message.
         image: name of the image, with a tag or a digest; without either, the tag is `latest`.
         loaded: names of the images that the cluster's nodes have already; None if that is unknown.
     """
     subject = f"image {image}"
     registry, slash, rest = image.partition("/")
-    # A node gives the name of its default registry to an image without one.
-    if {image, f"docker.io/{image}", f"localhost/{image}"} & set(loaded or ()):
+    # A node puts its default registry before a name without one. On Docker Hub, a name without a slash is in
+    # `library`.
+    prefixes = ("", "docker.io/", "docker.io/library/", "localhost/")
+    if {prefix + image for prefix in prefixes} & set(loaded or ()):
         return Finding(GOOD, subject, "is loaded into the nodes")
     if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
         return Finding(
             UNKNOWN if loaded is None else BAD,
             subject,
-            f"the image of {stage} has no registry in its name, so nodes look for it on Docker Hub: "
+            f"the image of {step} has no registry in its name, so nodes look for it on Docker Hub: "
             "load it into the nodes (`make images LOAD=kind`), or push it (`make images REGISTRY=… PUSH=1`) "
             "and name it with its registry.",
         )

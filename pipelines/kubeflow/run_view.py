@@ -59,8 +59,8 @@ def steps_of(
     Args:
         run: the run, from the API v2beta1.
         workflow: its workflow. Without it, the steps have no reasons.
-        waiting_pods: why pods have not started, keyed by the name of their workflow node, as Kubernetes says
-            states it. The workflow does not show that Kueue holds a pod back.
+        waiting_pods: why pods have not started, in the words of Kubernetes, keyed by the name of their
+            workflow node. The workflow itself does not show that Kueue holds a pod back.
         attempts: maximum number of attempts at each step, used if the workflow does not contain it.
     """
     if workflow is None or not workflow.nodes:

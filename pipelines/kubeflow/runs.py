@@ -238,7 +238,8 @@ def retry(
         connection: the connection to Kubeflow Pipelines.
         run: the run.
         workflow: its workflow, if it can be read.
-        launcher_changed: whether the launcher's configuration was changed after the run began.
+        launcher_changed: whether the launcher's configuration was changed after the run began; None if
+            unknown.
 
     Raises:
         ConfigurationError: the run has not failed, or only a new run can succeed.

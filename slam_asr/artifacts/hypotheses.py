@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jiwer
 
 from slam_asr.artifacts.json_lines import write_json_lines
-from slam_asr.artifacts.scripts import characters_of, comparable
+from slam_asr.artifacts.writing_systems import characters_of, comparable
 from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 

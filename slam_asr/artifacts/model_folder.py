@@ -185,14 +185,18 @@ def projector_from_weights(
     return projector.eval().requires_grad_(False)
 
 
-def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: Recipe) -> None:
-    """Write a LoRA adapter in peft's format, in float32.
+def write_adapter(
+    folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: Recipe, half: bool = False
+) -> None:
+    """Write a LoRA adapter in peft's format.
 
     Args:
         folder: the model's folder. The adapter is written to `adapter/` in it.
         weights: the adapter's weights keyed by name in the LLM, such as `…q_proj.lora_A.default.weight`.
         recipe: contains rank, alpha, target modules, and the LLM's name.
+        half: whether to save it in fp16 instead of fp32.
     """
+    import torch
     from safetensors.torch import save
 
     from slam_asr.models.llm import lora_config
@@ -200,7 +204,8 @@ def write_adapter(folder: Path, weights: Mapping[str, "torch.Tensor"], recipe: R
     config = lora_config(recipe.llm.lora)
     config.base_model_name_or_path, config.task_type = recipe.llm.name, "CAUSAL_LM"
     config.inference_mode = True
-    tensors = {_PEFT + n.replace(".default.", "."): t.float().contiguous() for n, t in weights.items()}
+    dtype = torch.float16 if half else torch.float32
+    tensors = {_PEFT + n.replace(".default.", "."): t.to(dtype).contiguous() for n, t in weights.items()}
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder / ADAPTER))
     write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))

@@ -41,6 +41,17 @@ def describe_default() -> str:
     )
 
 
+def language_of(folder: Path) -> str:
+    """Return the language in a model's card, as ISO 639-1; empty if the folder has no card, or several are
+    in it.
+    """
+    try:
+        language = _front_matter(folder).get("language", "")
+    except ModelError:
+        return ""
+    return language if isinstance(language, str) else ""
+
+
 def is_model(place: str) -> bool:
     """Return whether a path, a prefix or a name denotes a model rather than an audio file.
 

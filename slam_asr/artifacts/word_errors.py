@@ -15,7 +15,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, align_all
-from slam_asr.artifacts.scripts import characters_of, comparable, separates_words
+from slam_asr.artifacts.writing_systems import characters_of, comparable, separates_words
 
 HITS, SUBSTITUTIONS, DELETIONS, INSERTIONS = range(4)
 _COLUMNS = {"equal": HITS, "substitute": SUBSTITUTIONS, "delete": DELETIONS, "insert": INSERTIONS}

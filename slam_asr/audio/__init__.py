@@ -270,8 +270,8 @@ def _clip(
         sample_rate, channels = sound.sample_rate, sound.channels
         if channel is not None and channel >= channels:
             raise AudioError(
-                f"{path} has {channels} channel{'s' * (channels > 1)}, but the list names channel {channel}, "
-                "counted from 0: correct it.",
+                f"{path} has {channels} channel{'s' * (channels > 1)}, but the corpus or manifest names "
+                f"channel {channel}, counted from 0: correct that.",
                 NO_CHANNEL,
             )
         if start is not None and not sound.has_segments:

@@ -33,8 +33,8 @@ class ContainerFault(Exception):
 
 
 @dataclass(frozen=True)
-class _Chunks:
-    """How a format that consists of chunks writes them."""
+class _ChunkLayout:
+    """How a format that consists of chunks arranges them."""
 
     start: int
     """Offset of the first chunk in bytes."""
@@ -52,13 +52,13 @@ class _Chunks:
 
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 """W64 names its chunks by GUIDs of 16 bytes, which begin with the name of the chunk in RIFF."""
-_CHUNKS = {
-    b"RIFF": _Chunks(12, "<4sI", b"data"),
-    b"RF64": _Chunks(12, "<4sI", b"data"),
-    b"BW64": _Chunks(12, "<4sI", b"data"),
-    b"RIFX": _Chunks(12, ">4sI", b"data"),
-    b"riff": _Chunks(40, "<16sQ", _W64_DATA, alignment=8, counted=24),
-    b"caff": _Chunks(8, ">4sq", b"data", alignment=1, before_samples=4),
+_LAYOUTS = {
+    b"RIFF": _ChunkLayout(12, "<4sI", b"data"),
+    b"RF64": _ChunkLayout(12, "<4sI", b"data"),
+    b"BW64": _ChunkLayout(12, "<4sI", b"data"),
+    b"RIFX": _ChunkLayout(12, ">4sI", b"data"),
+    b"riff": _ChunkLayout(40, "<16sQ", _W64_DATA, alignment=8, counted=24),
+    b"caff": _ChunkLayout(8, ">4sq", b"data", alignment=1, before_samples=4),
 }
 """The formats with chunks, keyed by the first four bytes of a file. IFF files are in `_FORMS`."""
 _FORMS = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}
@@ -93,17 +93,17 @@ def check_length(stream: BinaryIO) -> int | None:
     return None
 
 
-def _layout(head: bytes) -> _Chunks | None:
-    """How the file with this beginning writes its chunks; None if it has none."""
+def _layout(head: bytes) -> _ChunkLayout | None:
+    """The layout of the chunks of a file that begins with `head`; None if it has no chunks."""
     if head[:4] == b"FORM" and head[8:12] in _FORMS:
         samples = _FORMS[head[8:12]]
-        return _Chunks(12, ">4sI", samples, before_samples=8 if samples == b"SSND" else 0)
+        return _ChunkLayout(12, ">4sI", samples, before_samples=8 if samples == b"SSND" else 0)
     if head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX") and head[8:12] != b"WAVE":
         return None
-    return _CHUNKS.get(head[:4])
+    return _LAYOUTS.get(head[:4])
 
 
-def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) -> int | None:
+def _check_chunks(stream: BinaryIO, layout: _ChunkLayout, size: int, magic: bytes) -> int | None:
     """Compare the chunks of a file with its size in bytes; the result is that of `check_length`."""
     end = long_length = samples = None
     # `end` is where the last accepted chunk ends; None until the chunk with the samples is found.
@@ -131,7 +131,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
         elif end is not None:
             # The samples of a file with a wrong length hardly ever look like a complete chunk, whereas a file
             # that was appended to this one does.
-            if name[:4] in _CHUNKS or name[:4] == b"FORM" or not _CHUNK_NAME.match(name):
+            if name[:4] in _LAYOUTS or name[:4] == b"FORM" or not _CHUNK_NAME.match(name):
                 break
             if start + length > size:
                 break
@@ -141,7 +141,7 @@ def _check_chunks(stream: BinaryIO, layout: _Chunks, size: int, magic: bytes) ->
     return samples
 
 
-def _chunks(stream: BinaryIO, layout: _Chunks, size: int) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(stream: BinaryIO, layout: _ChunkLayout, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the name, the start and the length in bytes of each chunk. The start is that of its content."""
     header = struct.calcsize(layout.fields)
     position = layout.start
@@ -157,7 +157,7 @@ def _chunks(stream: BinaryIO, layout: _Chunks, size: int) -> Iterator[tuple[byte
         position += -position % layout.alignment
 
 
-def _is_unknown(length: int, start: int, size: int, layout: _Chunks) -> bool:
+def _is_unknown(length: int, start: int, size: int, layout: _ChunkLayout) -> bool:
     """Whether a length only says that the samples extend to the end of the file."""
     if length < 0 or length >= _UNKNOWN_LENGTH:
         return True
@@ -174,9 +174,12 @@ def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
 
 
 def _sphere_extent(head: bytes) -> tuple[int, int] | None:
-    """The bytes of the header and of the samples of a NIST SPHERE file.
+    """The sizes of a NIST SPHERE file's header and samples, in bytes.
 
     None if the samples are compressed or not counted.
+
+    Raises:
+        ContainerFault: the header has no valid size.
     """
     fields = dict(re.findall(rb"^(\w+) -i (\d{1,15})\s*$", head, re.MULTILINE))
     counts = [fields.get(name) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
@@ -207,13 +210,13 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
 
 
 def end_of_tags(content: bytes, position: int) -> int:
-    """Return where the tags of music players and zeros end that begin at `position`; itself if none do."""
+    """Return where the tags of music players and zeros at `position` end; `position` if none are there."""
     while True:
         rest = content[position : position + 32]
         if rest.startswith(b"TAG"):  # ID3v1
             position += 128
         elif rest.startswith(b"ID3") and len(rest) >= 10:
-            # ID3v2 has its size without the header in four bytes of 7 bits, which look like no sync word.
+            # ID3v2 has its size, without the header, in four bytes of 7 bits, to avoid sync words.
             size = (rest[6] & 127) << 21 | (rest[7] & 127) << 14 | (rest[8] & 127) << 7 | rest[9] & 127
             position += 10 + size
         elif rest.startswith(b"APETAGEX") and len(rest) == 32:

@@ -29,7 +29,7 @@ class LengthError(AudioError):
 
 
 # Ends of messages; the file's name goes in front.
-NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual format of audio"
+NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
 """The fault of a file of an unknown format."""
 TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied"
 """The fault of a file that holds less than its header announces."""

@@ -13,7 +13,7 @@ def joined_flac(content: bytes) -> list[tuple[int, int]]:
     """Return where each FLAC file in `content` begins and ends: several if files were appended to each other.
 
     Raises:
-        ContainerFault: the last frame has another position than the header announces.
+        ContainerFault: a file holds more samples than its header announces.
     """
     starts, position = [], content.find(b"fLaC")
     while position >= 0:
@@ -36,7 +36,7 @@ _BLOCK_SIZES = {
 }
 """Samples per frame by its code (RFC 9639, section 9.1.1)."""
 _TAIL_BYTES = 2**15
-"""Bytes at the end of a file in which its last frame is searched."""
+"""Bytes at the end of a file that are searched for its last frame."""
 
 
 def _lengths(content: bytes, start: int, end: int) -> tuple[int, int | None]:

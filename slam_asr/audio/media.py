@@ -1,4 +1,4 @@
-"""The files of phones and browsers, decoded by ffmpeg's libraries: MP4 and its kin, WebM, WMA, AMR, AAC, CAF.
+"""The files of phones and browsers, decoded by ffmpeg's libraries: MP4, QuickTime, WebM, WMA, AMR, AAC, CAF.
 
 PyAV, an optional package, contains those libraries. A file is decoded from its start, frame by frame, so that
 a long one takes little memory. The format is found from the content, never from the name, and only that

@@ -68,7 +68,7 @@ class Mixdown:
 
     @property
     def silent(self) -> bool:
-        """Whether all samples are the same."""
+        """Whether all samples are the same at a precision of 16 bits."""
         return self._high - self._low < _SILENT_RANGE
 
     @property

@@ -1,4 +1,4 @@
-"""Exact access to mp3: every frame is found and counted, and any stretch is decoded without what precedes it.
+"""Exact access to mp3: every frame is found and counted, and any stretch is decoded by itself.
 
 The length that libsndfile reports for an mp3 is not reliable. It is the count in the first Xing header even
 if more streams follow, and without such a header it is an estimate from the bit rate. Its seeking is not
@@ -46,7 +46,7 @@ _WARM_UP = 3
 _COUNT_TOLERANCE = 2
 """Frames by which the count of a Xing header may differ: some encoders count the header's own frame."""
 _MAX_JUNK = 4096
-"""Bytes after the last frame that are ignored."""
+"""Bytes before the first frame and after the last one that are ignored, besides tags."""
 
 
 def _frame_sizes() -> list[int]:
@@ -113,8 +113,8 @@ class Mp3:
         return max(0, (len(part.offsets) - 1) * self.samples_per_frame - part.delay - part.padding)
 
     @property
-    def frames(self) -> int:
-        """Samples per channel of the complete file."""
+    def samples_per_channel(self) -> int:
+        """Length of the complete file."""
         return sum(map(self._samples_of, self.parts))
 
     @property
@@ -123,7 +123,7 @@ class Mp3:
         return len(self.parts) == 1 and self.parts[0].delay > 0
 
     def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:
-        """Decode a stretch of the file, given as `stream`.
+        """Decode a stretch of the file.
 
         Args:
             stream: the file.
@@ -201,11 +201,12 @@ class Mp3:
         return _RESERVOIR if self.is_mpeg1 else _RESERVOIR // 2
 
     def _silent_frame(self, bit_rate: int, content: bytes) -> bytes:
-        """Make a frame of silence at the bit rate with this number, and `content` after its side information.
+        """Make a frame of silence, with `content` after its side information.
 
         If the content is a Xing header, libsndfile takes the number of frames from it, and mpg123 gives no
         samples for the frame. Without the header, libsndfile would estimate the length from the bit rate, and
-        cut what is longer. At the bit rate with number 13, the header fits at every sample rate.
+        cut what is longer. `bit_rate` is the index of a bit rate, from 1; at 13 such a header fits into the
+        frame at every sample rate.
         """
         second = self.header[1] | 1  # no checksum
         third = bit_rate << 4 | self.header[2] & 0x0C
@@ -231,8 +232,7 @@ def find_frames(content: bytes) -> Mp3 | None:
     """Find all frames of an mp3 file.
 
     Returns:
-        None if they cannot be found from their headers, because the bit rate is free, or if they are not of
-        layer III.
+        The frames; None if no frame of layer III is found, or if its bit rate is free and its size unknown.
 
     Raises:
         ContainerFault: the file ends in the middle of a frame or has fewer frames than its header announces,
@@ -268,16 +268,16 @@ def _same_format(header: bytes, other: bytes) -> bool:
 
 def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
     """The offsets of frames that follow each other, and the end of the last one."""
-    sizes, length = _SIZES, len(content) - 4
+    sizes, last_header = _SIZES, len(content) - 4
     version, channels = header[1] & 0xFE, header[3] >> 6 == 3
     offsets = [position]
-    while position <= length and content[position] == 0xFF:
+    while position <= last_header and content[position] == 0xFF:
         second = content[position + 1]
         size = sizes[second << 8 | content[position + 2]]
         if not size or second & 0xFE != version or (content[position + 3] >> 6 == 3) != channels:
             break
         position += size
-        if position > length + 4:
+        if position > len(content):
             raise ContainerFault(TRUNCATED_TEXT)
         offsets.append(position)
     return offsets
@@ -303,7 +303,7 @@ def _after_tags(content: bytes, position: int) -> int | None:
     """Where the next frame begins after the tags of music players at `position`; None at the file's end.
 
     Raises:
-        ContainerFault: something other than a tag or zeros is between two frames, or much of it at the end.
+        ContainerFault: bytes other than tags and zeros are between two frames, or too many at the end.
     """
     position = end_of_tags(content, position)
     following = _first_frame(content, position)
@@ -320,6 +320,7 @@ def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator
     marks = []
     for number, offset in enumerate(offsets[:-1]):
         # A header is in a frame of silence, whose side information is zero; mpg123 recognises it likewise.
+        # Two bytes are skipped, because they may be a checksum.
         tag = offset + 4 + side
         if content[tag : tag + 4] in (b"Xing", b"Info") and not any(content[offset + 6 : tag]):
             marks.append((number, tag))

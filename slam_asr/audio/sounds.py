@@ -31,6 +31,8 @@ _SAMPLE_BYTES = {
 """Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
+_BLOCK = 2**22
+"""Samples of all channels together that are decoded at once: 17 MB."""
 _Layout = Mp3 | list[tuple[int, int]]
 """The frames of an mp3, or where each of several joined files begins and ends in bytes."""
 
@@ -134,10 +136,10 @@ def _opened(
     if kind := kind_of(head):
         return [_of_media(stream, kind, path)]
     if may_be_mp3(head[:4]):
-        frames = _layout_of(file, "MP3")
-        if isinstance(frames, Mp3):
-            read = functools.partial(_read_mp3, frames, stream, file)
-            return [Sound(frames.frames, frames.sample_rate, frames.channels, read)]
+        mp3 = _layout_of(file, "MP3")
+        if isinstance(mp3, Mp3):
+            read = functools.partial(_read_mp3, mp3, stream, file)
+            return [Sound(mp3.samples_per_channel, mp3.sample_rate, mp3.channels, read)]
     stream.seek(0)
     try:
         # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
@@ -173,16 +175,14 @@ def _of_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
     )
 
 
-def _read_mp3(
-    frames: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int
-) -> Iterator[np.ndarray]:
+def _read_mp3(mp3: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> Iterator[np.ndarray]:
     # By its name, libsndfile reads a complete mp3 in two thirds of the time.
-    if frames.is_plain and first == 0 and count == frames.frames and not isinstance(file, bytes):
+    if mp3.is_plain and first == 0 and count == mp3.samples_per_channel and not isinstance(file, bytes):
         with soundfile.SoundFile(os.fsencode(file)) as sound:
             if sound.frames == count:
                 yield sound.read(count, dtype="float32", always_2d=True)
                 return
-    yield frames.read(stream, first, count)
+    yield mp3.read(stream, first, count)
 
 
 def _layout_of(file: Path | bytes, format: str) -> _Layout:
@@ -219,7 +219,14 @@ def _single(sound: soundfile.SoundFile) -> Sound:
 def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.ndarray]:
     if first:
         sound.seek(first)
-    yield sound.read(count, dtype="float32", always_2d=True)
+    # Blocks, because half an hour of silence in many channels is a small file, and many gigabytes of samples.
+    longest = max(1, _BLOCK // sound.channels)
+    while count > 0:
+        block = sound.read(min(longest, count), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            return
+        yield block
+        count -= len(block)
 
 
 def _joined(sounds: list[Sound]) -> Sound:
@@ -229,9 +236,11 @@ def _joined(sounds: list[Sound]) -> Sound:
         for sound in sounds:
             taken = max(0, min(count, sound.frames - first))
             if taken:
-                blocks = list(sound.read(first, taken))
-                yield from blocks
-                if sum(map(len, blocks)) < taken:  # what follows would be at another time
+                done = 0
+                for block in sound.read(first, taken):
+                    yield block
+                    done += len(block)
+                if done < taken:  # what follows would be at another time
                     break
                 count -= taken
             first = max(0, first - sound.frames)

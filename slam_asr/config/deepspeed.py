@@ -4,7 +4,8 @@ Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, 
 moved into those keys. If the recipe sets such a key to another value, it is refused with a message that names
 both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not
 know are refused, because DeepSpeed would silently ignore them. Settings for things that slam-asr does in
-its own way are refused too.
+its own way are refused too. `train_batch_size` is dropped: it is the product of the batch, the accumulation
+and the number of processes.
 
 The names are those of DeepSpeed 0.19.8, in `deepspeed_keys.yaml`.
 """
@@ -59,7 +60,8 @@ def adopt(values: dict[str, Any], where: str) -> None:
         where: name of the recipe, for error messages.
 
     Raises:
-        ConfigurationError: the file cannot be read as JSON, or a key is unknown or contradicts the recipe.
+        ConfigurationError: the file cannot be read as JSON, or a key is unknown, refused, or contradicts
+            the recipe.
     """
     training = values.get("training")
     if not isinstance(training, dict) or not training.get(KEY):
@@ -76,10 +78,13 @@ def adopt(values: dict[str, Any], where: str) -> None:
     _take_counterparts(settings, training, named)
     _take_precision(settings, training, named)
     _take_optimizer(settings, named)
-    if settings.pop("train_batch_size", None) is not None and not training.get("utterances_per_batch"):
+    # DeepSpeed would compute a missing factor from the number of processes, which is not known here.
+    if settings.pop("train_batch_size", None) is not None and not (
+        training.get("utterances_per_batch") and training.get("accumulation")
+    ):
         raise ConfigurationError(
-            f"{named} sets train_batch_size without train_micro_batch_size_per_gpu: set both, or neither and "
-            "training.positions_per_step instead."
+            f"{named} sets train_batch_size without train_micro_batch_size_per_gpu and "
+            "gradient_accumulation_steps: set all three, or none and training.positions_per_step instead."
         )
     training[KEY] = settings
 

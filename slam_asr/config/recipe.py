@@ -69,7 +69,8 @@ class Recipe:
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence for each contradiction that the sections cannot find themselves."""
         shortest = math.ceil(self.data.min_duration * FRAMES_PER_SECOND)
-        if self.encoder.frames == "speech" and shortest < self.projector.downsampling:
+        groups_frames = self.encoder.frames == "speech" and self.projector.kind != "q-former"
+        if groups_frames and shortest < self.projector.downsampling:
             yield (
                 f"data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
                 "utterances without an audio position at projector.downsampling "

@@ -190,7 +190,8 @@ def problems(section: Any, prefix: str = "") -> Iterator[str]:
             yield from problems_of_address(name, value)
         for words, limit in key.metadata.items():
             if value is not None and not _HOLDS[words](value, limit):
-                yield f"{name} is {value} but must be {words} {limit}."
+                finite = " and finite" if value == math.inf else ""
+                yield f"{name} is {value} but must be {words} {limit}{finite}."
     if hasattr(section, "contradictions"):
         yield from section.contradictions()
 

@@ -19,13 +19,13 @@ class Columns:
     text: str = ""
     """The transcript. Usual names: text, sentence, transcript, transcription, target."""
     key: str = ""
-    """A unique name for each utterance. Usual names: id, key, utt_id; without such a column, the audio file's
-    path."""
+    """A unique name for each utterance. Usual names: id, key, utt_id and similar; without such a column, the
+    audio file's path."""
     split: str = ""
     """The subset's name. The patterns in `data.train`, `data.dev` and `data.test` are matched against it.
-    Usual names: split, subset; without such a column, the table's file name."""
+    Usual names: split, subset, partition; without such a column, the table's file name."""
     speaker: str = ""
-    """The speaker. Usual names: speaker, speaker_id, client_id."""
+    """The speaker. Usual names: speaker, speaker_id, client_id and similar."""
     start: str = ""
     """Seconds into the file where an utterance begins, for tables whose rows are segments of longer files.
     Used only if named here."""
@@ -50,8 +50,8 @@ class Data:
     test: list[str] = field(default_factory=lambda: ["test-*"])
     """Subsets to decode and score, each reported separately."""
     dev_fraction: float = bounded(0.05, at_least=0.0, at_most=0.5)
-    """Share of the train utterances held out for validation if the corpus has no dev subset. A hash of the
-    key decides, so the same utterances are held out every time."""
+    """Share of the train utterances held out for validation if the corpus has no dev subset; at least one is
+    held out. A hash of the key decides, so the same utterances are held out every time."""
     columns: Columns = field(default_factory=Columns)
     audio_root: str = ""
     """Folder or s3:// prefix to which relative audio paths are resolved. Default: the folder of the file
@@ -143,8 +143,13 @@ class Features:
     processes: int = bounded(0, at_least=0)
     """Processes that extract on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU."""
     workers: int = bounded(0, at_least=0)
-    """Worker processes that read and prepare audio, for each extraction process. 0: one per free core, at
-    most 16."""
+    """Worker processes that read and prepare audio, for each extraction process. 0: on a GPU one per free
+    core, at most 16; without a GPU a single one, because the encoder needs the cores."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_gigabytes` in bytes."""
+        return int(self.cache_gigabytes * 1e9)
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""
@@ -176,9 +181,6 @@ class Beginning:
     learning_rate: float = bounded(1e-3, above=0)
     """Peak learning rate of the beginning. The rate rises over the first tenth of `steps`, and then falls to
     zero as a cosine. With warm-up of its own, `training.learning_rate` applies after the beginning."""
-    tokens: int = bounded(0, at_least=0)
-    """Number of the LLM's tokens in which transcripts are spelled: the most frequent ones of the train
-    transcripts. Rarer tokens are spelled by shorter ones. 0: all tokens that occur."""
     distance_weight: float = bounded(1.0, at_least=0.0)
     """Final weight of a second loss, which draws outputs to the embeddings of the tokens that they stand for.
     The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""
@@ -204,7 +206,7 @@ class Projector:
     any length into a fixed number of positions."""
     downsampling: int = bounded(5, at_least=1)
     """k: encoder frames joined into one LLM position. 5 gives 10 positions per second; more is faster but
-    blurs short words."""
+    blurs short words. A q-former ignores it."""
     hidden: int = bounded(2048, at_least=1)
     """Width between the two linear layers. A q-former ignores it."""
     queries: int = bounded(64, at_least=1)
@@ -213,7 +215,8 @@ class Projector:
     """Layers of a q-former. The other kinds ignore it."""
     init_from: str = ""
     """A model folder, local or s3://, or the name of a shipped model: training starts from its projector,
-    which must have the same kind and sizes. Empty: random weights, drawn with the seed."""
+    which must have the same kind and sizes, and with `llm.tuning: lora` also from its adapter, if it has one.
+    Empty: random weights, drawn with the seed."""
     beginning: Beginning = field(default_factory=Beginning)
 
     def contradictions(self) -> Iterator[str]:

@@ -25,8 +25,8 @@ class Training:
     """Number format of the frozen weights and of the forward and backward passes. The projector's master
     weights are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's ZeRO stage. 0 is fastest if the LLM fits on one GPU; 3 shards the frozen LLM too. The other
-    engines ignore it."""
+    """DeepSpeed's ZeRO stage. 0 is fastest if the LLM fits on one GPU; 3 shards the frozen LLM too. Must be
+    0 for the other engines."""
     deepspeed: dict[str, Any] | str = field(default_factory=dict)
     """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key, and all
     others are passed on to DeepSpeed; contradictions are refused."""

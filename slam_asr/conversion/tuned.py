@@ -92,11 +92,7 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     try:
         llm, lazy_weights = describe_lazy_llm(base, torch.float32, trust)
     except NotLazilyLoadable:
-        llm = load_llm(base, torch.float32, trust_remote_code=trust)
-        for name, layer in _adapted(llm, adapter, recipe).items():
-            layer.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(llm.get_submodule(parent), last, layer.get_base_layer())
+        llm = load_merged_llm(adapter, recipe)
         # transformers wraps `to` in a decorator that loses its signature.
         llm.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     else:
@@ -112,6 +108,23 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
         }
         _write_llm(folder, written, LazyTensors(makers))
     _copy_other_files(base, folder, trust)
+
+
+def load_merged_llm(adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> PreTrainedModel:
+    """Load the recipe's LLM in fp32, and merge a LoRA adapter into it.
+
+    Args:
+        adapter: LoRA's weights, keyed by name in the LLM.
+        recipe: names the LLM, and the rank and the targets of the adapter.
+    """
+    llm = load_llm(
+        locate_model(recipe.llm.name), torch.float32, trust_remote_code=recipe.llm.trust_remote_code
+    )
+    for name, layer in _adapted(llm, adapter, recipe).items():
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(llm.get_submodule(parent), last, layer.get_base_layer())
+    return llm
 
 
 def _copy_other_files(base: Path, folder: Path, trust_remote_code: bool) -> None:

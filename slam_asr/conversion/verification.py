@@ -25,6 +25,7 @@ from slam_asr.artifacts.model_folder import (
     read_projector,
 )
 from slam_asr.config.recipe import Recipe
+from slam_asr.conversion.huggingface_folder import read_trained
 from slam_asr.conversion.slam_llm import FILE, from_slam_llm
 from slam_asr.errors import ModelError
 from slam_asr.models.precision import DTYPES
@@ -238,7 +239,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         folder: folder of the model, or of SLAM-LLM's model.pt.
         recipe: the training's recipe.
         widths: width of an encoder frame and of an LLM position, in values.
-        to: the format: `model` or `slam-llm`.
+        to: the format: `model`, `slam-llm` or `huggingface`.
 
     Raises:
         ModelError: the result cannot be read.
@@ -251,6 +252,11 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         )
         return TrainedWeights(
             projector_from_weights(projector, recipe.projector, *widths, str(folder / FILE)), llm
+        )
+    if to == "huggingface":
+        trained, llm_weights = read_trained(folder, recipe.llm.tuning)
+        return TrainedWeights(
+            projector_from_weights(trained, recipe.projector, *widths, str(folder)), llm_weights
         )
     # Without an adapter, `llm/` holds a fully trained LLM; if it does not exist either, the LLM is frozen.
     return TrainedWeights(

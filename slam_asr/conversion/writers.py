@@ -1,11 +1,8 @@
 """The formats that a checkpoint can be written in: model folder, SLAM-LLM's model.pt, and a trained LLM."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from slam_asr.artifacts.model_folder import (
     CONFIG,
@@ -16,10 +13,13 @@ from slam_asr.artifacts.model_folder import (
     write_model,
 )
 from slam_asr.artifacts.stage_record import Outcome
-from slam_asr.config.recipe import Recipe, dump_recipe
+from slam_asr.config.recipe import dump_recipe
+from slam_asr.conversion.huggingface_folder import write_huggingface
+from slam_asr.conversion.model_card import Report, require_own_report
+from slam_asr.conversion.parts import Parts, divide
 from slam_asr.conversion.slam_llm import FILE, write_slam_llm
 from slam_asr.conversion.sources import Content
-from slam_asr.conversion.tuned import check_adapter, write_merged_llm, write_tuned_encoder, write_tuned_llm
+from slam_asr.conversion.tuned import write_merged_llm, write_tuned_encoder, write_tuned_llm
 from slam_asr.conversion.verification import (
     TrainedWeights,
     compare_merged_loss,
@@ -27,63 +27,39 @@ from slam_asr.conversion.verification import (
     read_back,
     require_encoder,
 )
-from slam_asr.errors import ConfigurationError, ModelError
-from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_width
-from slam_asr.pretrained.lazy_tensors import rename_tensors
+from slam_asr.conversion.voxtral import write_voxtral
+from slam_asr.errors import ConfigurationError
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
 
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """The format of the result. Each field is the option of `convert_checkpoint` with the same name."""
+    """The format of the result. Each field is the option of `convert_checkpoint` with the same name.
+
+    The report has been read.
+    """
 
     to: str
     half: bool
     verify: bool
+    complete: bool = False
+    report: Report | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The stage's inputs that describe these options.
 
-        `half` and `verify` are left out if they have their default values: models converted before these
+        Options other than `to` are left out if they have their default values: models converted before these
         options existed still have the same fingerprint.
         """
         return {
             "to": self.to,
             **({"half": True} if self.half else {}),
             **({} if self.verify else {"verified": False}),
+            **({"complete": True} if self.complete else {}),
+            **({"report": self.report.sha256} if self.report else {}),
         }
-
-
-@dataclass
-class Parts:
-    """The weights of a checkpoint, divided and checked against their encoder and LLM."""
-
-    content: Content
-    projector: Mapping[str, torch.Tensor]
-    llm: Mapping[str, torch.Tensor]
-    """Empty if the LLM was not trained."""
-    encoder: Mapping[str, torch.Tensor]
-    """Empty if the encoder was not trained."""
-    widths: tuple[int, int]
-    """Values of encoder frames and of LLM positions."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the training."""
-        return self.content.recipe
-
-    @property
-    def where(self) -> str:
-        """Path of the checkpoint, for messages."""
-        return self.content.where
-
-    @property
-    def adapter(self) -> Mapping[str, torch.Tensor]:
-        """LoRA's weights; empty without LoRA."""
-        return self.llm if self.recipe.llm.tuning == "lora" else {}
 
 
 def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
@@ -98,41 +74,25 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         ModelError: the weights do not fit encoder or LLM, or the written ones differ from those read.
         ConfigurationError: the format cannot hold what was trained.
     """
-    parts = _divide(content)
-    {"llm": _write_llm, "slam-llm": _write_for_slam_llm, "model": _write_model}[target.to](
-        folder, parts, target
-    )
-    checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
+    if target.report:
+        require_own_report(target.report, content.facts, content.where)
+    parts = divide(content)
+    writers = {
+        "llm": _write_llm,
+        "slam-llm": _write_for_slam_llm,
+        "model": _write_model,
+        "huggingface": _write_huggingface,
+    }
+    if target.to == "voxtral":
+        checked = write_voxtral(folder, parts, target.report)
+    else:
+        writers[target.to](folder, parts, target)
+        checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
     trained = {"projector": parts.projector, "llm": parts.llm, "encoder": parts.encoder}
     counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in trained.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6
     return Outcome(f"{summary}, {megabytes:.1f} MB, {checked}", {"parameters": sum(counts.values())})
-
-
-def _divide(content: Content) -> Parts:
-    """Divide the weights by part, and check that they fit the encoder, the LLM and the recipe."""
-    recipe, where = content.recipe, content.where
-    names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
-    for name in content.weights:
-        part, _, rest = name.partition(".")
-        if part in names:  # weights of any other part are ignored
-            names[part][rest] = name
-    tensors = {part: rename_tensors(content.weights, own) for part, own in names.items()}
-    if not tensors["projector"]:
-        raise ModelError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")
-    llm = describe_llm(locate_model(recipe.llm.name), recipe.llm.trust_remote_code)
-    widths = describe_encoder(recipe.encoder).width, llm_width(llm)
-    projector_from_weights(tensors["projector"], recipe.projector, *widths, where)
-    parts = Parts(content, **tensors, widths=widths)
-    if bool(parts.adapter) != any(".lora_" in name for name in parts.llm):
-        raise ConfigurationError(
-            f"{where} and the recipe {recipe.name}, whose llm.tuning is {recipe.llm.tuning}, do not agree on "
-            "whether the LLM has a LoRA adapter: give the recipe of the training."
-        )
-    if parts.adapter:
-        check_adapter(parts.adapter, recipe, where)
-    return parts
 
 
 def _write_llm(folder: Path, parts: Parts, target: TargetFormat) -> None:
@@ -164,7 +124,7 @@ def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> Non
 def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
     """Write a model folder; its config.json, which makes it one, comes last."""
     if parts.adapter:
-        write_adapter(folder, parts.adapter, parts.recipe)
+        write_adapter(folder, parts.adapter, parts.recipe, target.half)
     elif parts.llm:
         write_tuned_llm(folder / LLM, parts.llm, parts.recipe, parts.where)
     if parts.encoder:
@@ -179,6 +139,12 @@ def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
     write_model(folder, parts.projector, config, target.half)
 
 
+def _write_huggingface(folder: Path, parts: Parts, target: TargetFormat) -> None:
+    """Write a folder that transformers loads by itself."""
+    write_huggingface(folder, parts, target.complete, target.report)
+    log_line(f"{folder}: load it with AutoModelForSpeechSeq2Seq and trust_remote_code=True")
+
+
 def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
     """Compare the written files with the weights that were read; if they differ, invalidate the result.
 
@@ -189,9 +155,12 @@ def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
         ModelError: a weight or a loss differs.
     """
     recipe, widths = parts.recipe, parts.widths
-    rounded = {name: t.half().float() if target.half else t.float() for name, t in parts.projector.items()}
-    projector = projector_from_weights(rounded, recipe.projector, *widths, parts.where)
-    before = TrainedWeights(projector, parts.llm)
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: t.half().float() if target.half else t.float() for name, t in weights.items()}
+
+    projector = projector_from_weights(rounded(parts.projector), recipe.projector, *widths, parts.where)
+    before = TrainedWeights(projector, rounded(parts.llm) if parts.adapter else parts.llm)
     llm_folder = locate_model(recipe.llm.name)
     try:
         if target.to == "llm":

@@ -16,7 +16,7 @@ from slam_asr.config.recipe import Data
 SPLITS = ("train", "dev", "test")
 
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
-"""Subset names that denote a split by themselves, regardless of the recipe's patterns, and that split."""
+"""The split of each subset name that denotes one by itself, regardless of the recipe's patterns."""
 
 AUDIO_SUFFIXES = (
     *(".flac", ".wav", ".ogg", ".opus", ".mp3"),

@@ -33,8 +33,9 @@ class Checked:
 
     utterance: Utterance
     channels: int
-    """Number of channels of the audio file, before they are averaged."""
+    """Number of channels of the audio file."""
     split: str = ""
+    """The split of the utterance, as in `Candidate`."""
 
 
 def default_threads() -> int:
@@ -110,7 +111,10 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     except OSError as error:
         return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:
-        detail = f"{source} lasts {clip.duration:.3f} s, shorter than {data.min_duration:g} s."
+        detail = (
+            f"The length of {_named(item)} is {clip.duration:.3f} s, below data.min_duration "
+            f"({data.min_duration:g} s)."
+        )
         return Rejection(key, source, TOO_SHORT, detail)
     if clip.silent:
         detail = f"All samples of {_named(item)} have the same value: it was recorded without a signal."
@@ -143,7 +147,7 @@ def _read(item: Candidate, data: Data) -> Clip:
 
 def _named(item: Candidate) -> str:
     """A candidate's file or segment, for messages."""
-    return item.source if item.start is None else f"a segment of {item.source}, at {item.start:.2f} s,"
+    return item.source if item.start is None else f"the segment of {item.source} at {item.start:.2f} s"
 
 
 def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str:

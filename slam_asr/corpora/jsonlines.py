@@ -45,7 +45,7 @@ class JsonLines(ListedCorpus):
         return cls(root, files) if files else None
 
     def lists(self, subset: str) -> list[str]:
-        return self.files
+        return self.by_subset[subset]
 
     def items(self, subset: str) -> Iterator[Candidate]:
         for file in self.by_subset[subset]:
@@ -72,5 +72,6 @@ class JsonLines(ListedCorpus):
                     utterance.extra | {"subset": own or subset},
                     utterance.start,
                     None if utterance.start is None else utterance.duration,
+                    channel=utterance.audio_channel,
                 ),
             )

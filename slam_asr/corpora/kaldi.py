@@ -22,7 +22,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from slam_asr.artifacts.scripts import comparable
+from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
 from slam_asr.corpora.places import (
@@ -229,7 +229,8 @@ def audio_file(entry: str, where: str) -> str:
     """The audio file that an entry of wav.scp names or that its command decodes. No command is run.
 
     Raises:
-        InputError: the entry is a command that does more than decode a file, or an offset in an archive.
+        InputError: the entry is empty, standard input, a place in an archive, or a command that does more
+            than decode a file.
     """
     if not entry:
         raise InputError(f"{where} has no file.")

@@ -4,14 +4,14 @@ LibriSpeech/                      optional; or the corpus folder itself
     train-clean-100/              subset; or the corpus folder itself
         19/198/                   speaker and chapter
             19-198.trans.txt      `19-198-0000 NORTHANGER ABBEY`, one utterance per line
-            19-198-0000.flac      or wav, ogg, opus, mp3
+            19-198-0000.flac      or another audio file
 """
 
 import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 
-from slam_asr.artifacts.scripts import comparable
+from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     AUDIO_SUFFIXES,

@@ -93,7 +93,11 @@ def _bytes(text: str) -> bytes:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the manifests of an earlier run, so that none remains if this run fails."""
+    """Remove the manifests of an earlier run, so that none remains if this run fails.
+
+    Raises:
+        ConfigurationError: the folder holds manifests that `build-manifest` did not write.
+    """
     manifests = [file for split in SPLITS if (file := folder / f"{split}.jsonl").exists()]
     if manifests and not (folder / REJECTED).exists():
         raise ConfigurationError(
@@ -135,7 +139,7 @@ def _count_rejections(rejected: ExternalSort, statistics: CorpusStatistics) -> I
 
 
 def _dev_keys(train: ExternalSort, data: Data) -> set[str]:
-    """Choose the train utterances that are held out for dev, by key."""
+    """Choose the train utterances that are held out for dev, by key, and log how many."""
     keys = held_out((key.decode() for key, _ in train), data.dev_fraction)
     patterns = ", ".join(data.dev) or "none requested"
     count = f"{len(keys)} of {len(train)} train utterances are held out instead"

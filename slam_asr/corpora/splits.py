@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from slam_asr.artifacts.scripts import comparable, is_english, is_latin, normalise_english
+from slam_asr.artifacts.writing_systems import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import (
     BLANK,
@@ -125,7 +125,7 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
         if not ambiguous.any():
             break
         if not (note := reader.refine_keys()):
-            # This returns if no keys are the same, but only two hashes.
+            # This returns if all keys differ, and only two of their hashes are equal.
             _refuse_ambiguous(reader, subsets, set(keys[1:][ambiguous].tolist()))
             break
         log_line(f"build-manifest: {note}")

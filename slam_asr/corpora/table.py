@@ -56,15 +56,8 @@ _MISSING = {"", "#N/A", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan"
 _COLUMN, _PATH, _SUBSET_AND_PATH, _ROW = range(4)
 """What keys are made of, from the shortest to the one that never repeats."""
 _MANIFEST_FIELDS = (
-    "key",
-    "source",
-    "target",
-    "start",
-    "duration",
-    "sample_rate",
-    "sha256",
-    "subset",
-    "speaker",
+    *("key", "source", "target", "start", "audio_channel", "duration", "sample_rate", "sha256"),
+    *("subset", "speaker"),
 )
 """Names of columns that are not copied, because the manifest has its own fields of these names."""
 
@@ -116,7 +109,7 @@ class Table(ListedCorpus):
         return cls(root, files, data) if files else None
 
     def lists(self, subset: str) -> Iterable[str]:
-        return self.files
+        return self.by_subset[subset]
 
     def sources(self, subset: str) -> Iterator[str]:
         # Embedded audio changes with its table, so such a table is not read for the names of audio files.

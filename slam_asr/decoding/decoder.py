@@ -83,7 +83,13 @@ class Decoder:
         self._prompt = model.prompt()
         self._searcher: Searcher | None = None
         self.store = (
-            FeatureStore(feature_store, model.config.encoder, model.trained.features.dtype, self.audio_ids)
+            FeatureStore(
+                feature_store,
+                model.config.encoder,
+                model.trained.features.dtype,
+                self.audio_ids,
+                recipe.features.cache_bytes,
+            )
             if feature_store
             else None
         )
@@ -222,10 +228,10 @@ def _serve(
             process.stdin.write(json.dumps(batch) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except OSError as error:
-            raise ProcessEnded from error
-        # A process that was killed leaves an empty or incomplete line. Waiting for it provides its exit code,
-        # which `processes_of` reports.
+        except OSError:
+            line = ""
+        # A process that was killed leaves a broken pipe, or an empty or incomplete line. Waiting for it gives
+        # its exit code, which `processes_of` reports.
         if not line.endswith("\n"):
             process.wait()
             raise ProcessEnded

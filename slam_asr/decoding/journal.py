@@ -68,7 +68,7 @@ class DecodeJournal:
                     f"interrupted, another machine has to repeat them: {error}"
                 )
 
-    def close(self) -> None:
+    def discard(self) -> None:
         """Delete the journal, because the stage's results are complete."""
         self._file.close()
         self.path.unlink()

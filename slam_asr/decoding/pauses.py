@@ -57,7 +57,7 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
     # pause.
     smooth = np.convolve(loudness, np.ones(SMOOTHING) / SMOOTHING, mode="same")
     parts = []
-    for first, last in _cuts(smooth, max(2, round(longest * SAMPLE_RATE) // HOP), quiet):
+    for first, last in _parts(smooth, max(2, round(longest * SAMPLE_RATE) // HOP), quiet):
         # The ends of speech are found in the unsmoothed loudness, because averaging would blur them.
         loud = np.flatnonzero(loudness[first:last] > quiet)
         if len(loud):
@@ -69,7 +69,7 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
     return parts
 
 
-def _cuts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int, int]]:
+def _parts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int, int]]:
     """Yield parts of at most `longest` measurements as (first, end), divided where `smooth` is lowest.
 
     Args:

@@ -6,20 +6,22 @@ batches.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from slam_asr.artifacts.shipped import default_model
+from slam_asr.artifacts.transcript import Piece, Segment, Transcript
 from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, read_clip
 from slam_asr.config.recipe import Recipe
 from slam_asr.cores import usable_cores
 from slam_asr.decoding.pauses import divide
-from slam_asr.decoding.subtitles import Segment, Transcript
 from slam_asr.progress import Meter, log_line
 
 if TYPE_CHECKING:
     import numpy as np
 
     from slam_asr.decoding.model import Model
+    from slam_asr.models.searcher import Answer
 
 MAX_SECONDS_IN_MEMORY = 3600.0
 """Maximum seconds of audio in memory at a time. Only a single longer file exceeds it."""
@@ -156,41 +158,63 @@ class Transcriber:
         """
         from slam_asr.models.searcher import plan_batches
 
-        stretches = [
-            (number, stretch)
+        pieces = [
+            (number, piece)
             for number, (_, samples) in enumerate(recordings)
-            for stretch in divide(samples, self.max_segment_seconds)
+            for piece in self.pieces(samples)
         ]
-        audio_positions = [
-            self.model.positions(self.model.spec.span_of(stretch.end - stretch.start))
-            for _, stretch in stretches
-        ]
-        # Batches contain segments of similar length, of any recording, so answers do not come in order.
+        # Batches contain pieces of similar length, of any recording, so answers do not come in order.
         segments: dict[int, Segment] = {}
-        with ThreadPoolExecutor(usable_cores(), "prepare-audio") as pool:
-            for batch in plan_batches(
-                [positions + self._prompt_positions for positions in audio_positions],
-                self.options.max_new_tokens,
-                self.options.beams,
-                self.options.positions_per_batch,
-            ):
-                samples_of_batch = [
-                    recordings[number][1][stretch.start : stretch.end]
-                    for number, stretch in (stretches[i] for i in batch)
-                ]
-                inputs = list(pool.map(self._prepare, samples_of_batch))
-                answers = self._searcher.decode(inputs, [audio_positions[i] for i in batch])
-                for i, answer in zip(batch, answers, strict=True):
-                    segments[i] = Segment(*stretches[i][1].seconds, answer.text, answer.cut)
-                if meter is not None:
-                    # Once per batch: all of its segments are finished at the same time.
-                    meter.update(round(sum(map(len, samples_of_batch)) / SAMPLE_RATE))
+        for batch in plan_batches(
+            [self.positions(piece) for _, piece in pieces],
+            self.options.max_new_tokens,
+            self.options.beams,
+            self.options.positions_per_batch,
+        ):
+            answers = self.decode([pieces[i][1] for i in batch])
+            for i, answer in zip(batch, answers, strict=True):
+                piece = pieces[i][1]
+                segments[i] = Segment(piece.start, piece.end, answer.text, answer.cut)
+            if meter is not None:
+                # Once per batch: all of its segments are finished at the same time.
+                meter.update(round(sum(len(pieces[i][1].samples) for i in batch) / SAMPLE_RATE))
         for number, (name, samples) in enumerate(recordings):
             yield Transcript(
                 name,
                 len(samples) / SAMPLE_RATE,
-                [segments[i] for i, (recording, _) in enumerate(stretches) if recording == number],
+                [segments[i] for i, (recording, _) in enumerate(pieces) if recording == number],
             )
+
+    def pieces(self, samples: "np.ndarray") -> list[Piece]:
+        """Divide a recording at pauses.
+
+        Args:
+            samples: float32 [samples] at 16 kHz, with full scale 1.
+
+        Returns:
+            The pieces in order, without overlap; an empty list for silence. They are views of `samples`.
+        """
+        return [
+            Piece(
+                samples[stretch.start : stretch.end],
+                *stretch.seconds,
+                self.model.positions(self.model.spec.span_of(stretch.end - stretch.start)),
+            )
+            for stretch in divide(samples, self.max_segment_seconds)
+        ]
+
+    def positions(self, piece: Piece) -> int:
+        """Return the number of LLM positions of a piece's audio and the prompt."""
+        return piece.positions + self._prompt_positions
+
+    def decode(self, pieces: Sequence[Piece]) -> "list[Answer]":
+        """Decode a batch of pieces, of any recordings; return an answer for each, in the same order."""
+        inputs = list(self._pool.map(self._prepare, [piece.samples for piece in pieces]))
+        return self._searcher.decode(inputs, [piece.positions for piece in pieces])
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(usable_cores(), "prepare-audio")
 
 
 def _read(file: str) -> "np.ndarray":

@@ -50,7 +50,7 @@ class AudioBatch:
     is_last: bool
     """Whether this is the last batch of its shard."""
     resumed: list["EncodedBatch"] = field(default_factory=list)
-    """In the last batch of a shard: those of its batches that an interrupted extraction has encoded."""
+    """In the last batch of a shard: the shard's batches that an interrupted extraction has encoded."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ class ShardWriter:
         self._in_pieces = 0
         """How many of the features are saved in pieces."""
         self._saved = clock()
-        """When the last piece or shard was begun."""
+        """Time by `clock` at which the writing of the last piece or shard began."""
         self._thread = ThreadPoolExecutor(1, "write-shard")
         self._writing: Future[None] | None = None
 

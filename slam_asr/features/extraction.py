@@ -136,7 +136,7 @@ class Extraction:
         hours = sum(shard.audio.seconds() for shard in missing) / 3600
         frames = f", frames: {self.recipe.encoder.frames}" if self.spec.window_samples else ""
         shard = self.work_shard
-        own = f" (work shard {shard.number} of {shard.of})" * (shard.of > 1)
+        own = f" (work shard {shard.number} of {shard.total})" * (shard.total > 1)
         log_line(
             f"encoder: {self.recipe.encoder.name}{frames}; {utterances} utterances, "
             f"{new} of them to compute here{own}, {hours:.2f} h"

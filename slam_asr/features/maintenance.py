@@ -12,7 +12,7 @@ from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, namespa
 from slam_asr.artifacts.manifest import iterate_manifest
 from slam_asr.artifacts.utterances import manifest_files
 from slam_asr.config.recipe import FRAMES_PER_SECOND
-from slam_asr.errors import InputError, StorageError
+from slam_asr.errors import InputError
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
 
@@ -32,7 +32,7 @@ class Contents:
     receipts: list[str] = field(default_factory=list)
     """Paths of the receipts that running and interrupted extractions have written."""
     pieces: list[str] = field(default_factory=list)
-    """Paths of the pieces that they have saved of incomplete shards."""
+    """Paths of the saved pieces of incomplete shards."""
 
     @property
     def orphans(self) -> list[str]:
@@ -108,6 +108,7 @@ def verify_store(store: str, repair: bool = False) -> None:
 
     Raises:
         InputError: no store exists there, or some of its shards are damaged, missing or cut short.
+        StorageError: object storage cannot be read; then no shard is removed.
     """
     all_contents = [_contents(namespace) for namespace in _require_namespaces(store)]
     damaged: list[str] = []
@@ -137,7 +138,7 @@ def verify_store(store: str, repair: bool = False) -> None:
             delete(path)
         log_line(f"removed {len(damaged)} damaged shards")
     remedy = "run `slam-asr extract-features` again over the same manifests" + (
-        "" if repair else ", after `features verify --repair true`"
+        "" if repair or not damaged else f", after `slam-asr features verify {store} --repair true`"
     )
     raise InputError(
         f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {remedy}."
@@ -147,12 +148,9 @@ def verify_store(store: str, repair: bool = False) -> None:
 def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
     namespace, shard = located
     hashed = hashlib.sha256()
-    try:
-        with open_stream(namespace.shard_path(shard.name)) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                hashed.update(chunk)
-    except StorageError:
-        return False
+    with open_stream(namespace.shard_path(shard.name)) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            hashed.update(chunk)
     return hashed.hexdigest() == shard.sha256
 
 
@@ -191,12 +189,12 @@ def prune_store(
         else:
             files = _removable(_contents(namespace), needed, unfinished, yes)
         size = sum(f.bytes for f in walk(namespace.root) if join(namespace.root, f.name) in set(files))
-        log_line(f"{name_of(namespace.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
         if yes:
             # Remove indexes and receipts before the shards that they vouch for. Then none of them refers to a
             # removed shard, even after an interruption.
             for file in sorted(files, key=lambda f: "/shards/" in f):
                 delete(file)
+        log_line(f"{name_of(namespace.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
 
 
 def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:

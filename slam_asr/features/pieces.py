@@ -2,9 +2,9 @@
 
 A slow encoder may take an hour to fill a shard, and a cluster may end a pod at any time, with about a second
 to finish. The batches that were encoded since the last piece are therefore saved every `PIECE_SECONDS`. An
-extraction that is started again plans the same shards and the same batches, takes those that are in pieces,
-and encodes the others: the shard has the same bytes as without an interruption. Its pieces are removed when
-it is written.
+extraction that is started again plans the same shards and the same batches, reads the batches that pieces
+hold, and encodes the others: the shard has the same bytes as without an interruption. Its pieces are removed
+when it is written.
 """
 
 from slam_asr.artifacts.feature_store.namespace import unpack
@@ -32,7 +32,7 @@ def read_pieces(shard: PlannedShard) -> dict[str, QuantizedFrames]:
             if exists(path):
                 raise
             continue
-        # Its name is the SHA-256 of its content.
+        # A piece is named by the SHA-256 of its content.
         if name_of(path) == sha256_of_bytes(content) + _SUFFIX:
             features |= unpack(content)
     return features

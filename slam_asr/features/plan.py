@@ -234,7 +234,7 @@ class ExtractionPlan:
 
     def _own_reused(self) -> Audio:
         """This work shard's share of the audio that is not computed again."""
-        return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.of))
+        return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.total))
 
     def own_seconds(self) -> float:
         """Total duration in seconds of this work shard's audio, whether computed or reused."""

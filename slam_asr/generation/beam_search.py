@@ -5,9 +5,8 @@ Hypotheses are extended, finished and dropped by the same scores as in `Generati
 
 - Audio and prompt run through the LLM once per utterance, not once per beam, in groups of similar length.
 - The beams of an utterance share the keys and values of audio and prompt (`beam_cache.py`).
-- An utterance leaves the batch as soon as it is settled, so one runaway answer does not hold up the others.
-  It is settled when transformers would stop, or earlier, as soon as no continuation can become one of the
-  requested answers.
+- Settled utterances leave the batch, so that one runaway answer costs little. An utterance is settled when
+  transformers would stop, or earlier, as soon as no continuation can become one of the requested answers.
 
 For each utterance, the search also reports whether rounding may have decided a choice.
 """
@@ -118,7 +117,7 @@ def _search(
             result.collect(state, settled)
             if bool(settled.all()):
                 break
-            # Reorder before shrinking: `continued_rows` counts the rows of all utterances in the cache.
+            # Reorder before shrinking: `continued_rows` are row numbers of the cache before it shrinks.
             cache.reorder_cache(cast(torch.LongTensor, continued_rows))
             if int(settled.sum()) * _WORTH_SHRINKING >= len(settled):
                 remaining = (~settled).nonzero()[:, 0]
@@ -173,9 +172,9 @@ def _answers(result: SearchState, generation: GenerationConfig) -> Answers:
 def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     """Build the processors that penalise tokens that an answer already contains.
 
-    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would not
-    penalise as many of an answer's first tokens as there is padding to the left of the utterance. An answer
-    would therefore depend on the other utterances of the batch.
+    transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would exempt
+    as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
+    An answer would therefore depend on the other utterances of the batch.
     """
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])

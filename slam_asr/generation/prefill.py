@@ -1,4 +1,4 @@
-"""Forward passes of the LLM in a search, and the first of them, over audio and prompt."""
+"""The LLM's forward pass in a search, and the prefill: the first pass, over audio and prompt."""
 
 import inspect
 from typing import cast

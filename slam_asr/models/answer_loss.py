@@ -50,7 +50,7 @@ def score_answers(logits: torch.Tensor, labels: torch.Tensor) -> AnswerScores:
 
 
 def score_in_chunks(
-    rows: torch.Tensor, head: nn.Module, targets: torch.Tensor
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the fields of `AnswerScores` from the output layer's inputs. This function is a `Scorer`.
 
@@ -58,7 +58,7 @@ def score_in_chunks(
     gradient. That gradient is computed along with the loss, and no logits are saved for the backward pass.
 
     Args:
-        rows: [targets, LLM width], inputs of the output layer in its dtype.
+        hidden: [targets, LLM width], inputs of the output layer in its dtype.
         head: the output layer; the LLM must not change its logits any further (see `allows_chunks`).
         targets: [targets] int64, token ids.
 
@@ -66,7 +66,7 @@ def score_in_chunks(
         Loss (scalar, float32, with a gradient) and sums ([3], float64), as in `AnswerScores`.
     """
     assert isinstance(head, nn.Linear)  # see `allows_chunks`
-    loss, correct = _ChunkedLoss.apply(rows, head.weight, head.bias, targets)
+    loss, correct = _ChunkedLoss.apply(hidden, head.weight, head.bias, targets)
     return loss, _sums(loss, correct, targets)
 
 
@@ -81,15 +81,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        correct = torch.zeros((), dtype=torch.int64, device=rows.device)
-        gradient = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, CHUNK // weight.shape[0])
-        for start in range(0, len(rows), size):
+        for start in range(0, len(hidden), size):
             chunk = targets[start : start + size, None]
-            logits = functional.linear(rows[start : start + size], weight, bias).float()
+            logits = functional.linear(hidden[start : start + size], weight, bias).float()
             correct += (logits.argmax(-1, keepdim=True) == chunk).sum()
             total = logits.logsumexp(-1, keepdim=True)
             loss += (total - logits.gather(-1, chunk)).sum()

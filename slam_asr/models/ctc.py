@@ -69,8 +69,11 @@ class CtcHead(nn.Module):
     """
 
     size: torch.Tensor
+    """Scalar: mean length of the embeddings, the unit of all distances."""
     embeddings: torch.Tensor
+    """[1 + tokens, LLM width]: the embeddings in that unit."""
     half_squares: torch.Tensor
+    """[1 + tokens] float32: half of each embedding's squared length in that unit."""
 
     def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -160,7 +163,7 @@ class CtcModel(nn.Module):
         return loss, torch.cat([ctc.detach().double()[None], counts])
 
     def _outputs_and_logits(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the projector's outputs [positions, LLM width], and their logits [positions, tokens]."""
+        """Return the projector's outputs [positions, LLM width], and their logits [positions, 1 + tokens]."""
         features = encode_audio(self.encoder, batch.audio, self.feature_dtype)
         if self.training and self.dropout:
             features = [functional.dropout(f, self.dropout) for f in features]
@@ -171,7 +174,8 @@ class CtcModel(nn.Module):
 def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Tensor]) -> torch.Tensor:
     """Return CTC's loss, summed over utterances, as a scalar in float32.
 
-    An utterance with more tokens than positions has no path, and counts as 0.
+    An utterance has no path, and counts as 0, if it has fewer positions than tokens and the blanks that
+    separate equal neighbours.
 
     Args:
         logits: [positions of all utterances, 1 + tokens] float32.

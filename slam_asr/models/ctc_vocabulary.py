@@ -1,7 +1,7 @@
 """The LLM's tokens that a CTC head distinguishes, and transcripts spelled in them."""
 
+import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ BLANK_TEXT = "\n"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """Matches a token that stands for a byte of a character that the vocabulary lacks (SentencePiece)."""
 _AT_ONCE = 1000
-"""Number of texts that are tokenized in one call."""
+"""Number of texts that are tokenised in one call."""
 
 
 class CtcVocabulary:
@@ -34,8 +34,8 @@ class CtcVocabulary:
     def spell(self, text: str) -> list[int]:
         """Return a text's tokens as indices of `token_ids`; 0, the blank, is not among them.
 
-        A token that is not in the vocabulary is spelled by the fewest shorter ones. What no token can spell
-        is left out.
+        A token that does not occur in the train transcripts is spelled by the fewest shorter ones. What no
+        token can spell is left out.
         """
         spelled: list[int] = []
         for token in self.tokenizer.encode(self._prefix + text, add_special_tokens=False):
@@ -73,45 +73,26 @@ class CtcVocabulary:
         return best[-1][2]
 
 
-def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], limit: int = 0) -> list[int]:
-    """Choose the tokens that spell the transcripts of a training run.
+def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
+    """Return the tokens that spell the transcripts of a training run: all that occur in them.
+
+    A smaller vocabulary, in which rarer tokens are spelled by shorter ones, was measured to be worse
+    (docs/measurements/accuracy.md).
 
     Args:
         tokenizer: the LLM's tokenizer.
         texts: the transcripts.
-        limit: number of the most frequent tokens to take. Characters that the others need are added, as far
-            as they are tokens themselves. 0: all tokens that occur.
 
     Returns:
         Token ids: the blank's, and then the others in ascending order.
     """
-    prefix, counts = _prefix(tokenizer), Counter[int]()
-    pending: list[str] = []
-
-    def count() -> None:
-        for ids in tokenizer(pending, add_special_tokens=False)["input_ids"] if pending else ():
-            counts.update(ids)
-        pending.clear()
-
-    for text in texts:
-        pending.append(prefix + text)
-        if len(pending) == _AT_ONCE:
-            count()
-    count()
+    prefix, occurring, remaining = _prefix(tokenizer), set[int](), iter(texts)
+    while some := list(itertools.islice(remaining, _AT_ONCE)):
+        for ids in tokenizer([prefix + text for text in some], add_special_tokens=False)["input_ids"]:
+            occurring.update(ids)
     # Some tokenizers put a token of its own before the line break.
     blank = tokenizer.encode(BLANK_TEXT, add_special_tokens=False)[-1]
-    del counts[blank]
-    ordered = sorted(counts, key=lambda token: (-counts[token], token))
-    chosen = set(ordered[: limit or None])
-    vocabulary = tokenizer.get_vocab()
-    for token in ordered[len(chosen) :]:
-        string = _string(tokenizer, token)
-        characters = [vocabulary.get(c) for c in string]
-        if _BYTE.fullmatch(string) or None in characters:
-            chosen.add(token)
-        else:
-            chosen.update(c for c in characters if c is not None)
-    return [blank, *sorted(chosen - {blank})]
+    return [blank, *sorted(occurring - {blank})]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -62,8 +62,9 @@ class Prompt:
         """Id of the token that ends a target."""
         self.main = self._tokenize(options.prompt, options.template)
         """The prompt for decoding and validation."""
-        self.drawn = [self._tokenize(p, options.template) for p in options.training_prompts] or [self.main]
-        """The prompts for training."""
+        training = [self._tokenize(p, options.template) for p in options.training_prompts]
+        self.for_training = training or [self.main]
+        """The prompts that training draws from."""
 
     @property
     def stops(self) -> list[int]:
@@ -71,11 +72,12 @@ class Prompt:
         return sorted({self.end, self.tokenizer.eos_token_id})
 
     def draw(self, seed: int, epoch: int, key: str) -> int:
-        """Return the index in `drawn` of the prompt for an utterance in an epoch.
+        """Return the index in `for_training` of the prompt for an utterance in an epoch.
 
         It depends on the arguments only, so it is the same on every process and after a restart.
         """
-        return random.Random(f"{seed}/{epoch}/{key}").randrange(len(self.drawn)) if len(self.drawn) > 1 else 0
+        count = len(self.for_training)
+        return random.Random(f"{seed}/{epoch}/{key}").randrange(count) if count > 1 else 0
 
     def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         """Tokenise prompt and answer together, and divide the ids between the two.
@@ -98,15 +100,19 @@ class Prompt:
         assert isinstance(text, str), "one list of ids gives one text"
         return text.strip()
 
-    def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
+    def texts_around_audio(self, prompt: str, template: str) -> tuple[str, str]:
+        """Return the texts before and after the audio, for a prompt in a template as in the recipe."""
         if self.chat:
             before, _, text = _chat(
                 self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
             ).partition(_MARK)
-        elif AUDIO in template:
-            before, text = (part.replace("{}", prompt) for part in template.split(AUDIO))
-        else:
-            before, text = "", template.replace("{}", prompt)
+            return before, text
+        before, mark, text = template.partition(AUDIO)
+        texts = (before, text) if mark else ("", template)
+        return texts[0].replace("{}", prompt), texts[1].replace("{}", prompt)
+
+    def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
+        before, text = self.texts_around_audio(prompt, template)
         before_ids = self._encode(before, start=True) if before else []
         return TokenizedPrompt(text, before_ids, self._encode(text, start=not before_ids))
 
@@ -139,7 +145,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
         )
     except (TemplateError, ValueError) as error:
         raise ModelError(
-            f"The chat template of {tokenizer.name_or_path} cannot be filled in: {one_sentence(error)}"
+            f"The chat template of {tokenizer.name_or_path} cannot be filled in, so set llm.template to a "
+            f"text of your own: {one_sentence(error)}"
         ) from error
     assert isinstance(text, str), "tokenize=False gives text"
     return text

@@ -132,7 +132,7 @@ def _scale(highest: int) -> tuple[int, int]:
 def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
     """The first `MAX_CHARACTERS` characters of an alphabet, for the page.
 
-    An invisible character, such as a space, has an empty `shape`, and the page shows its name instead.
+    An invisible character, such as a space, has an empty `shape`, and the page shows `label` instead.
 
     Args:
         alphabet: number of occurrences by character, most frequent first.
@@ -145,8 +145,8 @@ def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
             "count": count,
             "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(),
             "code": f"U+{ord(char):04X}",
-            "of": share(count, total),
-            "plain": "space" if char == " " else f"U+{ord(char):04X}",
+            "share": share(count, total),
+            "label": "space" if char == " " else f"U+{ord(char):04X}",
         }
         for char, count in list(alphabet.items())[:MAX_CHARACTERS]
     ]

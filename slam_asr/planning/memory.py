@@ -150,7 +150,7 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
         on_gpu: whether the process has a GPU.
     """
     recipe, size = shapes.recipe, DTYPES[shapes.recipe.training.precision].itemsize
-    trained, tokens, positions = shapes.projector_parameters, shapes.ctc_tokens, load.rows * load.audio
+    trained, tokens, positions = shapes.projector_parameters, shapes.vocabulary, load.rows * load.audio
     encoder = 0.0
     if not recipe.caches_features:
         encoder = (

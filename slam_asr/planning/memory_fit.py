@@ -110,7 +110,7 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
     # Training draws one of several prompts; this takes the longest.
     before, (after, answer) = max(
-        ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.drawn),
+        ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.for_training),
         key=lambda tokens: len(tokens[0]) + sum(map(len, tokens[1])),
     )
     return Load(1.0, audio + len(before) + len(after) + len(answer), audio, len(answer))
@@ -152,7 +152,9 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     if not machine.on_gpu or machine.host is None:
         return
     takes = PROCESS_OVERHEAD * machine.local_processes
-    what, remedy = f"{machine.local_processes} training processes need", "more memory for the host"
+    several = machine.local_processes > 1
+    what = f"{machine.local_processes} training process{'es need' if several else ' needs'}"
+    remedy = "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host has the shards of its own ones.
         takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
@@ -162,6 +164,6 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
         )
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
-            f"{what} about {takes / 1e9:.3g} GB of this host's memory, which has "
+            f"{what} about {takes / 1e9:.3g} GB of memory on this host, which has "
             f"{machine.host / 1e9:.3g} GB available: use {remedy}."
         )

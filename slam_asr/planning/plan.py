@@ -110,18 +110,18 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
     memory = training_memory(shapes, load, gpus.processes, on_gpu)
     capacity = USABLE * gpus.memory
     one = mean_load(shapes, speech.utterance_seconds, 1)  # a budget of 1 position gives the minimum of 1 row
-    begun = beginning_memory(shapes, load, on_gpu) if recipe.projector.beginning.active else None
-    stages, steps = _work(shapes, load, gpus, speech)
+    beginning = beginning_memory(shapes, load, on_gpu) if recipe.projector.beginning.active else None
+    stages, steps = _stages(shapes, load, gpus, speech)
     frame_bytes = bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
     cache = speech.utterances * shapes.encoder.frames_of(speech.samples) * frame_bytes
     return Plan(
         load,
         memory,
-        fits=max(memory.total, begun.total if begun else 0.0) <= capacity,
+        fits=max(memory.total, beginning.total if beginning else 0.0) <= capacity,
         cache_bytes=cache if recipe.caches_features else 0,
         stages=stages,
         steps=steps,
-        beginning=begun,
+        beginning=beginning,
         proposal=propose(shapes, one, gpus.processes, capacity, on_gpu),
     )
 
@@ -195,8 +195,8 @@ def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str,
     return {"positions_per_batch": min(rows * length, max(length, options.positions_per_step // processes))}
 
 
-def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[str, Stage], int]:
-    """The work of each stage, and the number of optimiser steps."""
+def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[str, Stage], int]:
+    """The estimates for each stage, and the number of optimiser steps."""
     recipe, options = shapes.recipe, shapes.recipe.training
     encode = encoder_flops(shapes.encoder, speech.samples)
     positions = speech.utterances * load.length
@@ -221,11 +221,11 @@ def _work(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[
     encoding = 3 * on_the_fly if recipe.encoder.tuning == "full" else on_the_fly
     train = trained * (text + attention + output + projected + encoding)
     if recipe.projector.beginning.active:
-        begun = recipe.projector.beginning.steps
+        beginning_steps = recipe.projector.beginning.steps
         # The head's products: with the embeddings, the gradient of their inputs, and the expected embeddings.
-        head = 6 * load.audio * shapes.ctc_tokens * width
-        train += speech.utterances * begun / steps_per_epoch * (projected + head + on_the_fly)
-        steps += begun
+        head = 6 * load.audio * shapes.vocabulary * width
+        train += speech.utterances * beginning_steps / steps_per_epoch * (projected + head + on_the_fly)
+        steps += beginning_steps
     extract = speech.utterances * encode if recipe.caches_features else 0
     tested = speech.test_hours * 3600 / speech.utterance_seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)

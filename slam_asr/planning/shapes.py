@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CHARACTERS = 256
-"""Approximate number of characters that are added to `projector.beginning.tokens` tokens, at most."""
-
-
 class _Attention(torch.autograd.Function):
     """Attention that saves the same tensors as fused kernels but computes nothing."""
 
@@ -138,12 +134,6 @@ class Shapes:
     def vocabulary(self) -> int:
         """Number of rows of the output layer."""
         return self.llm.get_output_embeddings().weight.shape[0]
-
-    @property
-    def ctc_tokens(self) -> int:
-        """Maximum number of tokens that the beginning distinguishes: those that occur are not known here."""
-        limit = self.recipe.projector.beginning.tokens
-        return min(limit + CHARACTERS, self.vocabulary) if limit else self.vocabulary
 
     @property
     def scores_in_chunks(self) -> bool:

@@ -60,7 +60,7 @@ class FairseqOptions:
         """Whether the encoder needs normalised waveforms.
 
         Raises:
-            ModelError: the configuration does not say so.
+            ModelError: the configuration does not say whether it does.
         """
         candidates = (
             _dict(self._content, "task"),

@@ -56,7 +56,8 @@ def load_weights(
     """
     device = {}
     if not values:
-        # transformers needs it for a device map, and the image of a step holds only what its code imports.
+        # transformers needs accelerate for a device map. Importing it here puts it into the steps' images,
+        # which contain only packages that their code imports.
         import accelerate  # noqa: F401
 
         device = {"device_map": "meta"}

@@ -106,8 +106,10 @@ def locate_base_model(name: str, key: str, model: str) -> Path:
     try:
         return locate_model(name)
     except ModelError as error:
+        part = {"encoder.name": "encoder", "llm.name": "LLM"}[key]
         raise ModelError(
-            f"{str(error).rstrip('.')}; if what {model} was trained with is elsewhere now, give --{key}."
+            f"{str(error).rstrip('.')}; if the {part} that {model} was trained with is elsewhere now, "
+            f"give --{key}."
         ) from error
 
 

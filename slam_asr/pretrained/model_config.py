@@ -34,8 +34,8 @@ def read_model_config(folder: Path, part: str, trust_remote_code: bool = False) 
     _require_own_weights(folder, part)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Configurations check their values by no clear rule (ValueError, KeyError, TypeError, …), and code from
-    # the folder may raise anything.
+    # Configurations raise many kinds of errors for bad values (ValueError, KeyError, TypeError, …), and code
+    # from the folder may raise anything.
     except Exception as error:
         raise own_code_refused(folder, part, error) or ModelError(
             f"The {part} in {folder} has no readable config.json: {one_sentence(error)}"

@@ -3,7 +3,7 @@
 It supports OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two either
 pretrained or fine-tuned with CTC. It does not need fairseq, and runs no code from the file. The model's sizes
 come from the configuration in the file, so a missing layer is noticed. Every tensor is accounted for: it is
-renamed, or dropped because its name is on a list, or causes an error.
+renamed, or dropped because no encoder needs it, or causes an error.
 """
 
 import re

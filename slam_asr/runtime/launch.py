@@ -24,7 +24,7 @@ GRACE = 10.0
 
 @dataclass
 class Job:
-    """The instructions for one process. Each module adds its own fields."""
+    """The instructions for one process. Modules derive classes from it, with fields of their own."""
 
     process: int = 0
     """Index of the process, from 0, and of its GPU, if it has one."""

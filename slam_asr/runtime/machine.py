@@ -19,9 +19,9 @@ class Machine:
     """Processes on this machine."""
     on_gpu: bool
     memory: float | None
-    """Memory of the smallest GPU in bytes; without GPUs, that of this host. None if unknown."""
+    """Total memory of the smallest GPU in bytes; without GPUs, the same as `host`. None if unknown."""
     host: float | None
-    """Memory of this host in bytes. None if unknown."""
+    """Memory available on this host in bytes, as from `host_memory`. None if unknown."""
 
     @property
     def capacity(self) -> float | None:

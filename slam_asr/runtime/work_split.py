@@ -12,15 +12,15 @@ class WorkShard:
 
     number: int = 1
     """Number of this work shard, counted from 1."""
-    of: int = 1
+    total: int = 1
     """Number of work shards that the plan is divided into."""
 
     def __str__(self) -> str:
-        return f"{self.number}-of-{self.of}"
+        return f"{self.number}-of-{self.total}"
 
     def takes(self, piece: int) -> bool:
         """Whether this work shard includes a piece, counted from 0."""
-        return piece % self.of == self.number - 1
+        return piece % self.total == self.number - 1
 
 
 def parse_work_shard(shard: str) -> WorkShard:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from slam_asr.artifacts.hypotheses import Hypothesis, WordErrors, scored_text
-from slam_asr.artifacts.scripts import comparable
 from slam_asr.artifacts.word_errors import Measured, character_errors, groups_of, measure
+from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.scoring.normalization import normalisers_of
 from slam_asr.scoring.statistics import interval, interval_over
 

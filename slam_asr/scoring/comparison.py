@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from slam_asr.artifacts.hypotheses import Hypothesis, scored_text
-from slam_asr.artifacts.scripts import comparable, separates_words
 from slam_asr.artifacts.word_errors import Measured, groups_of, measure
+from slam_asr.artifacts.writing_systems import comparable, separates_words
 from slam_asr.errors import InputError
 from slam_asr.scoring.analysis import percent
 from slam_asr.scoring.statistics import matched_pairs
@@ -67,45 +67,49 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
     # A single subset would repeat the row of all utterances, and a subset without words has no rate.
-    comparable = (
+    with_rates = (
         {name: indices for name, indices in subsets.items() if name and a.words[indices].sum()}
         if len(subsets) > 1
         else {}
     )
     return [
         _compared(name, a, b, indices, seed)
-        for name, indices in [*comparable.items(), (ALL, np.arange(len(pairs)))]
+        for name, indices in [*with_rates.items(), (ALL, np.arange(len(pairs)))]
     ]
 
 
 def pair(
     first: tuple[str, Sequence[Hypothesis]], second: tuple[str, Sequence[Hypothesis]], common: bool
 ) -> tuple[list[tuple[Hypothesis, Hypothesis]], dict[str, int]]:
-    """Pair the utterances that both outputs have, and count those that only one has, by that one's path.
+    """Pair the utterances that both outputs have.
 
     Args:
         first: the first recogniser's name and its utterances.
         second: the same for the second recogniser.
         common: whether utterances that only one output has are left out, instead of refused.
 
+    Returns:
+        The pairs; and for each recogniser's name, the number of utterances that only its output has.
+
     Raises:
         InputError: an utterance is in only one output, occurs twice in one, or has different references.
     """
     # SLAM-LLM's files name no subsets. If any utterance lacks its subset, all are paired by key alone.
     with_subset = all(row.subset for _, rows in (first, second) for row in rows)
-    sides = [(path, _by_name(path, rows, with_subset)) for path, rows in (first, second)]
+    sides = [(name, _by_key(name, rows, with_subset)) for name, rows in (first, second)]
     left_out = {}
-    for (path, rows), (other, others) in (sides, sides[::-1]):
+    for (name, rows), (other, others) in (sides, sides[::-1]):
         unpaired = sorted(rows.keys() - others.keys())
         # If the outputs have nothing in common, `common` does not help: no pair would be left.
         if unpaired and (not common or len(unpaired) == len(rows)):
             raise InputError(
-                f"{path} has {len(unpaired)} utterances that {other} lacks, first {unpaired[0][0]}: "
+                f"{name} has {len(unpaired)} utterances that {other} lacks, first {unpaired[0][0]}: "
                 "compare outputs for the same test set"
                 + ("." if common else ", or add --common true to compare what both have.")
             )
-        left_out[path] = len(unpaired)
-    pairs = [(row, sides[1][1][name]) for name, row in sides[0][1].items() if name in sides[1][1]]
+        left_out[name] = len(unpaired)
+    (_, first_rows), (_, second_rows) = sides
+    pairs = [(row, second_rows[key]) for key, row in first_rows.items() if key in second_rows]
     characters = not separates_words(a.reference for a, _ in pairs)
     differing = [
         a.key
@@ -121,13 +125,14 @@ def pair(
     return pairs, left_out
 
 
-def _by_name(path: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
-    named = {(comparable(row.key), row.subset if with_subset else ""): row for row in rows}
-    if len(named) < len(rows):
+def _by_key(name: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
+    """Return the utterances by (key, subset)."""
+    keyed = {(comparable(row.key), row.subset if with_subset else ""): row for row in rows}
+    if len(keyed) < len(rows):
         raise InputError(
-            f"{path} contains {len(rows) - len(named)} utterances more than once: each may occur only once."
+            f"{name} contains {len(rows) - len(keyed)} utterances more than once: each may occur only once."
         )
-    return named
+    return keyed
 
 
 def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: int) -> Compared:

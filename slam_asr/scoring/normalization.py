@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from slam_asr.artifacts.hypotheses import Hypothesis
-from slam_asr.artifacts.scripts import (
+from slam_asr.artifacts.writing_systems import (
     is_english,
     looks_english,
     normalise_any_language,
@@ -71,8 +71,8 @@ _ALTERED = frozenset(
 def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]:
     """Yield the normaliser of each utterance's language.
 
-    If the manifest gave no language, it counts as English unless the references have letters that English
-    hardly uses.
+    An utterance without a language in its manifest counts as English, unless the references have letters that
+    English hardly uses.
     """
     may_be_english = looks_english(row.reference for row in rows)
     for row in rows:

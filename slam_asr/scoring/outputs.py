@@ -49,8 +49,12 @@ def _read_pair(path: str) -> list[Hypothesis]:
 
 def _read_lines(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: convert it, for example with iconv.") from error
     # `splitlines` would also split at characters such as U+2028, which a transcript may contain.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         key, tab, text = line.partition("\t")

@@ -72,7 +72,7 @@ class Run:
             "dev": {key: dev[key] for key in _LAST_ON_DEV if is_number(dev.get(key))},
             "steps": self.training.get("steps"),
             "seconds": self.training.get("seconds"),
-            "worse_by": comparison.second - comparison.first if comparison else None,
+            "worse_by": round(comparison.second - comparison.first, 2) if comparison else None,
             "p": comparison.p if comparison else None,
         }
 

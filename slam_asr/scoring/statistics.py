@@ -13,7 +13,7 @@ import numpy as np
 
 RESAMPLES = 1000
 """Number of samples of a bootstrap interval."""
-FLIPS, _AT_ONCE = 10_000, 500
+EXCHANGES, _AT_ONCE = 10_000, 500
 """Number of random exchanges of a randomisation test, and how many of them are in memory at once."""
 MAX_EXACT = 5000
 """Number of differing utterances above which the normal approximation replaces the randomisation test.
@@ -114,8 +114,8 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))
     else:
         rng = np.random.default_rng(seed)
-        signs = (2 * rng.integers(2, size=(_AT_ONCE, len(nonzero))) - 1 for _ in range(FLIPS // _AT_ONCE))
+        signs = (2 * rng.integers(2, size=(_AT_ONCE, len(nonzero))) - 1 for _ in range(EXCHANGES // _AT_ONCE))
         as_large = sum(int((np.abs(batch @ nonzero) >= observed).sum()) for batch in signs)
         # Plus one, because the observed assignment is itself one of the possible exchanges.
-        p = (as_large + 1) / (FLIPS + 1)
+        p = (as_large + 1) / (EXCHANGES + 1)
     return Difference(float(differences.sum() / words.sum()), low, high, p, len(nonzero))

@@ -1,4 +1,4 @@
-"""The command `slam-asr compare-runs`: shows the results of several training runs on one page."""
+"""The stage `compare-runs`: shows the results of several training runs on one page."""
 
 from pathlib import Path
 

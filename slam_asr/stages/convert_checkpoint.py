@@ -19,11 +19,13 @@ STAGE = "convert-checkpoint"
 def convert_checkpoint(
     checkpoint: str,
     output: str,
-    to: Literal["model", "slam-llm", "llm"] = "model",
+    to: Literal["model", "huggingface", "voxtral", "slam-llm", "llm"] = "model",
     recipe: Recipe | None = None,
     which: Literal["latest", "best", "average"] = "latest",
     half: bool = False,
     adapter: str | None = None,
+    complete: bool = False,
+    report: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
 ) -> Record:
@@ -34,17 +36,23 @@ def convert_checkpoint(
             zero_to_fp32.py wrote, which need `recipe`; or the original file of Whisper, WavLM, HuBERT or
             wav2vec 2.0; or a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
-        to: `model` writes this project's model folder; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
-            only the trained LLM, as transformers does, with LoRA merged into it.
+        to: `model` writes this project's model folder; `huggingface` writes a folder that transformers loads
+            by itself, on machines without slam-asr; `voxtral` does so as a Voxtral, which is a class of
+            transformers' own, so that no code of the folder runs; `slam-llm` writes SLAM-LLM's model.pt;
+            `llm` writes only the trained LLM, as transformers does, with LoRA merged into it.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
             `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints).
-        half: save the projector in fp16, which halves its size; computations use the recipe's precision
-            anyway.
+        half: save projector and LoRA adapter in fp16, which halves their size; computations use the recipe's
+            precision anyway.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
+        complete: with `--to huggingface`, copy encoder and LLM into the folder; by default it contains only
+            what was trained, and names them.
+        report: with `--to huggingface` or `voxtral`, folder that score wrote for this model: its error rates
+            become part of the model card.
         verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a
             probe of a few utterances with random audio.
         overwrite: replace a model that was made from another checkpoint.
@@ -57,6 +65,7 @@ def convert_checkpoint(
         ConfigurationError: the options contradict each other or the checkpoint's kind.
     """
     # Imported here, because torch takes seconds to load and `--help` does without it.
+    from slam_asr.conversion.model_card import read_report
     from slam_asr.conversion.sources import OriginalEncoder, find_source
     from slam_asr.conversion.writers import TargetFormat, write
 
@@ -64,7 +73,15 @@ def convert_checkpoint(
         raise ConfigurationError(
             "--half true is only for --to model; the other formats have their own precision: leave it out."
         )
-    target = TargetFormat(to, half, verify)
+    if complete and to != "huggingface":
+        raise ConfigurationError("--complete true is only for --to huggingface: leave it out.")
+    if report and to not in ("huggingface", "voxtral"):
+        raise ConfigurationError("--report is only for --to huggingface and --to voxtral: leave it out.")
+    if not verify and to == "voxtral":
+        raise ConfigurationError(
+            "--to voxtral is always verified, as it rewrites weights: leave out --verify."
+        )
+    target = TargetFormat(to, half, verify, complete, read_report(report) if report else None)
     source = find_source(checkpoint, which, recipe, adapter)
     if isinstance(source, OriginalEncoder):
         return _convert_encoder(source.file, output, target.inputs, overwrite)

@@ -1,6 +1,5 @@
 """The stage `decode`: transcribes test utterances, or one work shard of them; `score` scores them."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -53,7 +52,7 @@ def decode(
         feature_store: written by extract-features; without it, audio is encoded on the fly.
         overwrite: replace the results of other inputs.
         work_shard: i/n: transcribe only the i-th of n equal parts, which may run on n machines. The texts
-            are the same as without.
+            are the same as without work shards.
 
     Returns:
         The stage's record. Its folder holds hypotheses.jsonl, which `slam-asr score --parts` takes.
@@ -83,11 +82,11 @@ def decode(
         with DecodeJournal(folder, decoding_digest, remote) as journal:
             decoded, facts = _decode(decoder, shard, journal, processes)
         _write(folder, recipe.decoding, decoded, decoder.utterances)
-        journal.close()
+        journal.discard()
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
         part = f" of {len(decoder.utterances)} utterances, work shard {shard}"
-        return Outcome(f"{len(decoded)}{part if shard.of > 1 else ' utterances'}", _rates(facts), facts)
+        return Outcome(f"{len(decoded)}{part if shard.total > 1 else ' utterances'}", _rates(facts), facts)
 
     return run_stage("decode", output, inputs, work, overwrite)
 
@@ -136,8 +135,8 @@ def _decode(
     Returns:
         Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
     """
-    # Batches are planned over all utterances. So each utterance is decoded with the same others, and rounds
-    # alike, whatever the number of work shards and processes.
+    # Batches are planned over all utterances, so they do not depend on the number of work shards and
+    # processes. The rounding errors of an utterance, which depend on the others in its batch, do not either.
     batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
     in_shard = sorted(index for batch in batches for index in batch)
     remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
@@ -234,11 +233,14 @@ def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
 
 
 def _rates(facts: dict[str, Any]) -> dict[str, float]:
-    """Numbers for the dashboard: how much was decoded, and how fast."""
+    """Numbers for the dashboard: how much was decoded, and how fast.
+
+    A decoding whose journal was already complete has no speed.
+    """
     hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {
         "utterances": facts["utterances"],
         "answers cut": facts["answers_cut"],
         "empty answers": facts["empty_answers"],
-        "times real time": round(hours * 3600 / seconds, 2) if seconds else math.inf,
+        **({"times real time": round(hours * 3600 / seconds, 2)} if hours and seconds else {}),
     }

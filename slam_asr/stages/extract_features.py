@@ -11,18 +11,19 @@ from slam_asr.storage import join
 def extract_features(recipe: Recipe, manifests: list[str], output: str, work_shard: str = "1/1") -> Record:
     """Encode every utterance once and save the result in a feature store.
 
-    Features that the store already has, from whatever manifest, are not computed again. If the recipe trains
-    the encoder too, or has `features.cache: none`, nothing is saved.
+    Features that the feature store already has, from whatever manifest, are not computed again. If the recipe
+    trains the encoder too, or has `features.cache: none`, nothing is saved.
 
     Args:
         recipe: names the encoder, which of its frames to save, and their dtype.
         manifests: manifests (JSON lines), or folders that build-manifest wrote.
-        output: the store, a folder or s3://bucket/prefix; many recipes and manifests can share one.
+        output: the feature store, a folder or s3://bucket/prefix; many recipes and manifests can share one.
         work_shard: i/n: do only the i-th of n equal parts of the work. If n machines do one part each, they
-            fill the store together.
+            fill the feature store together.
 
     Returns:
-        The stage's record. Its folder is in the store and can be given wherever a store is expected.
+        The stage's record. Its folder is in the feature store, and can be given wherever a feature store is
+        expected.
 
     Raises:
         UserError: a manifest, the encoder or an audio file cannot be used.

@@ -86,7 +86,7 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     peak, verdict = result.memory.total, "fits" if result.fits else "DOES NOT FIT"
     if result.beginning:
         log_line(f"  {'total with the LLM':<52}{peak / 1e9:8.2f}")
-        name = f"in the beginning, with at most {shapes.ctc_tokens} tokens"
+        name = f"in the beginning, with at most {shapes.vocabulary} tokens"
         log_line(f"  {name:<52}{result.beginning.total / 1e9:8.2f}")
         peak = max(peak, result.beginning.total)
     log_line(

@@ -13,8 +13,8 @@ from slam_asr.artifacts.hypotheses import (
     write_hypotheses,
 )
 from slam_asr.artifacts.model_folder import read_config
-from slam_asr.artifacts.scripts import separates_words
 from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
+from slam_asr.artifacts.writing_systems import separates_words
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
@@ -94,7 +94,10 @@ def _report(
     facts: dict[str, Any],
     audio: dict[Name, str],
 ) -> Outcome:
-    """Write the report of all utterances, in any order, with the controls that the recipe asks for."""
+    """Write the report of all utterances, with the controls that the recipe asks for.
+
+    The order of `rows` does not matter.
+    """
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
@@ -123,10 +126,10 @@ def _complete_parts(records: list[Record]) -> list[Record]:
         raise InputError("There is nothing to score: --parts names no folder that `slam-asr decode` wrote.")
     by_number: dict[int, Record] = {}
     for record in records:
-        number, of = _numbers(record)
+        number, total = _numbers(record)
         if number in by_number:
             raise InputError(
-                f"{record.folder} and {by_number[number].folder} are both work shard {number}/{of}: "
+                f"{record.folder} and {by_number[number].folder} are both work shard {number}/{total}: "
                 "give each part once."
             )
         by_number[number] = record
@@ -136,21 +139,21 @@ def _complete_parts(records: list[Record]) -> list[Record]:
             for key in record.inputs | other.inputs
             if key != "part" and record.inputs.get(key) != other.inputs.get(key)
         )
-        if changed or of != _numbers(other)[1]:
+        if changed or total != _numbers(other)[1]:
             raise InputError(
                 f"{record.folder} and {other.folder} are parts of different decodings "
-                f"({', '.join(changed) or 'number of parts'} differ): decode all with the same inputs."
+                f"(different: {', '.join(changed) or 'number of parts'}): decode all with the same inputs."
             )
-    missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in by_number]
+    missing = [f"{number}/{total}" for number in range(1, total + 1) if number not in by_number]
     if missing:
         raise InputError(
-            f"The decoding lacks {len(missing)} of {of} parts, first {missing[0]}: "
+            f"The decoding lacks {len(missing)} of {total} parts, first {missing[0]}: "
             f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."
         )
     return [by_number[number] for number in sorted(by_number)]
 
 
 def _numbers(record: Record) -> tuple[int, int]:
-    """A record's work shard i/n as (i, n). Version 0.1.0 decoded without one if it was not requested."""
-    number, of = record.inputs.get("part", "1-of-1").split("-of-")
-    return int(number), int(of)
+    """A record's work shard i/n as (i, n). Version 0.1.0 wrote none for a decoding in one part."""
+    number, total = record.inputs.get("part", "1-of-1").split("-of-")
+    return int(number), int(total)

@@ -25,14 +25,14 @@ def train(
     dev_manifest: str | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Train the projector, and whatever else the recipe tunes, with one or more processes and machines.
+    """Train the projector, and what else the recipe trains, with one or more processes and machines.
 
     Args:
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
         output: folder for checkpoints and curves; {fingerprint} in it is replaced by a digest of the inputs.
-        feature_store: store written by extract-features. Without one, or if the recipe trains the encoder too
-            or has `features.cache: none`, audio is encoded on the fly.
+        feature_store: feature store that extract-features wrote. Without one, or if the recipe trains the
+            encoder too or has `features.cache: none`, audio is encoded on the fly.
         dev_manifest: utterances to validate on (JSON lines).
         overwrite: replace results of other inputs instead of refusing.
 
@@ -101,6 +101,7 @@ def _train_in(
         published=published,
         rows={name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()},
         init_from=str(checked.init_from) if checked.init_from else None,
+        init_adapter=checked.init_adapter,
         ctc_tokens=checked.ctc_tokens,
         inputs=checked.inputs,
     )
@@ -141,8 +142,8 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     }
     if "beginning" in shown:
         metrics["steps of the beginning"] = shown["beginning"]["curve"][-1]["step"]
-        if begun := shown["beginning"]["validation"]:
-            metrics["dev token error rate of the beginning"] = round(1 - begun[-1]["accuracy"], 4)
+        if points := shown["beginning"]["validation"]:
+            metrics["dev token error rate of the beginning"] = round(1 - points[-1]["accuracy"], 4)
     if validation:
         metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
     for name in {"wer", "cer"} & last.keys():

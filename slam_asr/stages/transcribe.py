@@ -7,10 +7,10 @@ from typing import Literal
 
 from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.artifacts.shipped import default_model
+from slam_asr.artifacts.transcript import FORMATS, SUFFIXES, Transcript
 from slam_asr.audio import MISSING, SAMPLE_RATE, AudioError, count_samples
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
-from slam_asr.decoding.subtitles import FORMATS, SUFFIXES, Transcript
 from slam_asr.decoding.transcriber import Transcriber
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import Meter, log_line
@@ -21,7 +21,7 @@ def transcribe(
     recipe: Recipe,
     files: list[str],
     model: str | None = None,
-    format: Literal["text", "json", "srt"] = "text",
+    format: Literal["text", "json", "srt", "vtt"] = "text",
     output: str | None = None,
     longest: float = 20.0,
 ) -> list[Transcript]:
@@ -33,7 +33,8 @@ def transcribe(
         files: audio files or videos of any usual format, local or s3://, of any length and sample rate.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
-        format: a line of text, a line of JSON with the times of segments, or SubRip subtitles.
+        format: a line of text, a line of JSON with the times of segments, or subtitles as SubRip
+            or WebVTT.
         output: folder for the transcripts, one file per recording and named after it. If not given, they are
             printed.
         longest: maximum length of a segment in seconds. Longer segments give the LLM more context, but models
@@ -122,7 +123,7 @@ def _check(files: list[str], format: str, output: str | None, longest: float) ->
         )
     if longest < 1:
         raise ConfigurationError(f"--longest is {longest:g} s but must be at least 1.")
-    if format == "srt" and output is None and len(files) > 1:
+    if format in ("srt", "vtt") and output is None and len(files) > 1:
         raise ConfigurationError(
             f"Subtitles of {len(files)} files cannot be printed one after the other: "
             "name a folder with --output."

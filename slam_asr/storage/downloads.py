@@ -48,21 +48,23 @@ def download(
         with _naming_the_file(file):
             file.seek(0)
             file.truncate(current.bytes)
-        hashed = hashlib.sha256()
+        hashed, arrived = hashlib.sha256(), 0
         fetch = functools.partial(_fetch_piece, uri, current, file)
         try:
             with contextlib.closing(in_parallel(fetch, current.bytes, pieces.PIECE_BYTES)) as fetched:
                 for start, end, recorded in fetched:
                     report(end - start)
+                    arrived += end - start
                     # `known` may come from a listing, which has no checksum; the answer for a piece has it.
                     expected = sha256 or recorded
                     # Hash the piece from the page cache while later pieces arrive.
                     for position in range(start, end, _CHUNK_BYTES):
                         hashed.update(os.pread(file.fileno(), min(_CHUNK_BYTES, end - position), position))
         except Replaced:
+            report(-arrived)  # the next attempt downloads all bytes again
             raise TemporaryFailure("it was replaced while it was read") from None
         if expected and hashed.hexdigest() != expected:
-            report(-current.bytes)  # the caller downloads all bytes again
+            report(-arrived)
             raise ChecksumMismatch
         file.seek(current.bytes)
 

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 CHECKSUM_DIFFERS = "its checksum differs"
 _CUT_SHORT = "the answer was cut short"
-_MAX_WORDS = 300
-"""Characters of a server's explanation that a message quotes."""
+_MAX_QUOTED = 300
+"""Maximum number of characters of a server's explanation that a message quotes."""
 
 
 class TemporaryFailure(Exception):
@@ -56,7 +56,7 @@ def error_code(error: Any) -> str:
 
 def server_words(error: Any) -> str:
     """The server's explanation in a botocore ClientError, in quotes; empty if there is none to show."""
-    words = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_MAX_WORDS]
+    words = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_MAX_QUOTED]
     if not words.isprintable() or contains_credentials(words):
         return ""
     return f' ("{words}")' if words else ""
@@ -69,6 +69,11 @@ def http_status(error: Any) -> int:
 
 def reason_to_retry(error: Exception, uri: str, action: str) -> str:
     """Classify an error of boto3.
+
+    Args:
+        error: raised by boto3, or by this package.
+        uri: the object of the failed request, for messages.
+        action: what the request should have done to it, for messages: a past participle, such as `read`.
 
     Returns:
         The reason of a temporary failure, in words.

@@ -44,7 +44,7 @@ def local_path(path: PathOrUri) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise StorageError(f"{text}: there is no such user's home folder; give a full path.") from error
+        raise StorageError(f"{text}: this user's home folder is not known; give a full path.") from error
 
 
 def temporary_path(path: Path) -> Path:

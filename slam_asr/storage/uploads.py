@@ -4,7 +4,8 @@ The server compares the bytes of each part with the SHA-256 that is sent along, 
 SHA-256 with the one in the server's answer. If a server does not support SHA-256, this module compares the
 MD5 that the server returns as the etag. If it returns neither, the complete object is read back.
 
-Some servers refuse requests with a checksum. These are repeated without it, and so are all later ones.
+Some servers refuse requests with a checksum. Such a request is repeated without it, and later requests are
+sent without one.
 
 The unfinished upload of a killed program is invisible but takes space: let the bucket's lifecycle rules
 remove it.
@@ -294,7 +295,7 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
         remember_refusal()
         log_line(
             f"the object storage refuses checksums: {code}{server_words(error)}; writing without them, and "
-            f"comparing what it stores. {CHECKSUMS}=when_required makes it so from the start."
+            f"comparing what it stores. To send none from the start, set {CHECKSUMS}=when_required."
         )
     return answer
 

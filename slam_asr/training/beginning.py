@@ -20,8 +20,8 @@ from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import positions_of
 from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
+from slam_asr.training.initial_model import build_initial_projector
 from slam_asr.training.job import TrainingJob
-from slam_asr.training.model_builder import build_initial_projector
 
 MAX_WITHOUT_PATH = 0.5
 """Maximum share of train utterances that may have more tokens than positions."""
@@ -55,7 +55,7 @@ def tokens_of_beginning(
             "one, or leave the key out."
         )
     train = utterances["train"]
-    token_ids = choose_tokens(tokenizer, (u.target for u in train), options.tokens)
+    token_ids = choose_tokens(tokenizer, (u.target for u in train))
     vocabulary = CtcVocabulary(tokenizer, token_ids)
     without_path = sum(
         _positions_needed(vocabulary.spell(u.target))
@@ -63,12 +63,10 @@ def tokens_of_beginning(
         for u in train
     )
     if without_path > MAX_WITHOUT_PATH * len(train):
-        or_else = " or raise projector.beginning.tokens" if options.tokens else ""
         raise ConfigurationError(
             f"projector.beginning: {without_path} of {len(train)} train utterances have more tokens than "
             f"audio positions, so CTC cannot align them: lower projector.downsampling "
-            f"({recipe.projector.downsampling}){or_else}"
-            ", or set projector.beginning.kind to none."
+            f"({recipe.projector.downsampling}), or set projector.beginning.kind to none."
         )
     if without_path:
         log_line(

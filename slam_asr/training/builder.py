@@ -1,4 +1,4 @@
-"""Builds the parts of a training run in one process that both of its phases share: device, data and plan."""
+"""Builds what the two phases of a training run share in one process: device, data and plan."""
 
 import os
 from collections.abc import Callable
@@ -26,13 +26,13 @@ class Phase:
     """`BEGINNING` or `MAIN`."""
     engine: Engine
     parameters: dict[str, tuple[int, int]]
-    """(all, trained) parameters of the parts of the model."""
+    """Numbers of (all, trained) parameters, by part of the model, as from `count_parameters`."""
     packs: bool
     """Whether utterances share rows of a batch."""
     rate: Callable[[int], float]
     """Learning rate by step of the training; the first step is 1."""
-    work: tuple[float, float | None]
-    """Operations per LLM position, and the peak per second of all devices together, if known."""
+    operations_per_position: float
+    """Floating-point operations per LLM position."""
 
 
 @dataclass

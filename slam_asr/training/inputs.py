@@ -13,25 +13,24 @@ from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.model_folder import (
+    ADAPTER,
     WEIGHTS,
-    fetch_model,
-    projector_from_weights,
-    read_config,
-    read_projector,
+    adapter_file,
 )
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_positions, llm_width, require_targets, require_usable_llm
+from slam_asr.models.llm import describe_llm, llm_positions, require_targets, require_usable_llm
 from slam_asr.models.precision import explain_precision, pick_device, processes_here
 from slam_asr.models.prompt import Prompt
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
-from slam_asr.storage import digest, fetch, join, sha256_of_file
+from slam_asr.storage import digest, fetch, sha256_of_file
 from slam_asr.training.beginning import tokens_of_beginning
+from slam_asr.training.initial_model import initial_projector, starts_from_adapter
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
@@ -57,6 +56,8 @@ class CheckedInputs:
     """None if audio is encoded on the fly."""
     init_from: Path | None
     """Local folder of the model whose projector the training starts from."""
+    init_adapter: bool
+    """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int]
     """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
     base: dict[str, Any]
@@ -79,7 +80,7 @@ def check_inputs(
         recipe: models and hyper-parameters.
         train_manifest: utterances to train on (JSON lines).
         dev_manifest: utterances to validate on.
-        feature_store: store of the encoder's outputs; ignored if the recipe caches none.
+        feature_store: feature store; ignored if the recipe caches no features.
 
     Raises:
         UserError: inputs do not fit each other, or this machine cannot train the recipe.
@@ -110,6 +111,9 @@ def check_inputs(
     init_from = initial_projector(recipe, encoder, llm_folder, base)
     if init_from is not None:
         inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
+    init_adapter = init_from is not None and starts_from_adapter(recipe, init_from)
+    if init_from is not None and init_adapter:
+        inputs["init_adapter"] = sha256_of_file(adapter_file(init_from / ADAPTER))
     ctc_tokens: list[int] = []
     if recipe.projector.beginning.active:
         ctc_tokens = tokens_of_beginning(recipe, encoder, prompt.tokenizer, fitting)
@@ -128,6 +132,7 @@ def check_inputs(
         fitting=fitting,
         feature_store=feature_store,
         init_from=init_from,
+        init_adapter=init_adapter,
         ctc_tokens=ctc_tokens,
         base=base,
         inputs=inputs,
@@ -195,55 +200,9 @@ def require_features(
         raise InputError(
             f"The feature store {path} lacks {len(missing)} of {len(audio_ids)} utterances, first {key} "
             f"(audio {audio_ids[missing[0]][:16]}…): run `slam-asr extract-features` over this manifest, "
-            "all of its parts if it was divided."
+            "for all work shards if there are several."
         )
     return store.fingerprint
-
-
-def initial_projector(
-    recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
-) -> Path | None:
-    """Fetch the model that `projector.init_from` names, and check that its projector fits.
-
-    Args:
-        recipe: its section `projector` is read.
-        encoder: encoder of this training run.
-        llm_folder: folder of this training run's LLM.
-        base: fingerprints of encoder and LLM.
-
-    Returns:
-        The model's local folder; None if `projector.init_from` is empty.
-
-    Raises:
-        UserError: the model does not exist, or its projector has another kind or size.
-    """
-    name = recipe.projector.init_from
-    if not name:
-        return None
-    folder = fetch_model(name)
-    config = read_config(folder)
-    weights = read_projector(folder, config).state_dict()
-    projector_from_weights(
-        weights,
-        recipe.projector,
-        encoder.width,
-        llm_width(describe_llm(llm_folder, recipe.llm.trust_remote_code)),
-        f"projector.init_from: {join(folder, WEIGHTS)}",
-    )
-    others = [
-        part
-        for part, here, there in (
-            ("encoder", base["encoder_fingerprint"], config.encoder),
-            ("LLM", base["llm_sha256"], config.llm_sha256),
-        )
-        if here != there
-    ]
-    if others:
-        log_line(
-            f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
-            "of little use as a starting point"
-        )
-    return folder
 
 
 def check_llm(recipe: Recipe, folder: Path) -> Prompt:
@@ -263,13 +222,13 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     """
     trust = recipe.llm.trust_remote_code
     prompt = Prompt(require_usable_llm(folder, recipe.llm), recipe.llm)
-    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.drawn))
+    longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.for_training))
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(
-            f"The prompt takes {longest} LLM positions and decoding.max_new_tokens "
-            f"{recipe.decoding.max_new_tokens}, which leaves none for audio in the {limit} that "
-            f"{recipe.llm.name} holds: shorten one of them."
+            f"{recipe.llm.name} holds {limit} LLM positions: the prompt takes {longest} and "
+            f"decoding.max_new_tokens {recipe.decoding.max_new_tokens}, which leaves none for audio; shorten "
+            "the prompt, or lower decoding.max_new_tokens."
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder, trust), recipe.llm.lora)
@@ -307,15 +266,16 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # Left out if false, which is what training runs had that began before the key existed.
+    # These two keys are newer than the first training runs, which must still match their inputs: keys whose
+    # feature is not used are left out.
     if not values["llm"]["trust_remote_code"]:
         del values["llm"]["trust_remote_code"]
     if not recipe.projector.beginning.active:
-        del values["projector"]["beginning"]  # a training run without one has the inputs it always had
+        del values["projector"]["beginning"]
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
-    # Of the store's settings only these matter: the dtype rounds the features, and the size and the mixing
-    # of shards determine the order of the utterances.
+    # Of the feature store's settings only these matter: the dtype rounds the features, and the size and the
+    # mixing of shards determine the order of the utterances.
     values["features"] = {
         key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
     }

@@ -34,6 +34,8 @@ class TrainingJob:
     """For each set (`train`, `dev`) the file with the rows that fit the encoder; None if all do."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
+    init_adapter: bool = False
+    """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int] = field(default_factory=list)
     """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -30,7 +30,7 @@ RENDEZVOUS = 1800
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 """Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-"""Signals after which the loop saves a checkpoint and ends with 128 and the signal's number."""
+"""Signals after which the loop saves a checkpoint and ends with 128 plus the signal's number."""
 PROGRAM = "slam_asr.training.loop"
 """The module that each training process runs."""
 
@@ -183,7 +183,7 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
                 # not come back, and the others would wait for it.
                 if nodes.number > 1 or restarts == len(PAUSES):
                     raise UserError(f"{failure}.") from failure
-                log_line(f"{failure}. Training starts again after step {reached} in {PAUSES[restarts]:g} s")
+                log_line(f"{failure}. In {PAUSES[restarts]:g} s, training starts again after step {reached}")
             time.sleep(PAUSES[restarts])
             restarts += 1
     finally:
@@ -217,7 +217,8 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
         if failure.is_file():
             raise UserError(failure.read_text(encoding="utf-8")) from error
         # When one process fails, those that lose it as a peer end with a code of `TEMPORARY_CODES` or with 1.
-        # The code of a process that a signal killed is negative, so the minimum is the code of the cause.
+        # Of several codes, the minimum nearly always belongs to the cause: a signal's is negative, and 1 is
+        # less than EX_TEMPFAIL.
         code = min(failed.exitcode for failed in error.failures.values())
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error

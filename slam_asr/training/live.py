@@ -18,7 +18,7 @@ from slam_asr.training.trackers import EVENTS
 
 PAGE = "curves.html"
 REFRESH = 60.0
-"""Least number of seconds between two versions of the page."""
+"""Minimum number of seconds between two versions of the page."""
 
 
 class LivePage:
@@ -93,12 +93,12 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
         "validation": thinned(validation),
         "samples": last_samples(folder / CURVE),
     }
-    begun, begun_dev = read_curve(folder / CURVE, BEGINNING)
-    if begun:
-        shown["beginning"] = {"curve": thinned(begun), "validation": thinned(begun_dev)}
-    steps = f"{(training or begun or [{'step': 0}])[-1]['step']:,}"
-    if begun:
-        steps += f", {begun[-1]['step']:,} of them in the beginning"
+    beginning, beginning_validation = read_curve(folder / CURVE, BEGINNING)
+    if beginning:
+        shown["beginning"] = {"curve": thinned(beginning), "validation": thinned(beginning_validation)}
+    steps = f"{(training or beginning or [{'step': 0}])[-1]['step']:,}"
+    if beginning:
+        steps += f", {beginning[-1]['step']:,} of them in the beginning"
     models = [
         ("Models", f"{recipe.encoder.name} + {recipe.llm.name}"),
         ("Optimiser steps", steps),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.errors import UserError
+from slam_asr.models.precision import peak_flops
 from slam_asr.progress import log_line
 from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
@@ -86,9 +87,15 @@ class Loop:
 
     def _announce_phase(self) -> None:
         if self.monitor:
-            phase = self.parts.phase
-            self.monitor.enter(phase.name, phase.work, self.parts.last_step, self.parts.plan.steps)
-            announce(self.parts)
+            parts, phase, peak = self.parts, self.parts.phase, peak_flops(self.parts.device)
+            self.monitor.enter(
+                phase.name,
+                phase.operations_per_position,
+                peak and peak * parts.processes,
+                last_step=parts.last_step,
+                total_steps=parts.plan.steps,
+            )
+            announce(parts)
 
     def _run_phase(self) -> bool:
         """Take the remaining steps of the current phase.
@@ -199,7 +206,7 @@ class Loop:
             Whether training continues with another step.
         """
         progress, counts = self.progress, self.progress.counts
-        at_end, begins = progress.done == self.parts.last_step, self.parts.in_beginning
+        at_end, in_beginning = progress.done == self.parts.last_step, self.parts.in_beginning
         self.interrupted = totals.stop
         dev_loss = None
         if (
@@ -208,11 +215,12 @@ class Loop:
             and (progress.done % self.options.validate_every == 0 or at_end)
         ):
             dev_loss = self._validate()
-        ended = (at_end and not begins and not self.interrupted) or bool(
+        ended = (at_end and not in_beginning and not self.interrupted) or bool(
             self.options.patience and counts.stale >= self.options.patience
         )
-        # At the end of the beginning too: the LLM is loaded next, which may take all memory.
-        forced = self.interrupted or ended or (begins and progress.done == self.parts.last_step)
+        # At the end of the beginning too: the LLM is loaded next, which may take all memory. `at_end` is not
+        # used, because the validation above may have ended the beginning with this step.
+        forced = self.interrupted or ended or (in_beginning and progress.done == self.parts.last_step)
         self.resumer.save_if_due(progress, totals.due, totals.pending, dev_loss, forced)
         if ended and not at_end and self.parts.rank == 0:
             log_line(
@@ -249,7 +257,7 @@ class Loop:
         progress.counts.validated = progress.done
         if until and error_rate <= until and progress.done < plan.beginning:
             progress.counts.beginning = progress.done
-            plan.end_beginning(progress.done)
+            plan.set_beginning(progress.done)
 
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
@@ -273,7 +281,7 @@ def train_in_this_process(job: TrainingJob) -> int:
     """Run one process of a training run.
 
     Returns:
-        The exit code: 0, or 128 and the signal's number if a process was asked to stop.
+        The exit code: 0, or 128 plus the signal's number if a process was asked to stop.
     """
     parts = build_parts(job)
     loop = Loop(parts, Resumer(parts))

@@ -120,7 +120,7 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
 def own_share(parts: Parts, step: list[int], reader: BatchReader) -> list[list[int]]:
     """Return the indices of this process's share of a step, one list per micro-batch."""
     positions, budget = reader.examples.positions, parts.budget
-    if reader.packs and not budget.fixed:
+    if reader.packs and not budget.counts_utterances:
         return split_packed(step, positions, parts.processes, budget.batch)[parts.rank]
     return split_step(step, positions, parts.processes, budget.batch, budget.sizes(positions))[parts.rank]
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import read_config, read_projector
 from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, Training
 from slam_asr.cores import usable_cores
@@ -26,13 +25,13 @@ from slam_asr.models.llm import (
     set_tuning,
 )
 from slam_asr.models.precision import DTYPES, encoder_precision
-from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
 from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
+from slam_asr.training.initial_model import build_initial_projector, load_initial_adapter
 from slam_asr.training.job import TrainingJob
 
 
@@ -61,7 +60,7 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
         "train": BatchReader(
-            Examples(utterances["train"], source, recipe.projector, prompt, prompt.drawn, limit),
+            Examples(utterances["train"], source, recipe.projector, prompt, prompt.for_training, limit),
             source,
             draw,
             threads,
@@ -83,8 +82,8 @@ def _source(
     if store is None:
         return AudioReader(spec, recipe.features)
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
-    cache = int(recipe.features.cache_gigabytes * 1e9)
-    return StoreReader(FeatureStore(store, spec.fingerprint(), recipe.features.dtype, audio_ids, cache))
+    options = recipe.features
+    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))
 
 
 def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
@@ -105,6 +104,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     spec = describe_encoder(recipe.encoder)
     llm, lazy_weights = _load_llm(Path(job.llm_folder), options, recipe.llm.trust_remote_code)
     set_tuning(llm, recipe.llm, options.seed)
+    load_initial_adapter(job, llm)
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
@@ -118,16 +118,6 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
             assert encoder is not None
             checkpoint_layers(encoder)
     return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
-
-
-def build_initial_projector(
-    job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
-) -> SpeechProjector:
-    """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
-    projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
-    if job.init_from:
-        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
-    return projector
 
 
 def _load_llm(
@@ -152,7 +142,7 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         encoder: number of the encoder's parameters, used if the encoder is not part of the model.
 
     Returns:
-        (all, trained) for each of `projector`, `llm` and `encoder`.
+        (all, trained) for each of `projector`, `llm` (in the beginning `head`) and `encoder`.
     """
     counts = {
         name: (

@@ -85,33 +85,35 @@ class Monitor:
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
         self.page = LivePage(folder, recipe, published)
 
-    def enter(self, phase: str, work: tuple[float, float | None], last_step: int, total_steps: int) -> None:
+    def enter(
+        self, phase: str, operations: float, peak: float | None, last_step: int, total_steps: int
+    ) -> None:
         """Start or continue with a phase of the training.
 
         Args:
             phase: its name.
-            work: floating-point operations per LLM position, and the nominal peak per second of all devices
-                together, if known.
+            operations: floating-point operations per LLM position.
+            peak: nominal operations per second of all devices together; None if not known.
             last_step: the phase's last step. The ETA is that of this step, because the phases' steps take
                 unequal times.
             total_steps: optimiser steps of the training run.
         """
-        self.phase, self.work, self.total = phase, work, total_steps
+        self.phase, self.operations, self.peak, self.total = phase, operations, peak, total_steps
         if self.meter:
             self.meter.__exit__()
         self.meter = Meter("train", total=last_step - self.done, unit="step", plain_lines=False)
-        self.interval = _Interval(work)
+        self.interval = _Interval(operations, peak)
 
     def step(self, numbers: StepNumbers) -> None:
         """Record an optimiser step; log it every `training.log_every` steps."""
         assert self.meter is not None, "enter has been called"
         self.interval.add(numbers)
         self.done = numbers.step
-        begins = self.phase == BEGINNING
+        in_beginning = self.phase == BEGINNING
         row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
         named, rated = "loss", f"accuracy {numbers.accuracy:.3f}"
-        if begins:
+        if in_beginning:
             named, rated = "CTC loss", f"token error rate {1 - numbers.accuracy:.3f}"
         self.meter.update(1, f"{named} {numbers.loss:.3f}, {rated}")
         if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
@@ -120,19 +122,19 @@ class Monitor:
                 f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: {named} {numbers.loss:.4f}, "
                 f"{rated}, learning rate {numbers.learning_rate:.2e}{norm}, "
                 f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
-                f"ETA {self.meter.eta}{' of the beginning' * begins}"
+                f"ETA {self.meter.eta}{' of the beginning' * in_beginning}"
             )
             self._track(
                 numbers.step,
                 {
-                    f"{self.phase if begins else 'train'}/{k}": v
+                    f"{self.phase if in_beginning else 'train'}/{k}": v
                     for k, v in (row | self.interval.rates()).items()
                     if k not in ("step", "positions", "audio_seconds")
                 },
             )
-            self.interval = _Interval(self.work)
+            self.interval = _Interval(self.operations, self.peak)
         # The beginning has no plateau: its accuracy is another quantity.
-        if not begins:
+        if not in_beginning:
             self.main_steps += 1
             if plateau := self.plateau.update(self.main_steps, numbers.accuracy):
                 log_line(plateau)
@@ -151,14 +153,14 @@ class Monitor:
         Args:
             step: number of the step after which the validation took place.
             loss: mean over the target tokens of the dev set.
-            accuracy: share of these tokens to which the model gives the highest probability.
+            accuracy: as in `StepNumbers`, over the dev set.
             samples: transcripts, if any were made.
         """
         numbers = {"loss": loss, "accuracy": accuracy}
-        begins = self.phase == BEGINNING
+        in_beginning = self.phase == BEGINNING
         line = (
             f"step {step}: dev CTC loss {loss:.4f}, dev token error rate {1 - accuracy:.3f}"
-            if begins
+            if in_beginning
             else f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
         )
         for name in ("wer", "cer"):
@@ -167,7 +169,7 @@ class Monitor:
                 line += f", {name.upper()} {100 * rate:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
         log_line(line)
-        group = f"dev-{self.phase}" if begins else "dev"
+        group = f"dev-{self.phase}" if in_beginning else "dev"
         self._track(step, {f"{group}/{name}": value for name, value in numbers.items()})
         if samples is not None:
             for row in samples.texts[:SHOWN]:
@@ -211,8 +213,8 @@ class Monitor:
 class _Interval:
     """Sums and rates since the last line of the log."""
 
-    def __init__(self, work: tuple[float, float | None]) -> None:
-        self.operations_per_position, self.peak = work
+    def __init__(self, operations: float, peak: float | None) -> None:
+        self.operations_per_position, self.peak = operations, peak
         self.started = time.monotonic()
         self.positions = self.cells = self.audio = 0.0
 

@@ -1,6 +1,6 @@
 """The phases of a training run: the beginning, if the recipe has one, and the training with the LLM's loss.
 
-Both are steps of one plan, and share data, loop and checkpoints. Each has its own model and its own engine.
+The steps of both are in one plan, and both share data, loop and checkpoints. Each has a model and an engine.
 The beginning's model is the projector with a CTC head, which every process can hold, so its engine is always
 DDP; the LLM is loaded at the end of the beginning. Only the projector's weights pass from one phase to the
 other. AdamW starts again from nothing: its moments are means over gradients of CTC, whose sizes say nothing
@@ -19,7 +19,7 @@ from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.packed_attention import allow_packing
-from slam_asr.models.precision import explain_precision, peak_flops
+from slam_asr.models.precision import explain_precision
 from slam_asr.progress import log_line
 from slam_asr.training.beginning import build_ctc_model
 from slam_asr.training.builder import Parts, Phase
@@ -59,9 +59,10 @@ def enter_beginning(parts: Parts) -> None:
         rate=learning_rate_schedule(
             "cosine", options.learning_rate, round(WARM_UP * options.steps), options.steps
         ),
-        # Forward pass, and gradients of inputs and weights; the embeddings have no gradient, but are
-        # multiplied once more for the expected ones.
-        work=_work(parts, 6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel()),
+        # For each weight, two operations in the forward pass, two for the gradient of its input and two for
+        # its own gradient. The embeddings have no gradient, but are multiplied a third time: for the expected
+        # embedding.
+        operations_per_position=6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel(),
     )
 
 
@@ -69,7 +70,7 @@ def leave_beginning(parts: Parts) -> float:
     """Load the LLM, and continue with its loss from the beginning's projector.
 
     Returns:
-        The sharpness of the head, which the training no longer needs.
+        The sharpness that the CTC head has learned; `facts_of` reports it if the recipe keeps the head.
     """
     engine = parts.engine
     sharpness = engine.get_state("head.log_sharpness", "weight").exp().item()
@@ -121,9 +122,9 @@ def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None
         use_liger(model.llm)
     if options.compile:
         compile_layers(model.llm)
-    begun = parts.plan.beginning
+    beginning = parts.plan.beginning
     rate = learning_rate_schedule(
-        options.schedule, options.learning_rate, options.warmup_steps, parts.plan.steps - begun
+        options.schedule, options.learning_rate, options.warmup_steps, parts.plan.steps - beginning
     )
     # Each weight of the LLM takes two operations (multiply and add) in the forward pass and two for the
     # gradient of its input; a trained weight takes two more for its own gradient.
@@ -133,14 +134,9 @@ def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None
         engine,
         parameters,
         packs,
-        rate=lambda step: rate(step - begun),
-        work=_work(parts, 4.0 * weights + 2.0 * trained),
+        rate=lambda step: rate(step - beginning),
+        operations_per_position=4.0 * weights + 2.0 * trained,
     )
-
-
-def _work(parts: Parts, operations: float) -> tuple[float, float | None]:
-    peak = peak_flops(parts.device)
-    return operations, peak and peak * parts.processes
 
 
 def learning_rate_schedule(
@@ -195,7 +191,7 @@ def announce(parts: Parts) -> None:
     )
     log_line(
         f"audio: {train.examples.hours:.2f} h in {len(train.examples)} utterances; {plan.steps} steps of "
-        f"{budget.step} {'utterances' if budget.fixed else 'LLM positions'} "
+        f"{budget.step} {'utterances' if budget.counts_utterances else 'LLM positions'} "
         f"in {plan.epochs} epochs, batches {'packed' if parts.phase.packs else 'padded'}"
     )
     if parts.in_beginning:

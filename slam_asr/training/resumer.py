@@ -82,7 +82,7 @@ class Resumer:
     def resume(self) -> Progress:
         """Enter the phase of the latest checkpoint and restore it, if one exists; or else the first phase.
 
-        Writes the curve as it was then.
+        Also sets the curve's file back to what it was at that checkpoint.
 
         Raises:
             ConfigurationError: the checkpoint is beyond the steps of this training run.
@@ -101,17 +101,20 @@ class Resumer:
         latest = candidates[0]
         counts = Counts(**latest.counts) if latest else Counts()
         if counts.beginning is not None:
-            parts.plan.end_beginning(counts.beginning)
+            parts.plan.set_beginning(counts.beginning)
             steps = parts.plan.steps
-        begins = parts.recipe.projector.beginning.active if latest is None else latest.phase == BEGINNING
-        (enter_beginning if begins else enter_main)(parts)
+        # Before a phase is entered, which loads its model.
+        if latest is not None and latest.step > steps:
+            raise ConfigurationError(
+                f"{latest.folder} is beyond the {steps} steps of this training run: raise "
+                "training.max_steps or training.epochs, or choose another --output."
+            )
+        in_beginning = (
+            parts.recipe.projector.beginning.active if latest is None else latest.phase == BEGINNING
+        )
+        (enter_beginning if in_beginning else enter_main)(parts)
         curve = b""
         if latest is not None:
-            if latest.step > steps:
-                raise ConfigurationError(
-                    f"{latest.folder} is beyond the {steps} steps of this training run: raise "
-                    "training.max_steps or training.epochs, or choose another --output."
-                )
             restore(parts.engine, latest)
             self.writer.latest = latest.folder
             progress = Progress(latest.step, latest.epoch, counts, saved=latest.step, earlier=counts.seconds)
@@ -153,6 +156,7 @@ class Resumer:
                 case.
         """
         improved = dev_loss is not None and progress.counts.stale == 0
+        # A step that is already saved is saved again only to add its dev loss.
         if progress.saved == progress.done and dev_loss is None:
             return
         if forced:

@@ -101,19 +101,19 @@ class Budget:
 
     step: int
     batch: int
-    fixed: bool = False
-    """Whether both count utterances, as the reference implementation does, instead of LLM positions."""
+    counts_utterances: bool = False
+    """Whether both sizes are in utterances, as in the reference implementation, instead of LLM positions."""
 
     def sizes(self, positions: Sequence[int]) -> Sequence[int]:
         """Return each utterance's share of the budget [utterances], from its LLM positions [utterances]."""
-        return [1] * len(positions) if self.fixed else positions
+        return [1] * len(positions) if self.counts_utterances else positions
 
 
 def budget_for(options: Training, processes: int) -> Budget:
     """Return the recipe's budget for a number of processes."""
     utterances = options.utterances_per_batch
     if utterances:
-        return Budget(utterances * options.accumulation * processes, utterances, fixed=True)
+        return Budget(utterances * options.accumulation * processes, utterances, counts_utterances=True)
     return Budget(options.positions_per_step, options.positions_per_batch)
 
 
@@ -123,14 +123,14 @@ class TrainingPlan:
     Steps do not remain in memory: each iteration plans the epochs again, with the same result.
 
     Args:
-        examples: to train on.
+        examples: the utterances to train on.
         budget: the size of a step.
         window_shards: shards whose utterances are shuffled together.
         seed: seed of the order.
         epochs: passes over the examples after the beginning.
-        max_steps: training ends after this many steps since the beginning, even within an epoch.
-        beginning: steps of the beginning, which takes as many epochs of its own as it needs, the last of them
-            perhaps in part.
+        max_steps: maximum number of steps after the beginning; training then ends, even within an epoch.
+        beginning: number of steps of the beginning. It has epochs of its own, as many as these steps need;
+            the rest of its last epoch is skipped.
     """
 
     def __init__(
@@ -149,21 +149,24 @@ class TrainingPlan:
             examples.positions, examples.shards, window_shards, budget.step, seed, epoch, sizes
         )
         self._epochs = epochs
-        self.end_beginning(beginning)
+        self.set_beginning(beginning)
 
-    def end_beginning(self, beginning: int) -> None:
-        """Plan again, with a beginning of another number of steps."""
+    def set_beginning(self, beginning: int) -> None:
+        """Set the number of steps of the beginning, and count the plan's steps and epochs again."""
         self.beginning = beginning
-        """Steps of the beginning."""
-        self._own_epochs = begun = 0  # epochs of the beginning
-        while begun < beginning:
-            begun += self._steps_of(self._own_epochs)
-            self._own_epochs += 1
+        """Number of steps of the beginning."""
+        self._beginning_epochs = planned = 0
+        while planned < beginning:
+            planned += self._steps_of(self._beginning_epochs)
+            self._beginning_epochs += 1
         steps = epochs = 0
         while epochs < self._epochs and steps < self.max_steps:
-            steps = min(self.max_steps, steps + self._steps_of(self._own_epochs + epochs))
+            steps = min(self.max_steps, steps + self._steps_of(self._beginning_epochs + epochs))
             epochs += 1
-        self.steps, self.epochs = beginning + steps, self._own_epochs + epochs
+        self.steps = beginning + steps
+        """Number of steps, including those of the beginning."""
+        self.epochs = self._beginning_epochs + epochs
+        """Number of epochs begun, including those of the beginning."""
 
     def _steps_of(self, epoch: int) -> int:
         return sum(len(window.steps) for window in self._plan(epoch))
@@ -174,27 +177,27 @@ class TrainingPlan:
 
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
         """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
-        windows = itertools.chain(self._windows_of_beginning(), self._windows_after_it())
+        windows = itertools.chain(self._windows_of_beginning(), self._windows_after_beginning())
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = (
             (window, next_window, step)
             for window, next_window in pairs
-            if window is not None  # only the last next window is None
+            if window is not None  # always true: only the last `next_window` is None
             for step in window.steps
         )
         return itertools.islice(steps, done, self.steps)
 
     def _windows_of_beginning(self) -> Iterator[Window]:
         remaining = self.beginning
-        for epoch in range(self._own_epochs):
+        for epoch in range(self._beginning_epochs):
             for window in self._plan(epoch):
                 if remaining:
                     yield replace(window, steps=window.steps[:remaining])
                 remaining = max(0, remaining - len(window.steps))
 
-    def _windows_after_it(self) -> Iterator[Window]:
+    def _windows_after_beginning(self) -> Iterator[Window]:
         for epoch in range(self._epochs):
-            yield from self._plan(self._own_epochs + epoch)
+            yield from self._plan(self._beginning_epochs + epoch)
 
 
 def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:

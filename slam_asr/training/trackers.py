@@ -7,6 +7,7 @@ Both read the server and the account from their own environment variables.
 
 import contextlib
 import functools
+import html
 import importlib
 import importlib.util
 import os
@@ -132,14 +133,15 @@ class _Wandb:
         self.run.log(numbers, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self.run.log({name: self.wandb.Html(f"<pre>{text}</pre>")}, step=step)
+        # A transcript may contain < and &.
+        self.run.log({name: self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
 class _Guarded:
-    """A tracker that may fail, when it is created too. It is then no longer used, and the log says why.
+    """A tracker that may fail, even while it is created. It is then no longer used, and the log says why.
 
     Args:
         name: name of the tracker, for the log.

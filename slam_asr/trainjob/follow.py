@@ -39,6 +39,9 @@ class FollowedTrainJob:
         """Find the job of an earlier attempt of this step, or create a job; return whether it is new.
 
         An earlier job that failed is deleted first, so that the step can be retried.
+
+        Raises:
+            ClusterError: the failed job still exists a minute after its deletion was requested.
         """
         try:
             existing = self.client.get_job(self.name)
@@ -150,7 +153,7 @@ class FollowedTrainJob:
                 log_line(line.rstrip("\n"))
 
     def _log_waits(self, job: "TrainJob") -> None:
-        """Log which nodes do not run yet, and why; each reason of a node once."""
+        """Log which nodes do not run yet, and why. For each node, a reason is logged only once."""
         # Reasons only explain why the job waits, so a failure to read them must not stop the step.
         with contextlib.suppress(Exception):
             namespace, created = self.trainer.placement.namespace, job.creation_timestamp

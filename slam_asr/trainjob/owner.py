@@ -1,4 +1,4 @@
-"""The owner of a TrainJob: the Argo workflow of the run, with whose deletion Kubernetes deletes the job too.
+"""The owner of a TrainJob: the run's Argo workflow. When it is deleted, Kubernetes deletes the job too.
 
 The step deletes its job at the end, but not if it is killed without notice: because its node is lost, or
 because memory runs out. The owner is the workflow and not the step's pod, because the next attempt at the
@@ -50,13 +50,14 @@ def owner_of_this_step(core_api: Any, namespace: str) -> dict[str, str] | None:
 
 
 def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) -> None:
-    """Add an owner to a job of another run, so that it survives the deletion of that run's workflow.
+    """Add an owner to another run's job, so that the job survives the deletion of that run's workflow.
 
     Raises:
         ApiException: the API refuses the request.
     """
     metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []
+    # A job without an owner stays without one: no workflow's deletion deletes it.
     if owners and owner["uid"] not in [known["uid"] for known in owners]:
         # The patch replaces the complete list. With the resource version, the API refuses it if the job has
         # changed since it was read, so no other owner is lost.

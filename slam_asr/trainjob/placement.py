@@ -47,4 +47,8 @@ class Placement:
     """Labels of the TrainJob and its pods, such as Kueue's queue and priority."""
     annotations: dict[str, str] = field(default_factory=dict)
     timeout_hours: float = 0.0
-    """Time limit of the job in hours; 0 means no limit. Each attempt at the step has a job of its own."""
+    """Time limit of the job in hours; 0 means no limit.
+
+    Each attempt at the step has a job of its own, unless the attempt before was killed: then the next one
+    follows that job.
+    """

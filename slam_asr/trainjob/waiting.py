@@ -11,6 +11,7 @@ from typing import Any
 from kubernetes.client import CoreV1Event, V1Pod
 
 _STARTING = ("ContainerCreating", "PodInitializing")
+"""Reasons for which every container waits while its pod starts."""
 _OF_THE_JOB = ("TrainJob", "JobSet", "Job", "Workload")
 """Kinds of objects whose events say why a node has no pod; Workload is Kueue's."""
 
@@ -53,19 +54,20 @@ def waiting_nodes(
 
 
 def _why_no_pod(job: str, events: list[CoreV1Event]) -> str:
-    """Return the latest event of the job, its JobSet, its Job, or its Workload in Kueue."""
-    # The JobSet has the job's name, its Job adds `-node-0`, and Kueue's Workload puts `trainjob-` before it.
+    """Return the latest warning about the TrainJob, its JobSet, its Job, or its Workload in Kueue."""
+    # The JobSet has the TrainJob's name. Its Job's name adds `-node-0`, and the Workload's name begins with
+    # `trainjob-`.
     related = [
         event
         for event in events
         if event.involved_object.kind in _OF_THE_JOB
         and (event.involved_object.name or "").removeprefix("trainjob-").startswith(job)
     ]
-    return _latest(related) or "it has no pod yet"
+    return _latest_warning(related) or "it has no pod yet"
 
 
 def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
-    """Return why a pod is pending: its condition, else the state of a container, else its latest event."""
+    """Return why a pod is pending: its condition, else the state of a container, else the latest warning."""
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":
             return _sentence(condition.reason, condition.message)
@@ -79,11 +81,11 @@ def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
     own = [
         e for e in events if e.involved_object.kind == "Pod" and e.involved_object.name == pod.metadata.name
     ]
-    return _latest(own) or starting
+    return _latest_warning(own) or starting
 
 
-def _latest(events: list[CoreV1Event]) -> str:
-    # Kueue's event about a Workload that waits for quota is called Pending.
+def _latest_warning(events: list[CoreV1Event]) -> str:
+    # Kueue's event about a Workload that waits for quota is no warning; its reason is Pending.
     reasons = [e for e in events if e.type == "Warning" or e.reason == "Pending"]
     if not reasons:
         return ""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slam_asr.artifacts.checkpoint import DESCRIPTION, LATEST, all_complete, file_name, folder_name
-from slam_asr.artifacts.model_folder import read_config, read_projector
+from slam_asr.artifacts.model_folder import read_adapter, read_config, read_projector
 from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion import writers
 from slam_asr.conversion.zero_checkpoint import find_zero_folder
@@ -214,6 +214,21 @@ def test_a_merged_llm_computes_the_logits_of_llm_and_adapter(tiny_recipe, tmp_pa
     again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")
     name = "model.safetensors"
     assert again.file(name).read_bytes() == record.file(name).read_bytes()
+
+
+def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
+    recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
+    models = [
+        convert_checkpoint(str(file), str(tmp_path / name), recipe=recipe, half=name == "half")
+        for name in ("complete", "half")
+    ]
+    complete, half = (read_adapter(model.folder) for model in models)
+    assert complete and complete.keys() == half.keys()
+    for name, tensor in complete.items():
+        assert half[name].dtype == torch.float16 and torch.equal(half[name], tensor.half())
+    # A copy of it loses nothing more.
+    copy = convert_checkpoint(models[1].folder, str(tmp_path / "copy"))
+    assert all(torch.equal(t, half[n].float()) for n, t in read_adapter(copy.folder).items())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -23,6 +23,15 @@ def test_a_file_that_disappeared_since_it_was_listed_is_rejected(tmp_path):
     assert rejection.reason == "transcript without audio"
 
 
+def test_a_rejected_segment_is_named_by_its_file_and_its_start(tmp_path):
+    source = str(write_wav(tmp_path / "long.wav", make_tone(2.0)))
+    segment = Candidate("a", source, "text", start=1.5, duration=0.05)
+    (rejection,) = check_all([segment], Data(), "test")
+    assert rejection.detail == (
+        f"The length of the segment of {source} at 1.50 s is 0.050 s, below data.min_duration (0.1 s)."
+    )
+
+
 def test_no_candidates_give_no_results():
     assert list(check_all([], Data(), "test")) == []
 

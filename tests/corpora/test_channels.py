@@ -91,6 +91,23 @@ def test_the_channel_is_in_the_manifest_and_averaging_channels_is_logged(tmp_pat
     assert "the channels of 2 utterances are averaged" in capsys.readouterr().out
 
 
+def test_json_lines_are_read_from_the_channel_that_they_name(tmp_path):
+    sound = np.stack([make_tone(1.0, frequency=300), make_tone(1.0, frequency=700)], axis=1)
+    write_wav(tmp_path / "rec.wav", sound)
+    line = {"key": "a", "source": "rec.wav", "target": "a", "audio_channel": 1}
+    write_text(tmp_path / "test.jsonl", json.dumps(line))
+    (checked,) = checked_by_key(tmp_path).values()
+    assert (checked.utterance.audio_channel, frequency_of(checked)) == (1, 700)
+
+
+def test_a_tables_own_column_audio_channel_does_not_enter_the_manifest(tmp_path):
+    write_wav(tmp_path / "data" / "a.wav", make_tone(1.0))
+    write_text(tmp_path / "data" / "test.csv", "audio,text,audio_channel\na.wav,one,left\n")
+    build_manifest(recipe(train=[], dev=[], test=["test"]), str(tmp_path / "data"), str(tmp_path / "out"))
+    (utterance,) = read_manifest(tmp_path / "out" / "test.jsonl")
+    assert utterance.audio_channel is None and "audio_channel" not in utterance.extra
+
+
 @pytest.mark.parametrize("channel", ["A", "-2", "1.5"])
 def test_the_error_for_an_invalid_channel_names_its_line(tmp_path, channel):
     kaldi_with_two_channels(tmp_path, f"ok r 0 1 1\na r 0 1 {channel}\n")

@@ -107,6 +107,14 @@ def test_folders_and_files_without_json_lines_are_not_recognised(folder):
     assert JsonLines.find(str(folder / "x.wav"), Data()) is None
 
 
+def test_a_subsets_stamps_do_not_depend_on_files_without_its_lines(folder):
+    write_lines(folder / "train.jsonl", row("a"))
+    path = write_lines(folder / "test.jsonl", row("b"))
+    before = list(JsonLines.find(str(folder), Data()).stamps("train"))
+    write_lines(path, row("b"), row("c"))
+    assert list(JsonLines.find(str(folder), Data()).stamps("train")) == before
+
+
 def test_stamps_change_when_the_audio_or_the_lines_change(folder):
     path = write_lines(folder / "train.jsonl", row("a"))
     before = list(JsonLines.find(str(folder), Data()).stamps("train"))

@@ -493,6 +493,15 @@ def test_the_error_for_an_unreadable_table_has_a_remedy(tmp_path, header, row, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_subsets_stamps_do_not_depend_on_tables_without_its_rows(tmp_path):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "train.csv").write_text("audio,text\na.wav,one\n")
+    (tmp_path / "test.csv").write_text("audio,text\na.wav,two\n")
+    before = list(open_corpus(str(tmp_path), Data()).stamps("train"))
+    (tmp_path / "test.csv").write_text("audio,text\na.wav,two\na.wav,three\n")
+    assert list(open_corpus(str(tmp_path), Data()).stamps("train")) == before
+
+
 def test_a_row_without_an_id_is_named_after_its_file(tmp_path):
     write_wav(tmp_path / "x.wav")
     (tmp_path / "t.csv").write_text("path,text,id\nx.wav,a, \n")

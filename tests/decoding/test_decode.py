@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,15 +21,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slam_asr.artifacts.hypotheses import read_hypotheses
+from slam_asr.artifacts.manifest import Utterance, write_manifest
 from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.decoding import journal
+from slam_asr.decoding.decoder import Decoder, _serve
 from slam_asr.decoding.journal import FILE, DecodeJournal
 from slam_asr.errors import UserError
 from slam_asr.models.projector import build_projector
 from slam_asr.models.searcher import Answer, Choice, CloseCalls, Searcher
+from slam_asr.runtime.launch import ProcessEnded
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
-from slam_asr.stages.decode import decode
+from slam_asr.stages.decode import _rates, decode
 from slam_asr.stages.score import score
+from tests.artifacts.feature_store.test_store import publish, some_features
 from tests.conftest import make_tone, write_wav
 
 COUNT = 9
@@ -126,6 +131,24 @@ def test_single_batched_sharded_and_resumed_decoding_agree(
     assert not (tmp_path / "cut" / FILE).exists()
 
 
+def test_fetched_features_take_no_more_disk_than_the_recipe_allows(bucket, tmp_path):
+    features = some_features()
+    publish("s3://bucket/f", features)
+    utterances = [Utterance(a, "x.wav", "text", 1.0, 16_000, a) for a in features]
+    write_manifest(tmp_path / "test.jsonl", utterances)
+    recipe = load_recipe(
+        "demo", {"features.cache_gigabytes": 2, "features.shard_megabytes": 1, "features.cache": "store"}
+    )
+    model = SimpleNamespace(
+        spec=SimpleNamespace(window_samples=None),
+        config=SimpleNamespace(encoder={"weights_sha256": "abc"}),
+        trained=recipe,
+        prompt=lambda: None,
+    )
+    decoder = Decoder(recipe, model, [str(tmp_path / "test.jsonl")], "s3://bucket/f")
+    assert decoder.store._cache.limit == 2_000_000_000
+
+
 @pytest.mark.slow
 def test_a_journal_of_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
@@ -164,7 +187,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
         second.add({4: answer})
     with DecodeJournal(tmp_path, "d") as third:
         assert third.answers == {3: answer, 4: answer}
-        third.close()
+        third.discard()
     assert not file.exists()
 
 
@@ -176,7 +199,7 @@ def test_another_machine_resumes_from_object_storage(bucket, tmp_path, monkeypat
         first.add({1: Answer("text", False, [1])})
     with DecodeJournal(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
         assert list(second.answers) == [1]
-        second.close()
+        second.discard()
     (tmp_path / "third").mkdir()
     with DecodeJournal(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
         assert not third.answers
@@ -412,6 +435,32 @@ def test_a_killed_process_ends_the_stage_and_a_retry_resumes(model, manifest, ti
             str(tmp_path / "complete"),
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("hours", "seconds", "speed"), [(0.5, 100.0, 18.0), (0.0, 0.0, None), (0.5, 0.0, None)]
+)
+def test_speed_is_reported_only_if_something_was_decoded(hours, seconds, speed):
+    facts = {
+        "hours_decoded": hours,
+        "seconds": seconds,
+        "utterances": 1,
+        "answers_cut": 0,
+        "empty_answers": 0,
+    }
+    assert _rates(facts).get("times real time") == speed
+
+
+def test_the_exit_code_of_a_process_is_known_when_its_input_is_a_broken_pipe():
+    # The process closes its input first and ends later, as a killed one does while its memory is freed.
+    program = "import os, time; os.close(0); print(flush=True); time.sleep(0.3); os._exit(3)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout.readline() == "\n", "its input is closed"
+    with pytest.raises(ProcessEnded):
+        _serve(process, iter([[0]]), lambda answers: None, threading.Lock())
+    assert process.returncode == 3
 
 
 @pytest.mark.slow

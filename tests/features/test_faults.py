@@ -8,9 +8,13 @@ import torch
 
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.errors import StorageError
+from slam_asr.features.maintenance import verify_store
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import walk
 from slam_asr.storage.cache import DiskCache
+from tests.artifacts.feature_store.test_store import publish, some_features
+from tests.faults import BUSY
 from tests.features.test_extract import SMALL, contents, recipe
 
 
@@ -68,6 +72,18 @@ def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothin
     assert record.metrics["new utterances"] == 30, "two of five shards were finished"
     extract_features(options, [str(many)], str(tmp_path / "undisturbed"))
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
+
+
+def test_a_failing_network_is_not_taken_for_damage(faulty_s3, monkeypatch):
+    monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")
+    faulty_s3.fault_rate = 0
+    namespace, index = publish("s3://bucket/f", some_features())
+    faulty_s3.rule = lambda request: (
+        BUSY if request.method == "GET" and "/shards/" in request.target else None
+    )
+    with pytest.raises(StorageError):
+        verify_store("s3://bucket/f", repair=True)
+    assert namespace.shard_sizes() == {shard.name: shard.bytes for shard in index.shards}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from pipelines import cli
 from slam_asr import __version__
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
-from slam_asr.steps import OWN_IMAGE
+from slam_asr.steps import IMAGES, OWN_IMAGE
 from slam_asr.storage import walk
 from tests.docker_engine import BUILD_OPTIONS, NoEngine, install
 from tests.images.test_images import WITHOUT_TORCH, lock, third_party
@@ -380,7 +380,7 @@ def inside(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", OWN_IMAGE)
+@pytest.mark.parametrize("stage", IMAGES)
 def test_image_reports_its_version_and_contains_all_its_imports(stage, inside, images):
     line = inside(stage, "slam-asr", "--version")
     assert re.fullmatch(

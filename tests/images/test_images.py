@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.steps import OWN_IMAGE
+from slam_asr.steps import IMAGES
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LISTS = CHECKOUT / "requirements" / "images"
@@ -60,7 +60,7 @@ def test_every_installed_package_is_pinned_by_version_and_hash():
         assert all(len(digest) == 64 for digest in listed(file.name).values())
 
 
-@pytest.mark.parametrize("stage", OWN_IMAGE)
+@pytest.mark.parametrize("stage", IMAGES)
 def test_image_contains_what_the_stage_imports_and_its_dependencies(stage):
     names = packages_of(stage)
     assert set(names) == lock.of_stage(stage), "run requirements/lock.py again"
@@ -69,11 +69,11 @@ def test_image_contains_what_the_stage_imports_and_its_dependencies(stage):
 
 
 def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
-    assert [stage for stage in OWN_IMAGE if "deepspeed" in packages_of(stage)] == ["train"]
-    assert [stage for stage in OWN_IMAGE if "pyarrow" in packages_of(stage)] == ["build-manifest"]
-    assert [stage for stage in OWN_IMAGE if "kubeflow" in packages_of(stage)] == ["train"]
+    assert [stage for stage in IMAGES if "deepspeed" in packages_of(stage)] == ["train"]
+    assert [stage for stage in IMAGES if "pyarrow" in packages_of(stage)] == ["build-manifest"]
+    assert [stage for stage in IMAGES if "kubeflow" in packages_of(stage)] == ["train"]
     optional = {"pytest", "av", "liger-kernel", "mlflow-skinny", "wandb"}
-    assert not any(optional & set(packages_of(stage)) for stage in OWN_IMAGE)
+    assert not any(optional & set(packages_of(stage)) for stage in IMAGES)
 
 
 def test_imports_only_for_type_checkers_are_ignored(tmp_path):

@@ -111,15 +111,3 @@ def test_every_text_is_spelled_by_the_tokens_that_occur(tokenizer):
     assert len(spelled[0]) == 6 and spelled[0][0] == spelled[0][4]
     # What does not occur in train is spelled as far as it can be.
     assert vocabulary.text_of(vocabulary.spell("a cat zapped")).startswith("a cat")
-
-
-@pytest.mark.parametrize("limit", [1, 3, 5])
-def test_rare_tokens_are_spelled_by_shorter_ones(tokenizer, limit):
-    ids = choose_tokens(tokenizer, TEXTS, limit)
-    everything = choose_tokens(tokenizer, TEXTS)
-    vocabulary = CtcVocabulary(tokenizer, ids)
-    assert [vocabulary.text_of(vocabulary.spell(text)) for text in TEXTS] == TEXTS
-    words = {i for i in ids if len(tokenizer.convert_ids_to_tokens(i)) > 1}
-    assert len(words) == limit and words < set(everything)
-    assert len(vocabulary.spell(TEXTS[0])) > 6
-    assert choose_tokens(tokenizer, iter(TEXTS), limit) == ids

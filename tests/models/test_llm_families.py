@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slam_asr.config.recipe import Decoding, Llm, Projector
+from slam_asr.errors import UserError
 from slam_asr.models import answer_loss as objective
 from slam_asr.models.answer_loss import score_answers
 from slam_asr.models.llm import checkpoint_layers, llm_width
@@ -309,10 +310,19 @@ def test_a_model_without_a_chat_template_is_refused():
         Prompt(byte_tokenizer(), Llm(template="chat"))
 
 
+def test_a_chat_template_that_raises_is_refused_with_advice():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('one turn only') }}"
+    with pytest.raises(UserError, match=r"set llm\.template to a text of your own: one turn only"):
+        Prompt(tokenizer, Llm(template="chat"))
+
+
 def test_prompts_are_drawn_by_seed_epoch_and_key():
     prompt = Prompt(byte_tokenizer(), Llm(training_prompts=["one. ", "two. ", "three. "]))
     drawn = [prompt.draw(0, epoch, f"key{i}") for epoch in range(3) for i in range(50)]
     assert drawn == [prompt.draw(0, epoch, f"key{i}") for epoch in range(3) for i in range(50)]
     assert {0, 1, 2} == set(drawn) and drawn[:50] != drawn[50:100]
     assert prompt.main.text == "USER: Transcribe speech to text. \n ASSISTANT:"
-    assert {s.text for s in prompt.drawn} == {f"USER: {n}. \n ASSISTANT:" for n in ("one", "two", "three")}
+    assert {s.text for s in prompt.for_training} == {
+        f"USER: {n}. \n ASSISTANT:" for n in ("one", "two", "three")
+    }

@@ -166,7 +166,7 @@ def test_an_offloaded_optimiser_must_fit_into_host_memory():
     )
     need = 12 * full.trained_parameters + PROCESS_OVERHEAD
     require_fit(full, Words(), utterances(), gpus(80e9, host=need))
-    with pytest.raises(UserError, match=r"training\.offload_optimizer needs about .+ this host's memory"):
+    with pytest.raises(UserError, match=r"training\.offload_optimizer needs about .+ of memory on this host"):
         require_fit(full, Words(), utterances(), gpus(80e9, host=need / 1.2))
 
 
@@ -208,6 +208,6 @@ def test_each_process_counts_with_its_own_python(capsys):
     with pytest.raises(UserError, match="Python and its libraries"):
         require_fit(model, Words(), utterances(), Machine(1, 1, False, 0.2e9, 0.2e9))
     with pytest.raises(
-        UserError, match=r"^4 training processes need about 2 GB of this host's memory, which has 1\.5 GB"
+        UserError, match=r"^4 training processes need about 2 GB of memory on this host, which has 1\.5 GB"
     ):
         require_fit(shapes(), Words(), utterances(), gpus(80e9, count=4, host=1.5e9))

@@ -169,5 +169,5 @@ def test_nodes_of_a_trainjob_reach_each_other():
     ]
     for rank, process in enumerate(processes):
         out, _ = process.communicate(timeout=120)
-        line = f"✓ node {rank}: reaches 1 other nodes through 127.0.0.1:{port} with gloo"
+        line = f"✓ node {rank}: reaches 1 other node through 127.0.0.1:{port} with gloo"
         assert process.returncode == 0 and line in out.splitlines(), out

@@ -102,11 +102,12 @@ def test_utterances_of_only_one_side_are_refused_or_counted(outputs, tmp_path, c
         ("a\tone\n", "a\tone\nb\ttwo\n", r"1 utterances with no hypothesis, first b"),
         ("a one\n", "a\tone\n", r"line 1 has no tab"),
         ("a\tone\na\ttwo\n", "a\tone\n", r"line 2 repeats the key a"),
+        ("a\tcaf\udce9\n", "a\tcafe\n", r"x_pred is not UTF-8 text"),
     ],
 )
 def test_files_that_do_not_match_are_refused(tmp_path, outputs, pred, gt, message):
-    (tmp_path / "x_pred").write_text(pred)
-    (tmp_path / "x_gt").write_text(gt)
+    (tmp_path / "x_pred").write_text(pred, encoding="utf-8", errors="surrogateescape")
+    (tmp_path / "x_gt").write_text(gt, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         compare(str(tmp_path / "x_pred"), outputs[0])
 

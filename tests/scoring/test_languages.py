@@ -10,7 +10,8 @@ import unicodedata
 import pytest
 
 from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses, write_hypotheses
-from slam_asr.artifacts.scripts import (
+from slam_asr.artifacts.word_errors import character_errors, measure
+from slam_asr.artifacts.writing_systems import (
     characters_of,
     comparable,
     is_english,
@@ -18,7 +19,6 @@ from slam_asr.artifacts.scripts import (
     normalise_any_language,
     separates_words,
 )
-from slam_asr.artifacts.word_errors import character_errors, measure
 from slam_asr.config.recipe import Data, Recipe
 from slam_asr.corpora import Candidate
 from slam_asr.corpora.splits import read_splits

@@ -108,7 +108,7 @@ def test_a_part_without_utterances_changes_nothing(tmp_path, model, part_of):
             r"The decoding lacks 1 of 3 parts, first 2/3: run `slam-asr decode --work-shard 2/3`",
         ),
         ([(1, 2), (1, 2, "again")], "are both work shard 1/2: give each part once"),
-        ([(1, 2), (2, 3)], r"are parts of different decodings \(number of parts differ\)"),
+        ([(1, 2), (2, 3)], r"are parts of different decodings \(different: number of parts\)"),
         ([(1, None), (1, 1, "again")], "are both work shard 1/1: give each part once"),
     ],
 )
@@ -121,7 +121,7 @@ def test_parts_that_do_not_make_up_a_decoding_are_refused(tmp_path, model, part_
 
 def test_parts_of_two_models_are_refused(tmp_path, model, part_of):
     folders = [part_of(1, 2, ROWS[:2], model="a"), part_of(2, 2, ROWS[2:], model="b")]
-    with pytest.raises(UserError, match=r"parts of different decodings \(model differ\)"):
+    with pytest.raises(UserError, match=r"parts of different decodings \(different: model\)"):
         score(load_recipe("demo"), model, folders, str(tmp_path / "scored"))
 
 

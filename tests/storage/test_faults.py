@@ -17,6 +17,7 @@ from slam_asr.storage import (
     objects,
     open_stream,
     paths,
+    pieces,
     publish_folder,
     read_bytes,
     upload,
@@ -225,6 +226,28 @@ def write_bytes_directly(bucket, content: bytes) -> None:
     from moto.s3.models import s3_backends
 
     next(iter(s3_backends.values()))["global"].put_object("bucket", "store/x", content)
+
+
+def test_progress_of_a_download_that_starts_again_counts_each_byte_once(
+    bucket, small_pieces, faulty_s3, tmp_path, monkeypatch
+):
+    # One piece after the other: two have arrived when the object is replaced.
+    monkeypatch.setattr(pieces, "PARALLEL_PIECES", 1)
+    old, new = noise(5 * small_pieces, seed=1), noise(5 * small_pieces, seed=2)
+    write_bytes(f"{ROOT}/x", old)
+    gets, counted = [], []
+
+    def replace(request):
+        gets.append(request.method)
+        if gets.count("GET") == 3:
+            write_bytes_directly(bucket, new)
+        return None
+
+    faulty_s3.rule = replace
+    with open(tmp_path / "file", "w+b") as file:
+        download(f"{ROOT}/x", file, report=counted.append)
+    assert (tmp_path / "file").read_bytes() == new
+    assert sum(counted) == len(new) and min(counted) == -2 * small_pieces
 
 
 def test_progress_counts_each_byte_once(faulty_s3, small_pieces, tmp_path):

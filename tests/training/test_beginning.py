@@ -278,5 +278,5 @@ def test_epochs_after_a_beginning_are_complete_and_any_step_can_be_resumed_from(
         )
     assert plan_of(5, max_steps=3).steps == 8
     shortened = plan_of(20)
-    shortened.end_beginning(4)
+    shortened.set_beginning(4)
     assert [step for *_, step in shortened] == [step for *_, step in plan_of(4)]

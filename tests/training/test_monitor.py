@@ -35,7 +35,7 @@ def monitor(folder: Path, total: int = 4, done: int = 0, phase: str = "main", **
         "demo", {"training.log_every": 2, **{f"training.{k}": v for k, v in options.items()}}
     )
     made = Monitor(folder, recipe, done, torch.device("cpu"), None)
-    made.enter(phase, (4e9, 1e20), total, total)
+    made.enter(phase, 4e9, 1e20, total, total)
     return made
 
 
@@ -231,7 +231,7 @@ def test_the_beginning_has_lines_and_points_of_its_own_and_no_plateau(tmp_path, 
     for step in range(1, 3001):
         monitored.step(numbers(step, loss=2.0, accuracy=0.3))
     monitored.validation(3000, 1.5, 0.25, SAMPLES)
-    monitored.enter("main", (4e9, None), 3003, 3003)
+    monitored.enter("main", 4e9, None, 3003, 3003)
     for step in range(3001, 3004):
         monitored.step(numbers(step, loss=4.0, accuracy=0.4))
     monitored.close()

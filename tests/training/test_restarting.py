@@ -39,8 +39,8 @@ def test_a_training_starts_again_and_each_new_checkpoint_allows_as_many_restarts
     assert attempts_of(tmp_path, [TEMPORARY_CODE, TEMPORARY_CODE, 0], checkpoints=(1,)) == 3
     lines = [line for line in capfd.readouterr().out.splitlines() if "starts again" in line]
     assert [line.partition(". ")[2] for line in lines] == [
-        "Training starts again after step 0 in 0 s",
-        "Training starts again after step 3 in 0 s",
+        "In 0 s, training starts again after step 0",
+        "In 0 s, training starts again after step 3",
     ]
     assert PARENT not in os.environ
 

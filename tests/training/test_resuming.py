@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.stage_record import read_record
@@ -19,6 +21,8 @@ from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.stages.train import train
+from slam_asr.training import resumer
+from slam_asr.training.job import CHECKPOINTS
 from slam_asr.training.launch import require_same_training
 from slam_asr.training.live import read_curve
 from tests.faults import FaultyProxy
@@ -41,6 +45,28 @@ OPTIONS = {
 FEWER = 60
 """Steps of the shorter training runs, which are not compared with the fixture `uninterrupted`."""
 KILLS = 10 if os.environ.get("SLAM_ASR_SOAK") else 2
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused_before_a_model_is_built(tmp_path, monkeypatch):
+    folder = str(tmp_path / CHECKPOINTS)
+    checkpoint.publish(
+        folder, checkpoint.Checkpoint(5, 0, updates=5, engine="ddp", processes=1, inputs={}), 1
+    )
+    parts = SimpleNamespace(
+        rank=0,
+        folder=tmp_path,
+        job=SimpleNamespace(published=str(tmp_path)),
+        plan=SimpleNamespace(steps=3),
+        recipe=load_recipe("demo"),
+    )
+    for enter in ("enter_beginning", "enter_main"):
+        monkeypatch.setattr(resumer, enter, lambda parts: pytest.fail("a model is built"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"step-0*5 is beyond the 3 steps of this training run"):
+            resumer.Resumer(parts).resume()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def command(prepared, output: str, **options) -> list[str]:

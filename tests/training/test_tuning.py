@@ -103,7 +103,9 @@ def test_a_prompt_and_answer_without_positions_for_audio_are_refused_before_trai
     recipe = load_recipe(str(tiny_recipe), {"decoding.max_new_tokens": 2040})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
-    with pytest.raises(UserError, match="leaves none for audio in the 2048"):
+    with pytest.raises(
+        UserError, match=r"holds 2048 LLM positions: the prompt .* which leaves none for audio"
+    ):
         train(recipe, str(built.file("train.jsonl")), str(tmp_path / "t"), features.folder)
 
 
@@ -125,15 +127,18 @@ def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny
 
 
 @pytest.mark.slow
-def test_a_training_starts_from_the_projector_of_another_model(tiny_recipe, tiny_corpus, tmp_path, capsys):
-    recipe = load_recipe(str(tiny_recipe))
+def test_a_training_starts_from_projector_and_adapter_of_another_model(
+    tiny_recipe, tiny_corpus, tmp_path, capsys
+):
+    lora = {"llm.tuning": "lora", "llm.lora.rank": 4}
+    recipe = load_recipe(str(tiny_recipe), lora)
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
     manifest = str(built.file("train.jsonl"))
     first = convert_checkpoint(
         train(recipe, manifest, str(tmp_path / "t"), features.folder).folder, str(tmp_path / "first")
     )
-    options = {
+    options = lora | {
         "projector.init_from": first.folder,
         "training.max_steps": 1,
         "training.warmup_steps": 0,
@@ -141,10 +146,26 @@ def test_a_training_starts_from_the_projector_of_another_model(tiny_recipe, tiny
     }
     record = train(load_recipe(str(tiny_recipe), options), manifest, str(tmp_path / "u"), features.folder)
     second = convert_checkpoint(record.folder, str(tmp_path / "second"))
-    before, after = (load_file(model.file("projector.safetensors")) for model in (first, second))
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
-    assert "init_from" in record.inputs and "warning" not in capsys.readouterr().out
+    for part in ("projector.safetensors", "adapter/adapter_model.safetensors"):
+        before, after = (load_file(model.file(part)) for model in (first, second))
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
+    assert all(tensor.any() for name, tensor in before.items() if "lora_B" in name), "nothing was learnt"
+    assert {"init_from", "init_adapter"} <= record.inputs.keys()
+    assert "warning" not in capsys.readouterr().out
+    frozen = load_recipe(str(tiny_recipe), options | {"llm.tuning": "frozen"})
+    without = train(frozen, manifest, str(tmp_path / "w"), features.folder)
+    assert "init_adapter" not in without.inputs
+    assert "was trained with a LoRA adapter, which is left out here" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"adapter of .* does not fit the recipe's: set llm\.lora\.rank to 4\."
+    ):
+        train(
+            load_recipe(str(tiny_recipe), options | {"llm.lora.rank": 8}),
+            manifest,
+            str(tmp_path / "v"),
+            features.folder,
+        )
     with pytest.raises(
         UserError, match=r"projector\.init_from: .* does not fit a linear projector with k = 5"
     ):

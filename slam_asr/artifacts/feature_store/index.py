@@ -54,6 +54,7 @@ class Entry:
     scale_begin: int
     """Where the scales of the frames begin in the shard's file, in bytes; -1 for a dtype without scales."""
     frames: int
+    """Number of saved frames."""
     span: int
     """Length of the audio in frames, which gives the number of LLM positions; see `EncoderSpec.span_of`."""
     check: int

@@ -15,7 +15,7 @@ from slam_asr.artifacts.feature_store.index import Entry, to_array
 from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
-from slam_asr.storage import is_s3, local_path
+from slam_asr.storage import is_s3, local_path, parent_of
 from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
 from slam_asr.storage.downloads import download
 from slam_asr.storage.objects import read
@@ -33,7 +33,7 @@ class FeatureStore:
     shard arrives.
 
     Args:
-        path: a store, or the folder of an extraction's record in it.
+        path: a store, or in it a namespace's folder or the folder of an extraction's record.
         expected: the fingerprint of the encoder on which the reader's model is built.
         dtype: the dtype to read if the store has features in several dtypes.
         audio_ids: the only audio ids that will be read. If not given, the index of the complete store is
@@ -148,9 +148,11 @@ class FeatureStore:
         # A mapped file does not change, so its entries are verified once. Object storage is read every time.
         if source is None or not self._verified[position]:
             if checksum(*chunks) != entry.check:
+                # `self.path` may be a folder in the store, such as that of an extraction's record.
+                store = parent_of(self.namespace.root)
                 raise InputError(
                     f"{self._path(entry.shard)} is damaged (the checksum of audio {audio_id[:16]}… differs): "
-                    f"run `slam-asr features verify {self.path} --repair true`, "
+                    f"run `slam-asr features verify {store} --repair true`, "
                     "then `slam-asr extract-features` again over the same manifests."
                 )
             self._verified[position] = True
@@ -171,8 +173,10 @@ class FeatureStore:
             if self._pool is None:
                 return
             for number in [n for n in self._fetching if n not in set(ahead)]:
-                # A fetch that is running cannot be stopped. Its file is released as soon as it is complete.
-                self._fetching.pop(number).add_done_callback(_release)
+                fetch = self._fetching.pop(number)
+                # A fetch that is running cannot be cancelled. Its file is released as soon as it is complete.
+                fetch.cancel()
+                fetch.add_done_callback(_release)
             for number in ahead:
                 if number not in self._mapped and number not in self._fetching:
                     self._fetching[number] = self._pool.submit(self._fetch, number)

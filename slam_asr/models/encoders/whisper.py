@@ -84,8 +84,8 @@ class WhisperEncoder(SpeechEncoder):
             A tensor [frames, width] per utterance.
         """
         columns = self.spec.window_samples // COLUMN_SAMPLES
-        # A spectrogram that is shorter than the window ends with a column of silence. Repeating it fills the
-        # window.
+        # A spectrogram that is shorter than the window ends with a column of silence. Repeating that column
+        # fills the window.
         padded = [
             functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
             for u in utterances

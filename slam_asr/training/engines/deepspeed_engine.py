@@ -1,7 +1,7 @@
 """DeepSpeed as an engine: ZeRO stages 0 to 3, with or without offload of the optimiser.
 
 Each stage holds fp32 masters and Adam's state in a different place, and creates them at a different time. The
-methods below hide these differences from the training loop, because checkpoints hold complete tensors instead
+methods below hide these differences from the training loop, whose checkpoints hold complete tensors instead
 of DeepSpeed's own files.
 """
 
@@ -59,8 +59,6 @@ class DeepSpeedEngine(Engine):
             read_and_partition(lazy_weights, config, device)
         self.model = model
         self.groups = ParameterGroups(model, options, learning_rates or {})
-        self.trained = [[n for n, _ in weights] for weights in self.groups.parts.values()]
-        """Names of the trained weights, by group."""
         adam_options = _json_settings(options).get("optimizer", {}).get("params", {})
         self.adam = torch.optim.AdamW(
             self.groups.for_optimizer(), weight_decay=options.weight_decay, **adam_options

@@ -39,9 +39,10 @@ Both are the defaults of `torch.amp.GradScaler`.
 """
 
 
-_BUFFERS = "forward_sync_buffers"
-if _BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
-    _BUFFERS = "broadcast_buffers"  # its name before torch 2.13
+_SYNC_BUFFERS = "forward_sync_buffers"
+"""DDP's option that synchronises the model's buffers over processes in each forward pass."""
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"  # its name before torch 2.13
 
 
 class TorchEngine(Engine):
@@ -74,7 +75,7 @@ class TorchEngine(Engine):
             # Buffers are not synchronised. Of the supported models, only a HuBERT with batch norm in its
             # positional convolution has buffers that change, and only if the encoder is trained: then each
             # process has the running statistics of its own utterances, and no checkpoint holds them.
-            buffer_options: dict[str, Any] = {_BUFFERS: False}
+            buffer_options: dict[str, Any] = {_SYNC_BUFFERS: False}
             self.module = DistributedDataParallel(model, **buffer_options)
         self.model = model
         # Only now: sharding and reading have replaced the parameters by new objects.
@@ -202,7 +203,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     FSDP2 gathers a layer's weights just before the layer runs and frees them afterwards. With prefetching, at
     most two layers are complete at a time.
     """
-    # Layers before the model: FSDP2 makes a unit of all weights that no unit inside has taken yet.
+    # The layers first, then the model: its unit takes all weights that are not in a layer's unit yet.
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     wrap = functools.partial(fully_shard, mesh=mesh)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:

@@ -30,6 +30,7 @@ class FakeKubeflow:
 
     def __init__(self, multi_user: bool = True) -> None:
         self.multi_user = multi_user
+        self.version = "2.17.0"
         self.token: str | None = TOKEN
         self.pipelines: dict[str, kfp.V2beta1Pipeline] = {}
         self.versions: dict[str, kfp.V2beta1PipelineVersion] = {}
@@ -145,6 +146,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 return 404, refusal(5, f"Run {match[1]} not found")
             return 200, {"run": of_run, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
+        if path == "/apis/v1beta1/healthz":
+            return 200, kfp.ApiClient().sanitize_for_serialization(
+                {"commit_sha": "unknown", "tag_name": fake.version, "multi_user": fake.multi_user}
+            )
         path = path.removeprefix("/apis/v2beta1")
         if path == "/healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)

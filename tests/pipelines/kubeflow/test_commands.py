@@ -239,6 +239,13 @@ def test_message_of_a_failing_proxy_is_shown(kubeflow, program, monkeypatch, fau
     assert sentence in program("status")[2]
 
 
+@pytest.mark.parametrize("seconds", ["a minute", "nan", "-1"])
+def test_a_patience_that_is_no_number_of_seconds_is_refused(kubeflow, program, monkeypatch, seconds):
+    # No time is later than NaN seconds from now: a failing endpoint would be retried without end.
+    monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", seconds)
+    assert f"SLAM_ASR_KFP_PATIENCE is '{seconds}': give a number of seconds." in program("status")[2]
+
+
 def test_token_is_read_from_a_file(kubeflow, program, monkeypatch, tmp_path):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
     (tmp_path / "token").write_text(f"{TOKEN}\n")

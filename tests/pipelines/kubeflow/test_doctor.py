@@ -118,10 +118,10 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 21 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
-    assert "nodes: 2 accept pods, and each step fits on one of them" in out
+    assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"
 
 
@@ -211,6 +211,20 @@ def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor):
     assert code == 1 and "✗ launcher configuration: does not exist in team" in out
 
 
+@pytest.mark.parametrize(
+    ("version", "exit_code", "finding"),
+    [
+        ("2.16.1", 0, "✓ version of Kubeflow Pipelines: is 2.16.1"),
+        ("2.9.0", 1, "✗ version of Kubeflow Pipelines: is 2.9.0, but compiled pipelines need 2.16"),
+        ("unknown", 0, "– version of Kubeflow Pipelines: the server does not report it; 2.16 or later"),
+    ],
+)
+def test_version_of_kubeflow_pipelines_is_checked(doctor, kubeflow, version, exit_code, finding):
+    kubeflow.version = version
+    code, out = doctor(lambda served, manifests: None)
+    assert code == exit_code and finding in out, out
+
+
 def test_single_user_kubeflow_is_checked_in_its_own_namespace(doctor, kubeflow):
     kubeflow.multi_user = False
 
@@ -237,21 +251,24 @@ def test_pages_of_several_users_load_only_from_kubeflows_own_store(doctor, kubef
     ) in out
 
 
-def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor):
+@pytest.mark.parametrize(
+    ("name", "node_name"), [("slam-asr/", "docker.io/slam-asr/"), ("", "docker.io/library/")]
+)
+def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor, name, node_name):
     loaded = [
-        {"names": [f"docker.io/slam-asr/{stage}:7"]}
+        {"names": [f"{node_name}{stage}:7"]}
         for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint")
     ]
 
     def load(served, manifests):
         served["/api/v1/nodes"][1]["items"][0]["status"]["images"] = loaded
 
-    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", "slam-asr/"))
-    assert code == 1 and "✓ image slam-asr/train:7: is loaded into the nodes" in out, out
-    assert "✗ image slam-asr/decode:7: the image of decode has no registry in its name" in out
+    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", name))
+    assert code == 1 and f"✓ image {name}train:7: is loaded into the nodes" in out, out
+    assert f"✗ image {name}decode:7: the image of decode has no registry in its name" in out
     assert "load it into the nodes (`make images LOAD=kind`)" in out
-    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", "slam-asr/"), forbidden=True)
-    assert code == 0 and "– image slam-asr/train:7: the image of train has no registry in its name" in out
+    code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", name), forbidden=True)
+    assert code == 0 and f"– image {name}train:7: the image of train has no registry in its name" in out
 
 
 def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor):

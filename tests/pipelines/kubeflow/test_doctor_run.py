@@ -133,6 +133,20 @@ def test_pod_that_fails_is_named_with_the_command_that_shows_why(doctor, kubeflo
 
 
 @pytest.mark.slow
+def test_run_that_somebody_deletes_is_a_problem(doctor, kubeflow):
+    run_at = kubeflow.run_at
+
+    def deleted_afterwards(run_id):
+        run = run_at(run_id)
+        del kubeflow.runs[run_id]
+        return run
+
+    kubeflow.run_at, kubeflow.waits = deleted_afterwards, "Unschedulable: no node"
+    code, out = doctor({})
+    assert code == 1 and "✗ run: somebody deleted it before it ended: start doctor again" in out, out
+
+
+@pytest.mark.slow
 def test_findings_that_cannot_be_read_are_in_the_dashboard(doctor, kubeflow):
     _, out = doctor({}, forbidden=True)
     page = f"{kubeflow.address}/#/runs/details/run-1"

@@ -240,13 +240,13 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "oom-killed",
             "2026-11-30T00:00:00Z",
             0,
-            "kfp-launcher with which it began, which was changed since; `",
+            "kfp-launcher with which it began and that was changed since then; `",
         ),
         (
             "oom-killed",
             "",
             0,
-            "it keeps the pipeline root and credentials of kfp-launcher with which it began; `",
+            "it still uses the pipeline root and the credentials of the kfp-launcher with which it began; `",
         ),
     ],
 )
@@ -345,6 +345,11 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
             "for a node",
         ),
         (
+            "Unschedulable: 0/2 nodes are available: 2 node(s) had untolerated taint(s).",
+            "every node that would do has a taint: name it in steps.train.tolerations",
+            "for a node",
+        ),
+        (
             "Unschedulable: 0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.",
             "no node has the labels of steps.train.node_selector: correct them in the profile",
             "for a node",
@@ -386,6 +391,12 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
             "its node ran short of ephemeral-storage and evicted it: raise steps.train.scratch",
             "",
         ),
+        (
+            "Evicted: The node was low on resource: memory.",
+            "its node ran short of memory and evicted it: raise steps.train.scratch or memory",
+            "",
+        ),
+        ("Evicted", "its node evicted it, usually for lack of memory or disk: raise steps.train.memory", ""),
         ("main: Error (exit code 137)", "it needed more memory than its limit (OOMKilled)", ""),
         ("main: Error (exit code 143)", "it was asked to end (SIGTERM)", ""),
         (

@@ -1,4 +1,4 @@
-"""What a script means for scoring: whether spaces separate its words, and how its text is normalised.
+"""What a text's writing system means for scoring: whether spaces separate words, and how text is normalised.
 
 Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and some others put no spaces between words, so the
 "words" of their transcripts depend on who wrote them. Such text is scored by characters.
@@ -18,9 +18,10 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
-_SPACE_WITHIN_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
+_SPACE_NEXT_TO_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
 _ZERO_WIDTH_SPACES = re.compile("[\u200b\ufeff]")
-"""Khmer, Thai and Burmese texts may mark words with U+200B, for line breaks; `str.split` ignores it."""
+"""Khmer, Thai and Burmese texts may mark words with U+200B, for line breaks. U+FEFF may begin a text, as its
+byte order mark. `str.split` splits at neither."""
 _MAX_FOREIGN_SHARE = 0.005
 """Largest share of letters outside ASCII in English: `café` is rare. In French it is 3 %, in Italian 1 %."""
 
@@ -35,7 +36,9 @@ def comparable(text: str) -> str:
 
 
 def characters_of(text: str, all_unspaced: bool = False) -> str:
-    """The characters of a comparable text that count: without spaces where none separate words.
+    """Remove the spaces of a comparable text that do not count as characters.
+
+    These are the spaces next to a character of a script that puts none between words.
 
     Args:
         text: a text that `comparable` returned.
@@ -43,7 +46,7 @@ def characters_of(text: str, all_unspaced: bool = False) -> str:
     """
     if all_unspaced:
         return text.replace(" ", "")
-    return text if text.isascii() else _SPACE_WITHIN_UNSPACED.sub("", text)
+    return text if text.isascii() else _SPACE_NEXT_TO_UNSPACED.sub("", text)
 
 
 def separates_words(texts: Iterable[str]) -> bool:

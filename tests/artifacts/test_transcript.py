@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 
-from slam_asr.decoding.subtitles import COLUMNS, Segment, Transcript, as_json, as_srt, as_text
+from slam_asr.artifacts.transcript import COLUMNS, Segment, Transcript, as_json, as_srt, as_text
 
 LONG = (
     "it was the best of times it was the worst of times "

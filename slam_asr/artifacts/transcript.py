@@ -1,11 +1,30 @@
-"""Transcripts, and their formats: text, JSON and SubRip subtitles."""
+"""Transcripts, and their formats: text, JSON, and subtitles as SubRip and WebVTT."""
 
 import json
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLUMNS, LINES = 42, 2
 """Maximum number of characters in a subtitle's line, and of lines, so that players show all of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a recording that is decoded at once and becomes a segment."""
+
+    samples: "np.ndarray"
+    """float32 [samples], mono at 16 kHz."""
+    start: float
+    """Start in the recording, in seconds."""
+    end: float
+    """End in the recording, in seconds."""
+    positions: int
+    """Number of LLM positions of its audio."""
 
 
 @dataclass
@@ -61,7 +80,22 @@ def as_srt(transcript: Transcript) -> str:
     A long segment becomes several subtitles, which share its time in proportion to their number of
     characters.
     """
-    blocks: list[str] = []
+    return "\n".join(
+        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}\n"
+        for number, (start, end, text) in enumerate(_subtitles(transcript), start=1)
+    )
+
+
+def as_vtt(transcript: Transcript) -> str:
+    """Format a transcript as WebVTT subtitles, divided as those of `as_srt`."""
+    return "WEBVTT\n" + "".join(
+        f"\n{_clock(start, '.')} --> {_clock(end, '.')}\n{_escaped(text)}\n"
+        for start, end, text in _subtitles(transcript)
+    )
+
+
+def _subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
+    """Yield start and end in seconds, and the lines of text, of each subtitle."""
     for segment in transcript.segments:
         shown = ["\n".join(lines) for lines in _grouped(textwrap.wrap(segment.text, COLUMNS))]
         characters = sum(map(len, shown))
@@ -69,9 +103,13 @@ def as_srt(transcript: Transcript) -> str:
         for text in shown:
             # Rounding errors must not let the last subtitle end after its segment.
             end = min(segment.end, start + (segment.end - segment.start) * len(text) / characters)
-            blocks.append(f"{len(blocks) + 1}\n{_clock(start)} --> {_clock(end)}\n{text}\n")
+            yield start, end, text
             start = end
-    return "\n".join(blocks)
+
+
+def _escaped(text: str) -> str:
+    """Escape what WebVTT takes for markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _grouped(lines: list[str]) -> list[list[str]]:
@@ -79,13 +117,13 @@ def _grouped(lines: list[str]) -> list[list[str]]:
     return [lines[i : i + LINES] for i in range(0, len(lines), LINES)]
 
 
-def _clock(seconds: float) -> str:
-    """Format seconds as SubRip's hours:minutes:seconds,milliseconds."""
+def _clock(seconds: float, point: str) -> str:
+    """Format seconds as hours:minutes:seconds, a decimal point, and milliseconds."""
     rest, milliseconds = divmod(round(seconds * 1000), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)
-    return f"{hours:02}:{minutes:02}:{whole_seconds:02},{milliseconds:03}"
+    return f"{hours:02}:{minutes:02}:{whole_seconds:02}{point}{milliseconds:03}"
 
 
-FORMATS = {"text": as_text, "json": as_json, "srt": as_srt}
-SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt"}
+FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
+SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}

@@ -1,0 +1,1 @@
+"""Source files that `convert-checkpoint --to huggingface` copies: they need only torch and transformers."""

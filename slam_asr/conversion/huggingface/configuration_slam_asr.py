@@ -1,0 +1,47 @@
+"""The configuration that joins a speech encoder, a projector and an LLM. It needs only transformers."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class SlamAsrConfig(PreTrainedConfig):
+    """What joins the three parts.
+
+    Args:
+        encoder_name: the encoder's name on the hub, or its folder; None if it is in the subfolder `encoder`.
+        llm_name: the same for the LLM; None if it is in the subfolder `llm`.
+        encoder_dtype: dtype in which the encoder computes. `dtype` is that of projector and LLM.
+        encoder_width: values per encoder frame.
+        llm_width: values per LLM position.
+        projector: `kind` (linear, cov1d-linear or q-former), `downsampling`, `hidden`, `queries`, `layers`.
+        frames: for Whisper, `all` frames of its window or only those of the `speech`.
+        long_audio: for Whisper, whether audio beyond its window is `cut`, or `split` into several windows.
+        feature_dtype: bf16, fp16, fp32 or fp8: the encoder's outputs are rounded to it, as in training.
+        lora_scale: factor of the LoRA adapter's output, alpha / rank; None without an adapter.
+        audio_token_id: token id that marks an LLM position of the audio.
+    """
+
+    model_type = "slam_asr"
+
+    def __init__(
+        self,
+        encoder_name: str | None = None,
+        llm_name: str | None = None,
+        encoder_dtype: str = "float32",
+        encoder_width: int = 0,
+        llm_width: int = 0,
+        projector: dict[str, Any] | None = None,
+        frames: str = "all",
+        long_audio: str = "cut",
+        feature_dtype: str = "fp32",
+        lora_scale: float | None = None,
+        audio_token_id: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder_name, self.llm_name, self.encoder_dtype = encoder_name, llm_name, encoder_dtype
+        self.encoder_width, self.llm_width = encoder_width, llm_width
+        self.projector = projector or {}
+        self.frames, self.long_audio, self.feature_dtype = frames, long_audio, feature_dtype
+        self.lora_scale, self.audio_token_id = lora_scale, audio_token_id
+        super().__init__(**kwargs)

@@ -1,0 +1,310 @@
+"""A speech encoder, a projector and an LLM, joined to transcribe speech.
+
+This file needs only torch and transformers. The folder that contains it holds the weights that were trained,
+in `model.safetensors`: the projector, and a LoRA adapter if the LLM has one. Encoder and LLM are loaded from
+where `config.json` names them, or from the subfolders `encoder` and `llm` if the folder is complete.
+"""
+
+import copy
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_slam_asr import SlamAsrConfig
+from .modules_slam_asr import LoraLinear, MaskedGroupNorm, SlamAsrProjector, mask_of, round_features
+
+SAMPLES_PER_FRAME = 320
+"""Samples per encoder frame at 16 kHz."""
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+_ELSEWHERE = ("encoder_name", "llm_name", "encoder_dtype")
+"""Entries of config.json that `from_pretrained` also takes as arguments."""
+
+
+class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Transcribes speech; `from_pretrained` builds it.
+
+    Args:
+        config: what joins the three parts.
+        encoder: Whisper, WavLM, HuBERT or wav2vec 2.0, as `AutoModel` loads it.
+        llm: any causal LM.
+    """
+
+    config_class = SlamAsrConfig
+    main_input_name = "input_ids"
+    input_modalities = ["audio", "text"]  # noqa: RUF012  # transformers' own models do it this way
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
+
+    config: SlamAsrConfig
+    # Classes of encoders and LLMs differ, and declare few of their parts.
+    encoder: Any
+    llm: Any
+
+    def __init__(self, config: Any, encoder: Any, llm: Any) -> None:
+        super().__init__(config)
+        self.is_whisper = encoder.config.model_type == "whisper"
+        self.encoder = encoder.get_encoder() if self.is_whisper else encoder
+        self.projector = SlamAsrProjector(config)
+        self.llm = llm
+        if not self.is_whisper:
+            self.encoder.config.apply_spec_augment, self.encoder.config.layerdrop = False, 0.0
+            first = self.encoder.feature_extractor.conv_layers[0]
+            if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
+                first.layer_norm = MaskedGroupNorm(first.layer_norm)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the three parts.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or its name on the hub.
+            args: not used.
+            kwargs: arguments of transformers' `from_pretrained`; of these, `dtype`, `device_map`,
+                `attn_implementation`, `quantization_config` (for the LLM) and those about the hub count. And
+                `encoder_name`, `llm_name` and `encoder_dtype`, which replace those in config.json.
+        """
+        place = str(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        here = {**hub, "revision": kwargs.get("revision")}
+        config = kwargs.get("config")
+        # Not SlamAsrConfig: transformers may have imported this folder's files more than once.
+        if not isinstance(config, PreTrainedConfig):
+            config = SlamAsrConfig.from_pretrained(place, **here)
+        for name in _ELSEWHERE:
+            setattr(config, name, kwargs.get(name, getattr(config, name)))
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+        dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        options = {n: kwargs[n] for n in ("device_map", "attn_implementation") if kwargs.get(n) is not None}
+
+        def load(kind: Any, name: str | None, part: str, **more: Any) -> PreTrainedModel:
+            where = {**here, "subfolder": part} if name is None else hub
+            try:
+                return kind.from_pretrained(
+                    name or place, **where, **options, **more, trust_remote_code=False
+                )
+            except OSError as error:
+                raise OSError(
+                    f"The {part} {name or part} of {place} cannot be loaded: if it is elsewhere, give "
+                    f"{part}_name=…"
+                ) from error
+
+        encoder = load(AutoModel, config.encoder_name, "encoder", dtype=_as_dtype(config.encoder_dtype))
+        quantized = {n: kwargs[n] for n in ("quantization_config",) if kwargs.get(n) is not None}
+        llm = load(AutoModelForCausalLM, config.llm_name, "llm", dtype=_as_dtype(dtype), **quantized)
+        model = cls(config, encoder, llm)
+        model._take_trained_weights(load_file(str(cached_file(place, SAFE_WEIGHTS_NAME, **here))))
+        model.generation_config = GenerationConfig.from_pretrained(place, **here)
+        return model.eval()
+
+    def _take_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Load the projector's weights, and add the LoRA adapter's layers to the LLM."""
+        embedding = self.llm.get_input_embeddings().weight
+        projector = {
+            n.removeprefix("projector."): t for n, t in weights.items() if n.startswith("projector.")
+        }
+        self.projector.load_state_dict(projector)
+        self.projector.to(embedding.device, embedding.dtype)
+        for name in [n for n in weights if n.endswith(".lora_A.weight")]:
+            path = name.removeprefix("llm.").removesuffix(".lora_A.weight")
+            base = self.llm.get_submodule(path)
+            device = next(base.parameters()).device
+            a, b = (
+                weights[f"llm.{path}.{part}.weight"].to(device, embedding.dtype)
+                for part in ("lora_A", "lora_B")
+            )
+            parent, _, last = path.rpartition(".")
+            setattr(
+                self.llm.get_submodule(parent), last, LoraLinear(base, a, b, self.config.lora_scale or 1.0)
+            )
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save config.json and what was trained: the projector and the adapter.
+
+        Raises:
+            ValueError: encoder and LLM are in this model's own folder, which the saved one would lack.
+        """
+        if self.config.encoder_name is None or self.config.llm_name is None:
+            raise ValueError("This model's folder contains its encoder and LLM: name others to save it.")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        weights = kwargs.get("state_dict") or self.state_dict()
+        trained = {n: t for n, t in weights.items() if n.startswith("projector.") or ".lora_" in n}
+        save_file(
+            {n: t.float().contiguous().cpu() for n, t in trained.items()},
+            Path(save_directory) / SAFE_WEIGHTS_NAME,
+            {"format": "pt"},
+        )
+        self.config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the LLM's token embeddings."""
+        return self.llm.get_input_embeddings()
+
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        audio_lengths: torch.Tensor,
+        positions: list[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project audio.
+
+        Args:
+            input_features: for Whisper, log-mel spectrograms [windows, bins, columns]; for the others,
+                waveforms [utterances, samples], padded on the right.
+            audio_lengths: [utterances], in samples at 16 kHz.
+            positions: LLM positions of each utterance; by default, as many as its frames fill.
+            kwargs: not used.
+
+        Returns:
+            `pooler_output` is [sum of positions, LLM width], one utterance after another.
+        """
+        frames = self._encode(input_features, audio_lengths.tolist())
+        weight = next(self.projector.parameters())
+        rounded = [
+            round_features(f, self.config.feature_dtype).to(weight.device, weight.dtype) for f in frames
+        ]
+        return BaseModelOutputWithPooling(pooler_output=self.projector(rounded, positions))
+
+    def _encode(self, inputs: torch.Tensor, samples: list[int]) -> list[torch.Tensor]:
+        """Return each utterance's frames [frames, encoder width]."""
+        weight = next(self.encoder.parameters())
+        inputs = inputs.to(weight.device, weight.dtype)
+        if self.is_whisper:
+            window = self.encoder.config.max_source_positions
+            split = self.config.long_audio == "split"
+            counts = [max(1, math.ceil(n / (window * SAMPLES_PER_FRAME))) if split else 1 for n in samples]
+            parts = self.encoder(inputs).last_hidden_state.split(counts)
+            speech = self.config.frames == "speech"
+            return [
+                part.flatten(0, 1)[: math.ceil(n / SAMPLES_PER_FRAME) if speech else None]
+                for part, n in zip(parts, samples, strict=True)
+            ]
+        frames = [self._waveform_frames(n) for n in samples]
+        encodable = [i for i, n in enumerate(frames) if n > 0]
+        if not encodable:
+            return [inputs.new_zeros(0, self.config.encoder_width) for _ in samples]
+        lengths = torch.tensor([samples[i] for i in encodable], device=weight.device)
+        inputs = inputs[encodable, : int(lengths.max())]
+        mask = mask_of(lengths, inputs.shape[1]) if len(set(lengths.tolist())) > 1 else None
+        first = self.encoder.feature_extractor.conv_layers[0]
+        norm = getattr(first, "layer_norm", None)
+        if isinstance(norm, MaskedGroupNorm):
+            kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+            norm.lengths = None if mask is None else (lengths - kernel) // stride + 1
+        outputs = iter(self.encoder(inputs, attention_mask=mask).last_hidden_state)
+        return [next(outputs)[:n] if n else inputs.new_zeros(0, self.config.encoder_width) for n in frames]
+
+    def _waveform_frames(self, samples: int) -> int:
+        config = self.encoder.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
+
+    def _embed(
+        self, input_ids: torch.Tensor, input_features: torch.Tensor | None, audio_lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the LLM's input [rows, positions, LLM width]: token embeddings and projected audio."""
+        is_audio = input_ids == self.config.audio_token_id
+        # The LLM's embedding may have no row for the audio's token, and needs none.
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        if input_features is None or audio_lengths is None:
+            return embeddings
+        features = self.get_audio_features(input_features, audio_lengths, is_audio.sum(1).tolist())
+        assert features.pooler_output is not None, "get_audio_features sets it"
+        audio = features.pooler_output.to(embeddings.device, embeddings.dtype)
+        return embeddings.masked_scatter(is_audio.unsqueeze(-1), audio)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input_ids: [rows, positions], with `audio_token_id` where the audio is.
+            attention_mask: [rows, positions], 0 on padding.
+            input_features: as for `get_audio_features`.
+            audio_lengths: as for `get_audio_features`.
+            labels: [rows, positions], -100 at positions without a target.
+            kwargs: further arguments of the LLM.
+
+        Returns:
+            The LLM's output: `logits` [rows, positions, vocabulary], and `loss` if there are labels.
+        """
+        embeddings = self._embed(input_ids, input_features, audio_lengths)
+        if attention_mask is not None and "position_ids" in inspect.signature(self.llm.forward).parameters:
+            kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
+        return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Transcribe.
+
+        Args:
+            input_ids: as for `forward`, padded on the left.
+            attention_mask: as for `forward`.
+            input_features: as for `get_audio_features`.
+            audio_lengths: as for `get_audio_features`.
+            generation_config: beams, penalties and limits; by default those of the folder.
+            kwargs: options that replace those of `generation_config`, and further arguments of `generate`.
+
+        Returns:
+            Token ids [rows · answers, positions]: the input, and then the answer. The repetition penalty
+            counts the answer's tokens only.
+        """
+        config = copy.deepcopy(generation_config or self.generation_config)
+        arguments = config.update(**kwargs)
+        processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
+        if config.repetition_penalty not in (None, 1.0):
+            # `generate` would skip as many of the answer's tokens as there is padding before the utterance.
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+            config.repetition_penalty = 1.0
+        self.llm.generation_config = config  # from its own, `generate` would fill in options that are not set
+        output = self.llm.generate(
+            inputs_embeds=self._embed(input_ids, input_features, audio_lengths),
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=processors,
+            **arguments,
+        )
+        answers = output if isinstance(output, torch.Tensor) else output.sequences
+        heads = input_ids.repeat_interleave(len(answers) // len(input_ids), 0)
+        sequences = torch.cat([heads, answers.to(heads.device)], 1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+
+def _as_dtype(dtype: Any) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,0 +1,326 @@
+"""Writes a folder that transformers loads by itself, on machines without slam-asr.
+
+The folder holds the trained weights, the processor, and copies of the files in `huggingface/`, which
+`config.json` names. Encoder and LLM are named by config.json, or are in the subfolders `encoder` and `llm`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from slam_asr.artifacts.model_folder import ENCODER, LLM
+from slam_asr.config.recipe import Recipe
+from slam_asr.conversion.huggingface.configuration_slam_asr import SlamAsrConfig
+from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
+from slam_asr.conversion.model_card import CARD, Report, model_card, usage
+from slam_asr.conversion.parts import Parts
+from slam_asr.conversion.tuned import write_tuned_encoder, write_tuned_llm
+from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.encoders.waveform import WaveformSpec
+from slam_asr.models.encoders.whisper import WhisperSpec
+from slam_asr.models.llm import load_llm, load_tokenizer
+from slam_asr.models.precision import DTYPES
+from slam_asr.models.projector import positions_of
+from slam_asr.models.prompt import Prompt
+from slam_asr.pretrained.lazy_tensors import lazy_tensors, rename_tensors
+from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.locate import locate_model
+from slam_asr.pretrained.model_files import weight_files
+from slam_asr.progress import log_line
+from slam_asr.storage import local_path, write_atomically
+
+SOURCES = Path(__file__).parent / "huggingface"
+AUTO_MAP = {
+    "AutoConfig": "configuration_slam_asr.SlamAsrConfig",
+    "AutoModelForSpeechSeq2Seq": "modeling_slam_asr.SlamAsrForConditionalGeneration",
+    "AutoProcessor": "processing_slam_asr.SlamAsrProcessor",
+}
+PIPELINE = {"impl": "pipeline_slam_asr.SlamAsrPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
+_AUDIO_TOKENS = ("<|audio|>", "<|speech|>", "<|slam_asr_audio|>")
+"""The audio's token is the first of these that the LLM's tokenizer does not have yet."""
+_PROMPT = "\u241eprompt\u241e"
+"""Placeholder for the prompt while a template is filled in."""
+
+
+def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report | None) -> None:
+    """Write the folder; its config.json comes last.
+
+    Args:
+        folder: an existing folder.
+        parts: the weights.
+        complete: whether encoder and LLM are copied into the folder.
+        report: the measured error rates, for the model card.
+
+    Raises:
+        ConfigurationError: the LLM needs its own Python code.
+        ModelError: the LLM's chat template cannot be written for the processor.
+    """
+    recipe = parts.recipe
+    if recipe.llm.trust_remote_code:
+        raise ConfigurationError(
+            f"{recipe.llm.name} runs its own Python code (llm.trust_remote_code), which --to huggingface "
+            "does not export: set --llm.trust_remote_code false if the LLM needs none, or leave out --to."
+        )
+    spec = describe_encoder(recipe.encoder)
+    names = {
+        "encoder": _write_base(folder, parts, complete, ENCODER),
+        "llm": _write_base(folder, parts, complete, LLM),
+    }
+    weights = {f"projector.{n}": t for n, t in parts.projector.items()} | {
+        "llm." + n.replace(".default.", "."): t for n, t in parts.adapter.items()
+    }
+    tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    write_atomically(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
+    for source in SOURCES.glob("*_slam_asr.py"):
+        shutil.copy(source, folder)
+    tokenizer = load_tokenizer(locate_model(recipe.llm.name))
+    prompt = Prompt(tokenizer, recipe.llm)
+    processor = _processor(spec, tokenizer, prompt, recipe)
+    processor.save_pretrained(folder)
+    _require_same_prompt(folder, spec, prompt, recipe)
+    _name_code(folder / "processor_config.json")
+    generation_of(recipe, prompt).save_pretrained(folder)
+    card = model_card(parts.content, usage(names), report)
+    write_atomically(folder / CARD, card.encode())
+    _config(parts, names, processor.audio_token_id).save_pretrained(folder)
+
+
+def read_trained(folder: Path, tuning: str) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """Read the trained weights of a written folder.
+
+    Args:
+        folder: the folder.
+        tuning: the recipe's `llm.tuning`.
+
+    Returns:
+        Those of the projector, keyed by name in `SpeechProjector`; and those of the LLM, keyed by name in it:
+        an adapter's, or all, or none.
+    """
+    tensors = lazy_tensors([folder / SAFE_WEIGHTS_NAME])
+    projector = {n.removeprefix("projector."): n for n in tensors if n.startswith("projector.")}
+    if tuning == "full":
+        return rename_tensors(tensors, projector), lazy_tensors(sorted((folder / LLM).glob("*.safetensors")))
+    adapter = {
+        n.removeprefix("llm.").replace(".weight", ".default.weight"): n
+        for n in tensors
+        if n.startswith("llm.")
+    }
+    return rename_tensors(tensors, projector), rename_tensors(tensors, adapter)
+
+
+def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | None:
+    """Write the encoder or the LLM into its subfolder if it belongs there.
+
+    Returns:
+        None if it is in the subfolder; else its name.
+    """
+    recipe = parts.recipe
+    if part == ENCODER and parts.encoder:
+        write_tuned_encoder(folder, parts.encoder, recipe, parts.where)
+        return None
+    if part == LLM and parts.llm and not parts.adapter:
+        write_tuned_llm(folder / LLM, parts.llm, recipe, parts.where)
+        return None
+    name = recipe.encoder.name if part == ENCODER else recipe.llm.name
+    base = locate_model(name)
+    if not complete:
+        if local_path(name).exists() or name.startswith("s3://"):
+            log_line(
+                f"config.json names the {part} by its place here, {name}: elsewhere, load the model with "
+                f"{part}_name=…, or write it with --{part}.name and its name on the hub, or with --complete "
+                "true"
+            )
+        return name
+    (folder / part).mkdir(exist_ok=True)
+    files = weight_files(base)
+    if any(file.suffix != ".safetensors" for file in files):
+        _load_base(base, part).save_pretrained(folder / part)
+        return None
+    for file in [*files, *base.glob("*.index.json"), base / "config.json"]:
+        shutil.copy(file, folder / part)
+    return None
+
+
+def _load_base(base: Path, part: str) -> PreTrainedModel:
+    """Load a base model whose weights are pickles, to write them as safetensors."""
+    dtype = torch.float32
+    return load_weights(AutoModel, base, dtype, "encoder") if part == ENCODER else load_llm(base, dtype)
+
+
+def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> SlamAsrConfig:
+    recipe = parts.recipe
+    frozen = recipe.encoder.tuning == "frozen"
+    lora = recipe.llm.lora
+    keys = ("kind", "downsampling", "hidden", "queries", "layers")
+    return SlamAsrConfig(
+        encoder_name=names["encoder"],
+        llm_name=names["llm"],
+        encoder_width=parts.widths[0],
+        llm_width=parts.widths[1],
+        projector={key: getattr(recipe.projector, key) for key in keys},
+        frames=recipe.encoder.frames,
+        long_audio=recipe.encoder.long_audio,
+        feature_dtype=recipe.features.dtype if frozen else "fp32",
+        lora_scale=lora.alpha / lora.rank if parts.adapter else None,
+        audio_token_id=audio_token_id,
+        dtype=DTYPES[recipe.decoding.precision],
+        architectures=["SlamAsrForConditionalGeneration"],
+        auto_map=AUTO_MAP,
+        custom_pipelines={"automatic-speech-recognition": PIPELINE},
+    )
+
+
+def generation_of(recipe: Recipe, prompt: Prompt) -> GenerationConfig:
+    """Return how the recipe decodes."""
+    options = recipe.decoding
+    return GenerationConfig(
+        num_beams=options.beams,
+        do_sample=False,
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        length_penalty=options.length_penalty,
+        eos_token_id=prompt.stops,
+        pad_token_id=prompt.end,
+    )
+
+
+def _processor(
+    spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, recipe: Recipe
+) -> SlamAsrProcessor:
+    """Build the processor; the tokenizer becomes its own."""
+    audio, template = add_audio_token(tokenizer, prompt, recipe)
+    # The LLM's own template would be taken for the processor's, which is the only one that places the audio.
+    tokenizer.chat_template = None
+    if isinstance(spec, WhisperSpec):
+        extractor: Any = WhisperFeatureExtractor(
+            feature_size=spec.config.num_mel_bins, chunk_length=spec.preparer().window_samples // 16_000
+        )
+    else:
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
+    projector = recipe.projector
+    return SlamAsrProcessor(
+        extractor,
+        tokenizer,
+        chat_template=template,
+        audio_token=audio,
+        default_transcription_prompt=recipe.llm.prompt,
+        add_special_tokens=not prompt.chat,
+        positions={
+            "downsampling": projector.downsampling,
+            "queries": projector.queries if projector.kind == "q-former" else 0,
+            "frames": recipe.encoder.frames,
+            "long_audio": recipe.encoder.long_audio,
+        },
+        normalize=isinstance(spec, WaveformSpec) and spec.normalize,
+    )
+
+
+def add_audio_token(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    recipe: Recipe,
+    positions: int = 1,
+    bos: str = "",
+    embeddings: int | None = None,
+) -> tuple[str, str]:
+    """Add a token for the audio to a tokenizer, and let it pad on the left.
+
+    Args:
+        tokenizer: the LLM's.
+        prompt: tokenised with it.
+        recipe: contains the prompt and its template.
+        positions: how often the token is in the text.
+        bos: what the first piece of text begins with.
+        embeddings: number of embeddings, if the audio's token needs one. It is then a special token that the
+            prompt does not use, unless the LLM has an embedding to spare.
+
+    Returns:
+        The token; and a template in Jinja that writes a conversation of one turn as the text of training.
+
+    Raises:
+        ModelError: the LLM's chat template changes prompts in a way that is not known here, or the LLM has
+            no token to spare.
+    """
+    audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
+    if embeddings is not None and len(tokenizer) >= embeddings:
+        used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
+        spare = [
+            token.content
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i < embeddings and i not in used
+        ]
+        if not spare:
+            raise ModelError(
+                f"{recipe.llm.name} has no unused special token that could mark the audio's positions: use "
+                "--to huggingface."
+            )
+        audio = spare[0]
+    texts = prompt.texts_around_audio(_PROMPT, recipe.llm.template)
+    expected = prompt.texts_around_audio(recipe.llm.prompt, recipe.llm.template)
+    values = {"prompt": recipe.llm.prompt, "prompt | trim": recipe.llm.prompt.strip()}
+    fitting = [n for n, v in values.items() if tuple(t.replace(_PROMPT, v) for t in texts) == expected]
+    if not fitting:
+        raise ModelError(
+            f"The chat template of {recipe.llm.name} changes the prompt {recipe.llm.prompt!r}, so it cannot "
+            "be written for the processor: leave out --to."
+        )
+    texts = (bos + texts[0], texts[1]) if texts[0] else ("", bos + texts[1])
+    # As JSON, quotes and line ends are escaped as Jinja reads them.
+    before, after = (
+        f"{{{{- {fitting[0]} -}}}}".join(f"{{{{- {json.dumps(t, ensure_ascii=False)} -}}}}" for t in pieces)
+        for pieces in (text.split(_PROMPT) for text in texts)
+    )
+    if audio not in tokenizer.get_vocab():
+        tokenizer.add_tokens([audio], special_tokens=True)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
+    tokenizer.padding_side = "left"
+    return audio, (
+        '{%- for message in messages if message.role == "user" -%}'
+        "{%- set prompt = message.content if message.content is string else message.content "
+        '| selectattr("type", "equalto", "text") | map(attribute="text") | join("") -%}'
+        f"{before}{{{{- {json.dumps(audio)} * {positions} -}}}}{after}"
+        "{%- endfor -%}"
+    )
+
+
+def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe: Recipe) -> None:
+    """Read the processor again, and require the token ids that the model was trained with.
+
+    Raises:
+        ModelError: its token ids differ.
+    """
+    processor = SlamAsrProcessor.from_pretrained(folder)
+    samples = 16_000
+    inputs = processor.apply_transcription_request(np.zeros(samples, np.float32))
+    ids = inputs["input_ids"][0].tolist()
+    audio = [processor.audio_token_id] * positions_of(recipe.projector, spec.span_of(samples))
+    expected = [*prompt.main.before, *audio, *prompt.main.ids]
+    if ids != expected:
+        raise ModelError(
+            f"The processor in {folder} gives the prompt other token ids than the training: {ids} instead of "
+            f"{expected}. Nothing is published; please report this."
+        )
+
+
+def _name_code(file: Path) -> None:
+    """Name the processor's code in its configuration."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    write_atomically(file, json.dumps(values, indent=2, ensure_ascii=False).encode())

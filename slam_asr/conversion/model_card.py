@@ -1,0 +1,253 @@
+"""Writes the model card of a folder for transformers, from the recipe, the training and a report."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slam_asr.conversion.sources import Content
+from slam_asr.errors import InputError
+from slam_asr.storage import exists, fetch, join, sha256_of_file
+
+CARD = "README.md"
+NUMBERS_FILE = "wer.json"
+"""The file of a report that programs read; `score` writes it."""
+LICENCES = {
+    "openai/whisper-": "MIT",
+    "facebook/hubert-": "Apache-2.0",
+    "facebook/wav2vec2-": "Apache-2.0",
+    "HuggingFaceTB/SmolLM2-": "Apache-2.0",
+    "TinyLlama/": "Apache-2.0",
+    "lmsys/vicuna-": "Llama 2 Community License",
+    "meta-llama/Llama-2-": "Llama 2 Community License",
+}
+"""Licences of base models, by the beginning of their names."""
+_AUTHOR = "for its author to choose; write it here"
+_MATCHING_FACTS = ("recipe", "encoder", "llm", "steps", "seconds")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers that `score` computed for a model."""
+
+    file: Path
+    numbers: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file."""
+        return sha256_of_file(self.file)
+
+
+def read_report(place: str) -> Report:
+    """Read a report's numbers.
+
+    Args:
+        place: local or s3:// folder that `score` wrote.
+
+    Raises:
+        InputError: the folder has no report, or it is damaged.
+    """
+    address = join(place, NUMBERS_FILE)
+    if not exists(address):
+        raise InputError(f"{place} holds no {NUMBERS_FILE}: name a folder that score wrote.")
+    file = fetch(address)
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+        if numbers["all"]["rate"] is not None and isinstance(numbers["training"], dict):
+            return Report(file, numbers)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{address} is not a report's numbers: run score again.")
+
+
+def require_own_report(report: Report, training: dict[str, Any], where: str) -> None:
+    """Require that a report is that of the model.
+
+    Raises:
+        InputError: the report's training is another one.
+    """
+    other = report.numbers["training"]
+    for fact in _MATCHING_FACTS:
+        if fact in training and fact in other and training[fact] != other[fact]:
+            raise InputError(
+                f"{report.file} is the report of another model than {where} ({fact}: {other[fact]} "
+                f"instead of {training[fact]}): name the report of this model."
+            )
+
+
+def model_card(content: Content, use: str, report: Report | None) -> str:
+    """Return the model card, in Markdown with front matter as on the model hub.
+
+    Args:
+        content: the checkpoint. If it is a model folder with a card of its own, that card's front matter and
+            text are included.
+        use: section on how the model is used.
+        report: the measured error rates.
+    """
+    own = Path(content.where) / CARD
+    front, text = _divide(own.read_text(encoding="utf-8")) if own.is_file() else ({}, "")
+    recipe = content.recipe
+    bases = [recipe.encoder.name, recipe.llm.name]
+    front |= {
+        "library_name": "transformers",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["slam-asr"],
+        "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
+    }
+    if report:
+        front["model-index"] = _model_index(recipe.name, report.numbers)
+    sections = [use]
+    if report:
+        sections.append(_rates(report.numbers))
+    elif not text:
+        sections.append("## Word error rate\n\nNot measured yet: `slam-asr score` measures it.")
+    sections += [_data(content), _licences(bases, front)]
+    head = text.strip() or _description(content)
+    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{yaml_text}---\n" + "\n\n".join([head, *sections]) + "\n"
+
+
+def _divide(card: str) -> tuple[dict[str, Any], str]:
+    """Divide a card into its front matter and its text."""
+    try:
+        _, front, text = card.split("---\n", 2)
+        values = yaml.safe_load(front)
+    except (ValueError, yaml.YAMLError):
+        return {}, card
+    return (values, text) if isinstance(values, dict) else ({}, card)
+
+
+def _description(content: Content) -> str:
+    recipe = content.recipe
+    projector = recipe.projector
+    rows = {
+        "encoder": f"`{recipe.encoder.name}`, {recipe.encoder.tuning}",
+        "LLM": f"`{recipe.llm.name}`, tuning: {recipe.llm.tuning}",
+        "projector": f"{projector.kind}, downsampling {projector.downsampling}, width {projector.hidden}",
+        "prompt": f"`{json.dumps(recipe.llm.prompt, ensure_ascii=False)}`",
+        "transcripts": f"`data.text: {recipe.data.text}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"# {recipe.name}\n\nA speech recogniser: a speech encoder, a trained projector and an LLM.\n\n"
+        f"| part | |\n| --- | --- |\n{table}"
+    )
+
+
+def usage(names: dict[str, str | None]) -> str:
+    """Return the section on how a folder with code of its own is used.
+
+    Args:
+        names: names of encoder and LLM, None for those that the folder contains.
+    """
+    outside = [f"`{name}`" for name in names.values() if name]
+    loaded = f"It loads {' and '.join(outside)} too. " if outside else ""
+    return f"""## Use with transformers
+
+{loaded}The code in this folder needs torch and transformers only; read it before you trust it.
+
+```python
+from transformers import pipeline
+
+transcriber = pipeline("automatic-speech-recognition", "FOLDER", trust_remote_code=True)
+print(transcriber("recording.wav")["text"])
+```
+
+```python
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+model = AutoModelForSpeechSeq2Seq.from_pretrained("FOLDER", trust_remote_code=True)
+inputs = processor.apply_transcription_request(audio=["recording.wav"]).to(model.device)
+answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answers, skip_special_tokens=True))
+```
+
+Encoder and LLM in other places: `encoder_name="…"` and `llm_name="…"`, as arguments of `from_pretrained`."""
+
+
+def _rates(numbers: dict[str, Any]) -> str:
+    short = _short(numbers)
+    controls = numbers.get("controls", {})
+    heads = ["test set", "utterances", short, "95 % interval", *controls]
+    rows = [("all", numbers["all"], {name: c["all"] for name, c in controls.items()})]
+    for subset, counts in numbers.get("subsets", {}).items():
+        if subset and len(numbers["subsets"]) > 1:
+            rows.append((subset, counts, {n: c["subsets"].get(subset, {}) for n, c in controls.items()}))
+    lines = [
+        " | ".join(
+            [
+                name,
+                str(counts.get("utterances", "")),
+                f"{_percent(counts.get('rate'))}",
+                "–".join(f"{end:.2f}" for end in counts.get("interval") or []),
+                *(_percent(others[control].get("rate")) for control in controls),
+            ]
+        )
+        for name, counts, others in rows
+    ]
+    names = ", ".join(name for name in numbers.get("subsets", {}) if name)
+    decoding = numbers.get("decoding", {})
+    beams = decoding.get("beams")
+    how = f"Test subsets: {names or 'one'}." + (f" Decoded with {beams} beams." if beams else "")
+    table = "\n".join(f"| {line} |" for line in [" | ".join(heads), " | ".join("---" for _ in heads), *lines])
+    return (
+        f"## {'Character' if short == 'CER' else 'Word'} error rate\n\n{how} The controls are output that "
+        f"ignores the audio: a rate means little if it is close to theirs.\n\n{table}"
+    )
+
+
+def _short(numbers: dict[str, Any]) -> str:
+    return "CER" if numbers.get("unit") == "characters" else "WER"
+
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.2f} %"
+
+
+def _model_index(name: str, numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    short = _short(numbers).lower()
+    subsets = {n: c for n, c in numbers.get("subsets", {}).items() if n} or {"test": numbers["all"]}
+    return [
+        {
+            "name": name,
+            "results": [
+                {
+                    "task": {"type": "automatic-speech-recognition"},
+                    "dataset": {"name": subset, "type": subset},
+                    "metrics": [{"type": short, "value": counts["rate"]}],
+                }
+                for subset, counts in subsets.items()
+                if counts.get("rate") is not None
+            ],
+        }
+    ]
+
+
+def _data(content: Content) -> str:
+    facts, data = content.facts, content.recipe.data
+    amount = ""
+    if "train_utterances" in facts and "train_hours" in facts:
+        amount = f": {facts['train_utterances']:,} utterances, {facts['train_hours']:.2f} hours"
+    steps = f" The training took {facts['steps']:,} steps." if "steps" in facts else ""
+    subsets = ", ".join(f"`{name}`" for name in data.train)
+    return f"## Training data\n\nSubsets {subsets or 'not recorded'} of the corpus{amount}.{steps}"
+
+
+def _licences(bases: list[str], front: dict[str, Any]) -> str:
+    def licence(name: str) -> str:
+        found = next((text for start, text in LICENCES.items() if name.startswith(start)), None)
+        return found or "not known here; see where it comes from"
+
+    rows = {
+        "projector and adapter": str(front.get("license", _AUTHOR)),
+        f"encoder, `{bases[0]}`": licence(bases[0]),
+        f"LLM, `{bases[1]}`": licence(bases[1]),
+        "code in this folder": "Apache-2.0",
+        "training data": "that of the corpus; see where it comes from",
+    }
+    table = "\n".join(f"| {part} | {text} |" for part, text in rows.items())
+    return f"## Licences\n\n| part | licence |\n| --- | --- |\n{table}"

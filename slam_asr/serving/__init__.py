@@ -1,0 +1,1 @@
+"""The HTTP server that transcribes recordings with OpenAI's interface."""

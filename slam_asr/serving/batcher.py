@@ -1,0 +1,222 @@
+"""Dynamic batching: segments of all requests that wait at the same time are decoded together.
+
+One thread owns the model. It takes a segment of each request in turn, so that a long recording does not hold
+up short ones, until the batch reaches the recipe's `decoding.positions_per_batch`. Positions count, not
+segments, because memory and time depend on them.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from slam_asr.artifacts.transcript import Piece
+from slam_asr.config.recipe import Decoding
+from slam_asr.serving.metrics import Metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slam_asr.models.searcher import Answer
+
+
+class Recognizer(Protocol):
+    """What the server needs of a loaded model: `decoding.transcriber.Transcriber` has it."""
+
+    options: Decoding
+
+    def pieces(self, samples: "np.ndarray") -> list[Piece]:
+        """Divide a recording at pauses."""
+
+    def positions(self, piece: Piece) -> int:
+        """Return the number of LLM positions of a piece's audio and the prompt."""
+
+    def decode(self, pieces: Sequence[Piece]) -> "list[Answer]":
+        """Decode a batch; return an answer for each piece, in the same order."""
+
+
+class DecodingError(Exception):
+    """The model failed on a piece; the cause is what it raised."""
+
+
+class Job:
+    """The pieces of one request.
+
+    Args:
+        pieces: in the order of time.
+        costs: LLM positions of each piece: audio, prompt and the longest answer.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], costs: Sequence[int]) -> None:
+        self.pieces, self.costs = pieces, costs
+        self.taken = 0
+        """Number of pieces that are in a batch or decoded: the first ones."""
+        self.submitted = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._outcomes: asyncio.Queue[tuple[int, Answer | Exception]] = asyncio.Queue()
+
+    def deliver(self, index: int, outcome: "Answer | Exception") -> None:
+        """Hand over the outcome of a piece, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits for it
+            self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
+
+    async def answers(self) -> "AsyncIterator[Answer]":
+        """Yield the answers in the order of the pieces, each as soon as all earlier ones are there.
+
+        Raises:
+            DecodingError: the model failed.
+        """
+        early: dict[int, Answer] = {}
+        for index in range(len(self.pieces)):
+            while index not in early:
+                number, outcome = await self._outcomes.get()
+                if isinstance(outcome, Exception):
+                    raise DecodingError from outcome
+                early[number] = outcome
+            yield early.pop(index)
+
+
+class Batcher:
+    """Decodes the pieces of many requests in common batches, in a thread of its own.
+
+    Args:
+        load: loads the model. It runs in the thread, which then owns the model.
+        wait: seconds that a batch waits for more pieces.
+        metrics: counts batches and answers.
+        on_loaded: called in the thread when the model is loaded, or with the exception that `load` raised.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Recognizer],
+        wait: float,
+        metrics: Metrics,
+        on_loaded: Callable[[BaseException | None], None],
+    ) -> None:
+        self.wait, self.metrics = wait, metrics
+        self.recognizer: Recognizer | None = None
+        """The model; None until it is loaded."""
+        self._load, self._on_loaded = load, on_loaded
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, pieces: Sequence[Piece]) -> Job:
+        """Queue the pieces of a request; to be called in the event loop, once the model is loaded."""
+        assert self.recognizer is not None, "requests are refused until the model is loaded"
+        room = self.recognizer.options.max_new_tokens
+        job = Job(pieces, [self.recognizer.positions(piece) + room for piece in pieces])
+        with self._changed:
+            if pieces:
+                self._jobs.append(job)
+            self._count_waiting()
+            self._changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Forget the pieces of a request that are in no batch yet."""
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+            self._count_waiting()
+
+    def close(self) -> None:
+        """End the thread after the batch that is being decoded, but do not wait for a model to be loaded."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self.recognizer is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.recognizer = self._load()
+        except BaseException as error:
+            self._on_loaded(error)
+            return
+        self._on_loaded(None)
+        while batch := self._next_batch():
+            self._decode(batch, self.recognizer)
+
+    def _next_batch(self) -> list[tuple[Job, int]]:
+        """Wait for pieces and take a batch of them; return an empty one when the batcher is closed."""
+        with self._changed:
+            while True:
+                if self._closed:
+                    return []
+                if not self._jobs:
+                    self._changed.wait()
+                    continue
+                rest = min(job.submitted for job in self._jobs) + self.wait - time.monotonic()
+                if rest <= 0 or self._is_full():
+                    return self._take()
+                self._changed.wait(rest)
+
+    def _is_full(self) -> bool:
+        waiting = sum(sum(job.costs[job.taken :]) for job in self._jobs)
+        return waiting * self._beams >= self._budget
+
+    def _take(self) -> list[tuple[Job, int]]:
+        """Take a piece of each request in turn, up to the budget; return each with its index."""
+        batch: list[tuple[Job, int]] = []
+        longest = 0
+        while self._jobs:
+            job = self._jobs[0]
+            longest = max(longest, job.costs[job.taken])
+            # Shorter pieces are padded to the longest one.
+            if batch and longest * self._beams * (len(batch) + 1) > self._budget:
+                break
+            self._jobs.popleft()
+            batch.append((job, job.taken))
+            job.taken += 1
+            if job.taken < len(job.pieces):
+                self._jobs.append(job)
+        self._count_waiting()
+        return batch
+
+    def _decode(self, batch: list[tuple[Job, int]], recognizer: Recognizer) -> None:
+        started = time.monotonic()
+        outcomes: Sequence[Answer | Exception]
+        try:
+            outcomes = recognizer.decode([job.pieces[index] for job, index in batch])
+        except Exception as error:
+            outcomes = [error.with_traceback(None)]  # a traceback would hold the batch's tensors
+        if isinstance(outcomes[0], Exception) and len(batch) > 1:
+            # Memory may suffice for each half, and one bad piece must not end the others' requests.
+            half = len(batch) // 2
+            self._decode(batch[:half], recognizer)
+            self._decode(batch[half:], recognizer)
+            return
+        self.metrics.batch_segments.observe(len(batch))
+        self.metrics.batch_seconds.observe(time.monotonic() - started)
+        for (job, index), outcome in zip(batch, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                self.metrics.close_calls.inc(bool(outcome.close))
+                self.metrics.cut.inc(outcome.cut)
+            job.deliver(index, outcome)
+
+    @property
+    def _beams(self) -> int:
+        assert self.recognizer is not None
+        return self.recognizer.options.beams
+
+    @property
+    def _budget(self) -> int:
+        assert self.recognizer is not None
+        return self.recognizer.options.positions_per_batch
+
+    def _count_waiting(self) -> None:
+        self.metrics.waiting.set(sum(len(job.pieces) - job.taken for job in self._jobs))

@@ -1,0 +1,290 @@
+"""Reads a request for a transcript: key, form and audio, within the limits.
+
+An upload is in memory up to 1 MB, and above that in a temporary file without a name, which no other user can
+open and which disappears with the request.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message
+
+from slam_asr.audio import Clip, read_clip
+from slam_asr.audio.faults import TOO_LONG, AudioError
+from slam_asr.errors import ConfigurationError
+from slam_asr.serving.limits import Limits, Refusal
+
+FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
+"""Values of `response_format`."""
+_WITHOUT_MEANING = ("prompt", "chunking_strategy", "keywords", "keywords[]")
+"""Parameters that would only guide a transcript, and do not guide this model's: they are ignored."""
+_UNKNOWN_HERE = {
+    "include": "the search has no log probabilities of tokens",
+    "known_speaker_names": "speakers are not distinguished",
+    "known_speaker_references": "speakers are not distinguished",
+}
+"""Parameters that request what a transcript here does not have, and why."""
+_OVERHEAD = 1_000_000
+"""Bytes of a body that are not the file: boundaries and other fields."""
+_MAX_FIELDS, _MAX_FIELD = 64, 65_536
+_PATIENCE = 30.0
+"""Seconds without a byte of the upload after which it is given up."""
+
+
+class Keys:
+    """The API keys of a server.
+
+    Args:
+        file: text file with one key per line; several let clients change over one by one.
+
+    Raises:
+        ConfigurationError: the file does not exist or has no key.
+    """
+
+    def __init__(self, file: str) -> None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                f"The keys in --api-key-file {file} cannot be read: name a readable text file with a key per "
+                "line."
+            ) from error
+        if not lines:
+            raise ConfigurationError(f"--api-key-file {file} has no key: write one, of a line of its own.")
+        self._digests = [_digest(line) for line in lines]
+
+    def require(self, request: Request) -> None:
+        """Refuse a request without a valid key.
+
+        Raises:
+            Refusal: the header `Authorization: Bearer KEY` is missing or has another key.
+        """
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        # All are compared, and digests have one length, so that the time says nothing of any key.
+        if sum(hmac.compare_digest(given, known) for known in self._digests) == 0:
+            raise Refusal(
+                401,
+                "The API key is missing or wrong: send the header `Authorization: Bearer KEY`.",
+                "invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def require_same_origin(request: Request) -> None:
+    """Refuse what a page of another site sends from its visitor's browser, which may reach this server.
+
+    Raises:
+        Refusal: the request comes from such a page.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise Refusal(403, f"Pages of {origin[:100]} may not use this server.", "cross_origin")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client asks for."""
+
+    name: str
+    """The file's name, for messages."""
+    format: str
+    """One of `FORMATS`."""
+    stream: bool
+    language: str
+    """The language that the client names, or else that of the model; empty if neither is known."""
+    ignored: list[str]
+    """Parameters without an effect."""
+
+
+def read_order(form: FormData, names: list[str], language: str) -> Order:
+    """Check the fields of a form.
+
+    Args:
+        form: the fields; lists end with `[]`, as OpenAI's clients write them.
+        names: names of the served model.
+        language: the model's language as ISO 639-1; empty if unknown.
+
+    Raises:
+        Refusal: a field is missing or wrong, or requests what this server does not have.
+    """
+    fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value != ""}
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        raise Refusal(400, "There is no file: send it as the form's field `file`.", param="file")
+    if fields.get("model", names[0]) not in names:
+        raise Refusal(
+            404,
+            f"There is no model {fields['model'][:100]} here: use {names[0]}, or leave the model out.",
+            "model_not_found",
+            "model",
+        )
+    form_format = fields.get("response_format", "json")
+    if form_format not in FORMATS:
+        raise Refusal(
+            400,
+            f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}.",
+            param="response_format",
+        )
+    stream = _boolean(fields, "stream")
+    if stream and form_format in ("srt", "vtt"):
+        raise Refusal(400, f"{form_format} cannot be streamed: use json or verbose_json.", param="stream")
+    for name, reason in _UNKNOWN_HERE.items():
+        if fields.keys() & {name, f"{name}[]"}:
+            raise Refusal(400, f"{name} cannot be used, because {reason}: leave it out.", param=name)
+    if "word" in form.getlist("timestamp_granularities[]") + form.getlist("timestamp_granularities"):
+        raise Refusal(
+            400,
+            "There are no times of words here, only of segments: leave timestamp_granularities out.",
+            param="timestamp_granularities",
+        )
+    _require_greedy(fields)
+    given = _language(fields, language)
+    ignored = {name.removesuffix("[]") for name in _WITHOUT_MEANING if name in fields}
+    # It has no effect on a model whose language is not known.
+    ignored |= {"language"} if given and not language else set()
+    return Order(_safe_name(file.filename), form_format, stream, given or language, sorted(ignored))
+
+
+def _require_greedy(fields: Mapping[str, str]) -> None:
+    try:
+        temperature = float(fields.get("temperature", "0"))
+    except ValueError:
+        temperature = -1
+    if temperature != 0:
+        raise Refusal(
+            400,
+            "temperature can only be 0, because the search draws nothing at random: leave it out.",
+            param="temperature",
+        )
+
+
+def _language(fields: Mapping[str, str], language: str) -> str:
+    given = fields.get("language", "").lower()
+    if not re.fullmatch(r"([a-z]{2,3}(-[a-z0-9]+)?)?", given):
+        raise Refusal(400, f"language is {given[:50]}: write it as ISO 639-1, such as en.", param="language")
+    if given and language and given.partition("-")[0] != language:
+        raise Refusal(
+            400,
+            f"The model reads {language} only, not {given}: leave language out, or send such a recording.",
+            param="language",
+        )
+    return given
+
+
+def _boolean(fields: Mapping[str, str], name: str) -> bool:
+    values = {"true": True, "1": True, "false": False, "0": False}
+    value = values.get(fields.get(name, "false").lower())
+    if value is None:
+        raise Refusal(400, f"{name} must be true or false.", param=name)
+    return value
+
+
+def _safe_name(name: str | None) -> str:
+    """The file's own name without its folders and without what could disturb a log."""
+    own = PurePosixPath((name or "").replace("\\", "/")).name
+    return re.sub(r"[^\w .()+-]", "_", own)[:100] or "audio"
+
+
+class Body:
+    """The body of a request, which is refused as soon as it is too large or stops.
+
+    Args:
+        request: the request, of which nothing is read yet.
+        limits: with the largest upload.
+    """
+
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self._receive, self._max_bytes, self._count = request.receive, limits.bytes + _OVERHEAD, 0
+        announced = request.headers.get("content-length", "0")
+        self._announced = int(announced) if announced.isdecimal() else 0
+        self.ended = False
+        """Whether all of it is read."""
+        self.request = Request(request.scope, self.receive)
+        """The request with this body."""
+
+    async def form(self) -> FormData:
+        """Read a form. Its file must be closed: `await form.close()`.
+
+        Raises:
+            Refusal: it is too large, is no form, or its upload stopped.
+        """
+        if self._announced > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        try:
+            return await self.request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD)
+        except (HTTPException, KeyError, ValueError) as error:
+            why = error.detail if isinstance(error, HTTPException) else "it is damaged"
+            raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
+
+    async def discard(self) -> None:
+        """Read the rest of a refused upload, within limits: some clients read no answer before its end."""
+        if self._announced > 2 * self._max_bytes:
+            return
+        with contextlib.suppress(Refusal, TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                while not self.ended and (await self.receive())["type"] == "http.request":
+                    pass
+
+    async def receive(self) -> Message:
+        """Receive a part of the body, or the news that the client has gone.
+
+        Raises:
+            Refusal: the body is too large, or nothing of it came for long.
+        """
+        if self.ended:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), _PATIENCE)
+        except TimeoutError:
+            raise Refusal(
+                408, f"No byte of the upload came for {_PATIENCE:g} s: send it again.", "upload_stopped"
+            ) from None
+        self.ended = not message.get("more_body", False)
+        self._count += len(message.get("body", b""))
+        if self._count > self._max_bytes and not self.ended:
+            raise _too_large(self._max_bytes)
+        return message
+
+
+def _too_large(max_bytes: int) -> Refusal:
+    return Refusal(
+        413,
+        f"The upload is larger than {(max_bytes - _OVERHEAD) / 1e6:g} MB: send a shorter recording or a "
+        "compressed one.",
+        "file_too_large",
+        "file",
+    )
+
+
+def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
+    """Decode an upload to samples; this takes long, so it runs in a thread.
+
+    Raises:
+        Refusal: it is no audio, is damaged or lasts too long, or its format needs a package that is missing.
+    """
+    content = file.file.read()
+    if len(content) > limits.bytes:
+        raise _too_large(limits.bytes + _OVERHEAD)
+    try:
+        return read_clip(name, limits.seconds, content=content)
+    except AudioError as error:
+        if error.reason == TOO_LONG:
+            raise Refusal(413, str(error), "audio_too_long", "file") from error
+        raise Refusal(400, str(error), "invalid_audio", "file") from error
+    except ConfigurationError as error:
+        raise Refusal(415, str(error), "unsupported_format", "file") from error
