@@ -1,8 +1,11 @@
 """The formats that a checkpoint can be written in: model folder, SLAM-LLM's model.pt, and a trained LLM."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from slam_asr.artifacts.model_folder import (
     CONFIG,
