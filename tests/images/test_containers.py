@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -399,8 +398,6 @@ def test_image_reports_its_version_and_contains_all_its_imports(stage, inside, i
         ).stdout
     )[0]
     assert not about["Config"]["Entrypoint"] and about["Config"]["User"] == "1000"
-    known = packages_distributions()
-    assert known["torch"] == ["torch"]
 
 
 @pytest.mark.slow
