@@ -251,7 +251,9 @@ def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
         UserError: there is no such recipe, or it is not valid.
     """
     shipped = ", ".join(shipped_recipes())
-    parser.add_argument("--recipe", default=recipe, help=f"a shipped recipe ({shipped}) or a YAML file")
+    # The help shows the default, and a model's recipe is the complete YAML.
+    default = "the model's own" if recipe and "\n" in recipe else recipe
+    parser.add_argument("--recipe", default=default, help=f"a shipped recipe ({shipped}) or a YAML file")
     parser.add_class_arguments(Recipe, None)
     if recipe is not None:
         parser.set_defaults(recipe_values(recipe))

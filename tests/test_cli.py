@@ -64,7 +64,10 @@ def parser():
             ["convert-checkpoint", "--checkpoint", "/no/such", "--output", "y"],
             "There is no file or folder /no/such",
         ),
-        (["decode", "--model", "/no/such", "--manifests", "x", "--output", "y"], "/no/such holds no model"),
+        (
+            ["decode", "--model", "/no/such", "--manifests", "x", "--output", "y"],
+            "There is no model /no/such",
+        ),
         (["plan", "demoo"], "No recipe named demoo, and no such file; did you mean demo?"),
         (["plan", "demo", "--recipe", "librispeech"], "Two recipes are named, demo and librispeech"),
         (["compare", "a", "b", "c"], "c follows no option"),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from slam_asr.config.recipe import Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
-from slam_asr.storage import fetch_folder, local_path, sha256_of_file, write_atomically, write_json
+from slam_asr.storage import fetch_folder, is_s3, local_path, sha256_of_file, write_atomically, write_json
 
 # torch takes seconds to import, and `score` and the command line read only config.json: the functions that
 # handle weights import it.
@@ -101,6 +101,11 @@ def read_config(model: str | Path) -> ModelConfig:
     """
     path = fetch_model(model) / CONFIG
     if not path.is_file():
+        if not is_s3(model) and not local_path(model).exists():
+            raise ModelError(
+                f"There is no model {model}: name a folder that convert-checkpoint wrote, or a shipped model "
+                f"({', '.join(shipped_models())})."
+            )
         raise ModelError(
             f"{model} holds no model (no {CONFIG}): give the folder that convert-checkpoint wrote."
         )

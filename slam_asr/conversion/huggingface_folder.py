@@ -306,7 +306,7 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     Raises:
         ModelError: its token ids differ.
     """
-    processor = SlamAsrProcessor.from_pretrained(folder)
+    processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     samples = 16_000
     inputs = processor.apply_transcription_request(np.zeros(samples, np.float32))
     ids = inputs["input_ids"][0].tolist()
@@ -314,8 +314,8 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     expected = [*prompt.main.before, *audio, *prompt.main.ids]
     if ids != expected:
         raise ModelError(
-            f"The processor in {folder} gives the prompt of {recipe.llm.name} other token ids than the training. "
-            "Nothing is published; please report this."
+            f"The processor in {folder} gives the prompt of {recipe.llm.name} other token ids than the "
+            "training. Nothing is published; please report this."
         )
 
 

@@ -58,7 +58,7 @@ def error_of(monkeypatch, capsys):
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
-        (["run", "demo", "--model", "/no/such"], "/no/such holds no model (no config.json)"),
+        (["run", "demo", "--model", "/no/such"], "There is no model /no/such: name a folder"),
         (
             ["run", "demo", "--data.train", "[]"],
             "Recipe demo: data.train names no subset; give at least one, such as [train-*], "

@@ -22,7 +22,7 @@ from slam_asr.runtime.machine import Machine, host_memory
 class Words:
     """A prompt of 12 tokens, and a token for each word and the end."""
 
-    drawn = (TokenizedPrompt("say", [], [1] * 12),)
+    for_training = (TokenizedPrompt("say", [], [1] * 12),)
 
     def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
         return [1] * 12, [2] * (len(answer.split()) + 1)

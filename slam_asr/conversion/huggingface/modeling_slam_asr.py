@@ -85,7 +85,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config = kwargs.get("config")
         # Not SlamAsrConfig: transformers may have imported this folder's files more than once.
         if not isinstance(config, PreTrainedConfig):
-            config = SlamAsrConfig.from_pretrained(place, **here)
+            config = SlamAsrConfig.from_pretrained(place, **here, trust_remote_code=False)
         for name in _ELSEWHERE:
             setattr(config, name, kwargs.get(name, getattr(config, name)))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
@@ -109,7 +109,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         llm = load(AutoModelForCausalLM, config.llm_name, "llm", dtype=_as_dtype(dtype), **quantized)
         model = cls(config, encoder, llm)
         model._take_trained_weights(load_file(str(cached_file(place, SAFE_WEIGHTS_NAME, **here))))
-        model.generation_config = GenerationConfig.from_pretrained(place, **here)
+        model.generation_config = GenerationConfig.from_pretrained(place, **here, trust_remote_code=False)
         return model.eval()
 
     def _take_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
