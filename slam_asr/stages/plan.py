@@ -54,6 +54,11 @@ def plan(
     shapes = describe(recipe)
     hardware = Gpus(gpus, gpu_memory * 1e9, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
     result = estimate(shapes, hardware, Speech(hours, utterance_seconds, test_hours))
+    each = f"of {gpu_memory:g} GB and {gpu_tflops:g} TFLOP/s (--gpus, --gpu-memory, --gpu-tflops)"
+    log_line(
+        f"assumed: {hours:g} h of audio to train on and {test_hours:g} h to decode (--hours, --test-hours)"
+        + (f"; {gpus} GPU{'s' * (gpus > 1)} {each}" if gpus else "; a CPU (--gpus 0)")
+    )
     _print_memory(result, shapes, hardware)
     if result.cache_bytes:
         log_line(f"\nfeature cache: {result.cache_bytes / 1e9:,.1f} GB for {hours:g} h")
@@ -66,9 +71,10 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     log_line(f"{recipe.name}: {recipe.encoder.name} + {recipe.projector.kind} projector + {recipe.llm.name}")
     for note in shapes.notes:
         log_line(f"  {note}")
+    tuned = f"{shapes.llm_trained:,} of them trained" if shapes.llm_trained else "frozen"
     log_line(
         f"parameters: encoder {shapes.encoder_parameters:,}, projector {shapes.projector_parameters:,}, LLM "
-        f"{shapes.llm_parameters:,} ({shapes.llm_trained:,} of them trained)"
+        f"{shapes.llm_parameters:,} ({tuned})"
     )
     sharding = {"deepspeed": f"ZeRO stage {recipe.training.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
     each = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}"
