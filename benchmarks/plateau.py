@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="ENCODER+LLM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--accuracy", type=float, default=0.6)
-    parser.add_argument("--steps", type=int, default=3000, help="limit without the beginning's steps")
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="maximum number, without those of the beginning"
+    )
     parser.add_argument("--beginning", type=int, default=1000, help="steps of the beginning")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
     parser.add_argument("--work", type=Path, help="folder for features and trainings")
@@ -96,7 +98,8 @@ def measure(options: argparse.Namespace, pair: str, begins: bool, seed: int, wor
         "training.checkpoint_minutes": 0,
         "training.log_every": 100,
     }
-    recipe = load_recipe(options.recipe, {k: v for k, v in overrides.items() if k.endswith(".name")})
+    of_features = {k: v for k, v in overrides.items() if k.startswith(("encoder.", "features.", "llm.name"))}
+    recipe = load_recipe(options.recipe, of_features)
     features = extract_features(recipe, [options.manifest], str(work / "features")).folder
     output = work / f"{pair.replace('/', '-')}-{'with' if begins else 'without'}-{seed}"
     if output.exists():

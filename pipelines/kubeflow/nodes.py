@@ -38,13 +38,14 @@ def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
             GOOD, "nodes", f"{len(nodes)} accept pods, and each step with GPUs fits on one of them"
         )
     name, step = next(iter(lacking.items()))
+    settings = (STEPS[name].settings_of or name).replace("-", "_")
     max_gpus = max((_gpus(node, step) for node in nodes), default=0)
     return Finding(
         BAD,
         "nodes",
-        f"none has {step.gpus} × {step.gpu_resource} for {name} (the maximum is {max_gpus}), the labels of "
-        f"node_selector, and only tolerated taints: lower steps.{name.replace('-', '_')}.gpus, or correct "
-        "node_selector and tolerations. Ignore this if the cluster adds such nodes on demand.",
+        f"no node has all of this for {name}: {step.gpus} × {step.gpu_resource} (the maximum is {max_gpus}), "
+        f"the labels of node_selector, and no taints but tolerated ones. Lower steps.{settings}.gpus, or "
+        "correct node_selector and tolerations. Ignore this if the cluster adds such nodes on demand.",
     )
 
 

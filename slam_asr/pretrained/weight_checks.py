@@ -1,5 +1,6 @@
 """Checks a model's weight files without reading the values, so that damage is found within a second."""
 
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def require_weights(kind: Any, folder: Path, part: str, trust_remote_code: bool 
 
 
 def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) -> None:
-    """Refuse a model with a weight file that is missing or damaged, or contradicts the index.
+    """Refuse a quantised model, and one whose weight files are missing or damaged, or contradict the index.
 
     Args:
         folder: a folder with transformers' files.
@@ -46,7 +47,7 @@ def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) ->
         may_be_absent: whether the folder may have no weights at all, only the configuration.
 
     Raises:
-        ModelError: a file is missing or damaged.
+        ModelError: a file is missing, damaged or quantised, or contradicts the index.
     """
     files = weight_names(folder)
     missing = [file for file in files if not file.is_file()]
@@ -79,10 +80,10 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
 
     Returns:
         safetensors' names of the dtypes, such as `BF16`; None for a pickle in the format before torch 1.6,
-        which cannot be memory-mapped.
+        which cannot be memory-mapped and is not read here.
 
     Raises:
-        ModelError: the file is damaged, or holds something other than tensors.
+        ModelError: the file is damaged, is no file of weights, or holds something other than tensors.
     """
     if file.suffix == ".safetensors":
         try:
@@ -94,9 +95,12 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
                 f"{file} is damaged or cut off: fetch the model again ({one_sentence(error).rstrip('.')})."
             ) from error
     with open(file, "rb") as content:
-        is_zip = content.read(2) == b"PK"
+        first = content.read(2)
     # Only the format since torch 1.6, a zip file, is memory-mapped instead of read.
-    if not is_zip and not zipfile.is_zipfile(file):
+    if first != b"PK" and not zipfile.is_zipfile(file):
+        # A pickle begins with its protocol. A pointer of Git LFS, or a web page, does not.
+        if first[:1] != pickle.PROTO:
+            raise ModelError(f"{file} is no file of weights: fetch the model again.")
         return None
     tensors = read_pickle(file, allowed=())
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):

@@ -24,8 +24,8 @@ class Limits:
     segment: float = bounded(20.0, at_least=1)
     """Maximum length of a segment in seconds, as `--longest` of `slam-asr transcribe`."""
     wait: float = bounded(0.02, at_least=0, at_most=10)
-    """Seconds that a batch waits for segments of more requests. It starts earlier if it is full, and segments
-    that arrive while another batch is decoded do not wait again."""
+    """Seconds that a batch waits for segments of more requests, counted from the arrival of its first one,
+    also while another batch is decoded. It starts earlier if it is full."""
 
     @property
     def bytes(self) -> int:

@@ -24,7 +24,7 @@ from tests.images.test_images import WITHOUT_TORCH, lock, third_party
 CHECKOUT = Path(__file__).resolve().parents[2]
 NOWHERE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 FAILURES, SHORT = (30, 300) if os.environ.get("SLAM_ASR_SOAK") else (2, 10)
-"""How many runs fail, and how many containers end at once, without a loss of what they say."""
+"""Number of failing runs, and of containers that end as soon as they start; the tests run them one by one."""
 ONE_BY_ONE = ("build-manifest", "extract-features", "train")
 """Stages that run alone, without a network. The others run in containers in the complete pipeline only."""
 if os.environ.get("SLAM_ASR_SOAK"):
@@ -61,7 +61,7 @@ def offline(monkeypatch, images):
 
 @pytest.fixture
 def real_speech(libri_mini, tmp_path) -> Path:
-    """Six utterances for each of train, dev and test, in the layout of LibriSpeech."""
+    """One utterance for train, and six each for dev and test, in the layout of LibriSpeech."""
     for subset, source in (
         ("train-tiny", "train-clean-100"),
         ("dev-tiny", "test-other"),
@@ -364,7 +364,7 @@ def test_credential_files_are_mounted_and_our_own_folders_are_not_passed_on(monk
 
 @pytest.fixture
 def inside(images):
-    """Run a command in a stage's image, without a network, as a user who does not exist in it."""
+    """Run a command in a stage's image, without a network, by default as a user who does not exist in it."""
 
     def run(stage: str, *command: str, user: str = "4242:4343") -> str:
         options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]

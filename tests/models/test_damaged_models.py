@@ -112,6 +112,12 @@ DAMAGES = {
     ),
     "a file cut off": (lambda f: truncate(in_two_files(f)[1]), "00002-of-00002.safetensors is damaged"),
     "a pickle cut off": (lambda f: truncate(as_pickle(f)), "pytorch_model.bin is damaged"),
+    "a pointer of Git LFS": (
+        lambda f: as_pickle(f).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        "pytorch_model.bin is no file of weights: fetch the model again",
+    ),
     "a harmful pickle": (
         lambda f: as_pickle(f, {"w": Harm(os.system, "exit 1")}),
         "pytorch_model.bin holds posix.system, which no checkpoint needs",

@@ -171,15 +171,15 @@ def changed(path, **values):
             changed(
                 "/api/v1/nodes", items=[node(4, {"disk": "fast"}, [{"key": "other", "effect": "NoSchedule"}])]
             ),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 4)",
+            "✗ nodes: no node has all of this for train: 4 × nvidia.com/gpu (the maximum is 4)",
         ),
         (
             changed("/api/v1/nodes", items=[node(8, {}, [])]),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 8)",
+            "✗ nodes: no node has all of this for train: 4 × nvidia.com/gpu (the maximum is 8)",
         ),
         (
             changed("/api/v1/nodes", items=[node(3, {"disk": "fast"}, [])]),
-            "✗ nodes: none has 4 × nvidia.com/gpu for train (the maximum is 3)",
+            "✗ nodes: no node has all of this for train: 4 × nvidia.com/gpu (the maximum is 3)",
         ),
         (
             lambda served, manifests: manifests.pop("team/train:7"),
