@@ -314,8 +314,8 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     expected = [*prompt.main.before, *audio, *prompt.main.ids]
     if ids != expected:
         raise ModelError(
-            f"The processor in {folder} gives the prompt of {recipe.llm.name} other token ids than the "
-            "training. Nothing is published; please report this."
+            f"The processor in {folder} gives the prompt other token ids than the training with "
+            f"{recipe.llm.name}. Nothing is published; please report this."
         )
 
 
