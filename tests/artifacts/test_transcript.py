@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 
-from slam_asr.artifacts.transcript import COLUMNS, Segment, Transcript, as_json, as_srt, as_text
+from slam_asr.artifacts.transcript import COLUMNS, Segment, Transcript, as_json, as_srt, as_text, as_vtt
 
 LONG = (
     "it was the best of times it was the worst of times "
@@ -60,3 +60,12 @@ def test_subtitles_are_numbered_timed_and_fit_the_screen():
         len(block) <= 2 for block in lines
     )
     assert " ".join(" ".join(block) for block in lines[1:]) == LONG
+
+
+def test_webvtt_has_the_times_of_subrip_and_escapes_markup():
+    blocks = as_vtt(TRANSCRIPT).split("\n\n")
+    assert blocks[0] == "WEBVTT" and blocks[1] == "00:00:00.250 --> 00:00:02.500\nhello there"
+    times = [block.split("\n")[1] for block in as_srt(TRANSCRIPT).strip().split("\n\n")]
+    assert [block.split("\n")[0] for block in blocks[1:]] == [time.replace(",", ".") for time in times]
+    spoken = as_vtt(Transcript("a.wav", 1.0, [Segment(0, 1, "a <b> & c --> d")]))
+    assert spoken.endswith("\na &lt;b&gt; &amp; c --&gt; d\n")
