@@ -60,7 +60,9 @@ def main(folder: Path) -> None:
             engine.module.save_checkpoint(
                 str(target),
                 tag="global_step3",
-                client_state={"trained_weights": engine.trained},
+                client_state={
+                    "trained_weights": [[n for n, _ in part] for part in engine.groups.parts.values()]
+                },
                 save_latest=False,
                 exclude_frozen_parameters=True,
             )
