@@ -50,6 +50,8 @@ def serve(
             keys cannot be used, or a limit is out of bounds (raised before anything is loaded).
         ModelError: a base model is not the one that the model was trained with.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"--port is {port} but must be from 0 to 65535.")
     _check(limits)
     from slam_asr.decoding.model import open_model
     from slam_asr.models.precision import explain_precision, pick_device

@@ -13,6 +13,7 @@ from slam_asr.errors import ModelError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--port", "99999"], "--port is 99999 but must be from 0 to 65535"),
         (["--port", "{taken}"], r"127\.0\.0\.1, port \d+, cannot be used"),
         (["--host", "nowhere.invalid"], "nowhere.invalid, port 8000, cannot be used"),
         (["--api-key-file", "{folder}/none"], "cannot be read: name a readable text file"),
