@@ -188,7 +188,7 @@ class Beginning:
     """Share of the encoder's values that is zeroed in the beginning."""
     keep_head: bool = False
     """Record CTC's head in the model's config.json, as `ctc_head`: the token ids, the blank's first, and the
-    sharpness. With it and the LLM's embeddings, the projector alone can spell. Nothing here reads it yet."""
+    sharpness. With `projector.ctc_weight` above 0, it is always recorded."""
 
     @property
     def active(self) -> bool:
@@ -218,14 +218,24 @@ class Projector:
     which must have the same kind and sizes, and with `llm.tuning: lora` also from its adapter, if it has one.
     Empty: random weights, drawn with the seed."""
     beginning: Beginning = field(default_factory=Beginning)
+    ctc_weight: float = bounded(0.0, at_least=0.0)
+    """Weight of CTC's loss beside the LLM's, after the beginning or without one. Above 0, the projector's
+    outputs also have to spell the transcript, as in `beginning`, and decoding can use what they spell
+    (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the publication."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the beginning cannot train this kind of projector."""
-        if self.beginning.active and self.kind == "q-former":
+        if self.uses_ctc and self.kind == "q-former":
             yield (
-                "projector.beginning cannot train a q-former, whose positions do not follow the order of the "
-                "audio: choose another projector.kind, or set projector.beginning.kind to none."
+                "CTC cannot train a q-former, whose positions do not follow the order of the audio: choose "
+                "another projector.kind, or set projector.beginning.kind to none and projector.ctc_weight "
+                "to 0."
             )
+
+    @property
+    def uses_ctc(self) -> bool:
+        """Whether any part of the training has CTC's loss."""
+        return self.beginning.active or self.ctc_weight > 0
 
 
 @dataclass
@@ -298,6 +308,9 @@ class Decoding:
     """Above 1, tokens that the hypothesis already contains become less likely, which prevents loops."""
     length_penalty: float = 1.0
     """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
+    ctc_weight: float = bounded(0.0, at_least=0.0, at_most=0.9)
+    """CTC's share of a hypothesis' score; the LLM has the rest. It prevents loops and words that nobody said,
+    and needs a model that was trained with `projector.ctc_weight` or `projector.beginning.keep_head`."""
     positions_per_batch: int = bounded(20_000, at_least=1)
     """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
     max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""

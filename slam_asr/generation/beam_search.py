@@ -32,6 +32,7 @@ from slam_asr.generation.beam_cache import (
     is_plain,
     shared_prefix_attention,
 )
+from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
 from slam_asr.generation.prefill import forward, prefill
 from slam_asr.generation.search_state import NEARLY_TIED, SearchState, choose
 
@@ -47,15 +48,20 @@ class Answers:
     ids: torch.Tensor
     """[utterances, answers per utterance, tokens] int64: token ids, best answer first, padded at the end."""
     scores: torch.Tensor
-    """[utterances, answers per utterance] float32: log probability after penalties, divided by
-    tokens ** length penalty."""
+    """[utterances, answers per utterance] float32: log probability after penalties, and with CTC's share,
+    divided by tokens ** length penalty."""
     nearly_tied: list[bool] | None
     """For each utterance, whether any decision was between two hypotheses whose scores differed by less than
     `NEARLY_TIED`. None if not known."""
 
 
 def beam_search(
-    llm: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor, generation: GenerationConfig
+    llm: PreTrainedModel,
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    generation: GenerationConfig,
+    spelling: CtcSpelling | None = None,
+    ctc_weight: float = 0.0,
 ) -> Answers | None:
     """Decode a batch by beam search, or by greedy search if there is one beam.
 
@@ -66,16 +72,23 @@ def beam_search(
         mask: [utterances, positions] int64, 0 on padding and else 1.
         generation: number of beams and answers, penalties, max_new_tokens, and the tokens that end and pad an
             answer.
+        spelling: what CTC makes of the audio, if its scores count.
+        ctc_weight: CTC's share of the scores.
 
     Returns:
         The answers; None if the LLM's cache does not consist of keys and values per position, as in Mamba.
     """
+
+    def scorer() -> CtcScorer | None:
+        stops = torch.tensor(generation.eos_token_id, device=embeddings.device)
+        return spelling and CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
+
     # An LLM may accept a registered attention and still ask it for something that `attend` does not compute.
     # This is noticed at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
         with contextlib.suppress(CannotShare):
-            return _search(llm, embeddings, mask, generation, share=True)
-    return _search(llm, embeddings, mask, generation, share=False)
+            return _search(llm, embeddings, mask, generation, scorer(), share=True)
+    return _search(llm, embeddings, mask, generation, scorer(), share=False)
 
 
 def _search(
@@ -83,6 +96,7 @@ def _search(
     embeddings: torch.Tensor,
     mask: torch.Tensor,
     generation: GenerationConfig,
+    scorer: CtcScorer | None,
     share: bool,
 ) -> Answers | None:
     """Search with or without a prefix that the beams share; see `beam_search`.
@@ -109,6 +123,8 @@ def _search(
     with shared_prefix_attention(llm) if share else contextlib.nullcontext():
         for step in range(max_new_tokens):
             log_probabilities = _penalised(logits, state, step, processors)
+            if scorer:
+                log_probabilities = scorer.add(log_probabilities)
             state, continued_rows = choose(state, log_probabilities, step, stops, generation)
             is_last = step + 1 == max_new_tokens
             settled = torch.ones_like(state.improvable) if is_last else ~state.improvable
@@ -124,12 +140,16 @@ def _search(
                 rows = (remaining[:, None] * beams + torch.arange(beams, device=device)).flatten()
                 cache.batch_select_indices(rows)
                 state, mask, lengths = state.select(remaining), mask[rows], lengths[remaining]
+                continued_rows = continued_rows[rows]
+            tokens = state.ids[:, :, step].reshape(-1, 1)
+            if scorer:
+                scorer.advance(continued_rows, tokens[:, 0])
             logits, _ = forward(
                 llm,
                 # Position ids start at 0 with each utterance, so padding on the left is not counted.
                 (lengths + step).repeat_interleave(beams)[:, None],
                 mask[:, : width + step + 1],
-                input_ids=state.ids[:, :, step].reshape(-1, 1),
+                input_ids=tokens,
                 past_key_values=cache,
             )
             # An LLM that ignored the registered attention would have seen the generated tokens without the

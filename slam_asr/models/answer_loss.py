@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from slam_asr.models.slam import IGNORED
-
+IGNORED = -100
+"""Label of a position without a target: the default `ignore_index` of torch's cross entropy."""
 CHUNK = 2**25
 """Number of logits in memory at a time: 128 MiB in fp32. A smaller number saves memory, but makes the matrix
 products smaller."""

@@ -103,6 +103,28 @@ class CtcHead(nn.Module):
         return (outputs.float() / self.size - expected.float()).square().sum(1)
 
 
+class AuxiliaryCtc:
+    """CTC's loss beside the LLM's: the projector's outputs must also spell the transcript.
+
+    Args:
+        head: classifies the outputs. Nothing of it is trained.
+        weight: factor of the loss.
+    """
+
+    def __init__(self, head: CtcHead, weight: float) -> None:
+        self.head, self.weight = head.requires_grad_(False), weight
+
+    def loss(self, outputs: torch.Tensor, positions: list[int], targets: list[torch.Tensor]) -> torch.Tensor:
+        """Return the weighted loss, summed over utterances, as a scalar in float32.
+
+        Args:
+            outputs: [positions of all utterances, LLM width], the projector's.
+            positions: number of positions of each utterance.
+            targets: tokens of each utterance, [tokens] int64, on the CPU.
+        """
+        return self.weight * ctc_loss(self.head(outputs), positions, targets)
+
+
 class CtcModel(nn.Module):
     """A projector and the head that it learns from.
 

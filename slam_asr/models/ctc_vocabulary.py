@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 BLANK_TEXT = "\n"
@@ -50,6 +51,27 @@ class CtcVocabulary:
         text = self.tokenizer.decode([self.token_ids[i] for i in indices], skip_special_tokens=True)
         assert isinstance(text, str), "one list of ids gives one text"
         return text.strip()
+
+    def columns(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the index of each of the LLM's tokens, within an answer and as its first token.
+
+        CTC spells a first word with a space before it, as it spells all others. The LLM's answer begins
+        without one, so the token of the same text with a space stands for it.
+
+        Args:
+            vocabulary: number of the LLM's tokens.
+
+        Returns:
+            Two tensors [vocabulary] int64; -1 for a token that is not among `token_ids`, and for the blank.
+        """
+        within = torch.full((vocabulary,), -1)
+        within[list(self._index)] = torch.tensor(list(self._index.values()))
+        first = within.clone()
+        marker = _string(self.tokenizer, self.tokenizer.encode(" a", add_special_tokens=False)[0])[:-1]
+        for token in range(min(vocabulary, len(self.tokenizer))):
+            if (index := self._by_string.get(marker + _string(self.tokenizer, token))) is not None:
+                first[token] = index
+        return within, first
 
     def _pieces_of(self, token: int) -> list[int]:
         if token not in self._pieces:

@@ -16,13 +16,12 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from slam_asr.errors import ModelError
 from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
+from slam_asr.models.answer_loss import IGNORED, score_answers
+from slam_asr.models.ctc import AuxiliaryCtc
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
-
-IGNORED = -100
-"""Label of a position without a target: the default `ignore_index` of torch's cross entropy."""
 
 
 @dataclass
@@ -72,6 +71,8 @@ class Batch:
     """Whether `mask` contains a 0."""
     lengths: list[int] | None = None
     """Number of positions of each utterance in a packed row; None for a padded batch."""
+    spelled: list[torch.Tensor] | None = None
+    """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU."""
 
     @property
     def filled(self) -> int:
@@ -184,6 +185,10 @@ class Slam(nn.Module):
         self.feature_dtype = feature_dtype
         self.scorer: Scorer | None = None
         """If set, `forward` returns this function's result instead of logits."""
+        self.ctc: AuxiliaryCtc | None = None
+        """If set, its loss is added for batches that have `spelled`."""
+        self._projected: torch.Tensor | None = None
+        """[positions of all utterances, LLM width]: the projector's outputs. Set during `forward` only."""
         self._is_target: torch.Tensor | None = None
         """[rows, L - answer_start] bool: True at targets. Set during `forward` only."""
         self._target_inputs: torch.Tensor | None = None
@@ -239,7 +244,8 @@ class Slam(nn.Module):
         # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
-        audio = self.projector(self.encode(batch.audio), batch.positions).to(embeddings.dtype)
+        self._projected = self.projector(self.encode(batch.audio), batch.positions)
+        audio = self._projected.to(embeddings.dtype)
         # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
@@ -314,7 +320,7 @@ class Slam(nn.Module):
         Returns:
             Logits [targets, vocabulary] at the positions that predict targets, in the order of
             `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
-            logits are computed.
+            logits are computed. With CTC's loss, the fields of `AnswerScores`, whose `loss` includes it.
         """
         arguments = {}
         if batch.lengths is not None:
@@ -329,12 +335,23 @@ class Slam(nn.Module):
         self._is_target = batch.labels != IGNORED
         try:
             output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
-            if self.scorer is None:
-                return output.logits
-            assert self._target_inputs is not None, "the hook on the output layer has run"
-            return self.scorer(
-                self._target_inputs, self.llm.get_output_embeddings(), batch.labels[self._is_target]
-            )
+            result: torch.Tensor | tuple[torch.Tensor, ...] = output.logits
+            if self.scorer is not None:
+                assert self._target_inputs is not None, "the hook on the output layer has run"
+                layer = self.llm.get_output_embeddings()
+                result = self.scorer(self._target_inputs, layer, batch.labels[self._is_target])
+            return self._with_ctc(result, batch) if self.ctc is not None and batch.spelled else result
         finally:
             # Otherwise, the hook would also select the inputs of a later `generate`.
-            self._is_target = self._target_inputs = None
+            self._is_target = self._target_inputs = self._projected = None
+
+    def _with_ctc(
+        self, result: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch
+    ) -> tuple[torch.Tensor, ...]:
+        """Add CTC's loss to the LLM's; the counts remain the LLM's."""
+        if isinstance(result, torch.Tensor):
+            scores = score_answers(result, batch.labels)
+            result = (scores.loss, scores.sums)
+        assert self.ctc is not None and self._projected is not None and batch.spelled is not None
+        loss, *counts = result
+        return loss + self.ctc.loss(self._projected, batch.positions, batch.spelled), *counts

@@ -116,6 +116,7 @@ def _train_in(
         init_from=str(checked.init_from) if checked.init_from else None,
         init_adapter=checked.init_adapter,
         ctc_tokens=checked.ctc_tokens,
+        ctc_sharpness=checked.ctc_sharpness,
         inputs=checked.inputs,
     )
     write_json(folder / "job.json", asdict(job))

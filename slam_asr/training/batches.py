@@ -13,11 +13,12 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Projector
 from slam_asr.errors import InputError
+from slam_asr.models.answer_loss import IGNORED
 from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, TokenizedPrompt
-from slam_asr.models.slam import IGNORED, Batch, Row, collate, pack
+from slam_asr.models.slam import Batch, Row, collate, pack
 
 
 @dataclass
@@ -153,11 +154,13 @@ class BatchReader:
     ) -> None:
         self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
         self.vocabulary: CtcVocabulary | None = None
-        """If set, utterances are spelled for CTC, without a prompt."""
+        """If set, utterances are spelled for CTC."""
+        self.without_llm = False
+        """Whether batches are for CTC alone, without a prompt."""
         self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
     def batch(self, indices: list[int], epoch: int = 0) -> Batch | CtcBatch:
-        """Read utterances and collate or pack them; or spell them, if `vocabulary` is set.
+        """Read utterances and collate or pack them; or only spell them, for a phase without the LLM.
 
         Args:
             indices: indices of the utterances in `examples`. An empty list gives a batch of one utterance
@@ -167,9 +170,13 @@ class BatchReader:
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
         audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
+        spelled = None
         if self.vocabulary is not None:
+            spelled = [torch.tensor(self._spelled(i)).long() for i in indices]
+        if self.without_llm:
+            assert spelled is not None, "a phase without the LLM sets a vocabulary"
             positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
-            return CtcBatch(list(audio), positions, [torch.tensor(self._spelled(i)).long() for i in indices])
+            return CtcBatch(list(audio), positions, spelled)
         rows = []
         for index, utterance, features in zip(indices or [0], utterances, audio, strict=True):
             prompted = self.examples.prompted(index, self.draw(epoch, utterance.key))
@@ -183,13 +190,14 @@ class BatchReader:
                 )
             )
         batch = pack(rows) if self.packs else collate(rows)
+        batch.spelled = spelled
         if not indices:
             batch.labels.fill_(IGNORED)
         return batch
 
     def count_targets(self, indices: Iterable[int], epoch: int = 0) -> int:
         """Count the target tokens of utterances: with an epoch's prompts, or as they are spelled for CTC."""
-        if self.vocabulary is not None:
+        if self.without_llm:
             return sum(len(self._spelled(i)) for i in indices)
         utterances, counts = self.examples.utterances, self.examples.target_counts
         # With a single prompt, the index is always 0; `draw` would hash every key for it.

@@ -1,6 +1,7 @@
-"""Checks the inputs of `projector.beginning`, and builds its model."""
+"""Checks the inputs of training with CTC, and builds the beginning's model and the CTC head."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.models.ctc import CtcHead, CtcModel
+from slam_asr.models.ctc import INITIAL_SHARPNESS, CtcHead, CtcModel
 from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -27,7 +28,7 @@ MAX_WITHOUT_PATH = 0.5
 """Maximum share of train utterances that may have more tokens than positions."""
 
 
-def tokens_of_beginning(
+def tokens_for_ctc(
     recipe: Recipe,
     encoder: EncoderSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,14 +65,14 @@ def tokens_of_beginning(
     )
     if without_path > MAX_WITHOUT_PATH * len(train):
         raise ConfigurationError(
-            f"projector.beginning: {without_path} of {len(train)} train utterances have more tokens than "
-            f"audio positions, so CTC cannot align them: lower projector.downsampling "
-            f"({recipe.projector.downsampling}), or set projector.beginning.kind to none."
+            f"{without_path} of {len(train)} train utterances have more tokens than audio positions, so CTC "
+            f"cannot align them: lower projector.downsampling ({recipe.projector.downsampling}), or set "
+            "projector.beginning.kind to none and projector.ctc_weight to 0."
         )
     if without_path:
         log_line(
-            f"warning: the beginning skips {without_path} of {len(train)} train utterances, which have more "
-            "tokens than audio positions (projector.downsampling)"
+            f"warning: CTC skips {without_path} of {len(train)} train utterances, which have more tokens "
+            "than audio positions (projector.downsampling)"
         )
     return token_ids
 
@@ -91,19 +92,35 @@ def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> C
         recipe: the training run's recipe.
         device: where the encoder is placed; the engine moves the other parts.
     """
-    spec, dtype = describe_encoder(recipe.encoder), DTYPES[recipe.training.precision]
-    embeddings = token_embeddings(Path(job.llm_folder), job.ctc_tokens, dtype, recipe.llm.trust_remote_code)
-    projector = build_initial_projector(job, recipe, spec.width, embeddings.shape[1])
+    spec, head = describe_encoder(recipe.encoder), build_head(job, recipe)
+    projector = build_initial_projector(job, recipe, spec.width, head.embeddings.shape[1])
     encoder = None
     if job.feature_store is None:
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
     return CtcModel(
         projector,
-        CtcHead(embeddings, dtype),
+        head,
         encoder,
         recipe.features.dtype,
         recipe.projector.beginning.dropout,
     )
+
+
+def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None) -> CtcHead:
+    """Build the CTC head over the job's tokens, in the recipe's precision.
+
+    Args:
+        job: names the LLM's folder, the tokens, and the sharpness to start from.
+        recipe: the training run's recipe.
+        sharpness: the sharpness; by default, the initial model's, or else the usual one.
+    """
+    dtype = DTYPES[recipe.training.precision]
+    head = CtcHead(
+        token_embeddings(Path(job.llm_folder), job.ctc_tokens, dtype, recipe.llm.trust_remote_code), dtype
+    )
+    with torch.no_grad():
+        head.log_sharpness.fill_(math.log(sharpness or job.ctc_sharpness or INITIAL_SHARPNESS))
+    return head
 
 
 @torch.no_grad()

@@ -12,11 +12,7 @@ import torch
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import (
-    ADAPTER,
-    WEIGHTS,
-    adapter_file,
-)
+from slam_asr.artifacts.model_folder import ADAPTER, WEIGHTS, adapter_file, read_config
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
@@ -29,7 +25,7 @@ from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
 from slam_asr.storage import digest, fetch, sha256_of_file
-from slam_asr.training.beginning import tokens_of_beginning
+from slam_asr.training.beginning import tokens_for_ctc
 from slam_asr.training.initial_model import initial_projector, starts_from_adapter
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
@@ -59,11 +55,17 @@ class CheckedInputs:
     init_adapter: bool
     """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int]
-    """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
+    """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
     base: dict[str, Any]
     """Fingerprint of the encoder and digest of the LLM's weights."""
     inputs: dict[str, Any]
     """Everything that the trained weights depend on by more than rounding."""
+
+    @property
+    def ctc_sharpness(self) -> float | None:
+        """Sharpness that the initial model's CTC head had; None if it had no head."""
+        head = read_config(self.init_from).training.get("ctc_head") if self.init_from else None
+        return head and head["sharpness"]
 
     @property
     def hours(self) -> float:
@@ -115,8 +117,8 @@ def check_inputs(
     if init_from is not None and init_adapter:
         inputs["init_adapter"] = sha256_of_file(adapter_file(init_from / ADAPTER))
     ctc_tokens: list[int] = []
-    if recipe.projector.beginning.active:
-        ctc_tokens = tokens_of_beginning(recipe, encoder, prompt.tokenizer, fitting)
+    if recipe.projector.uses_ctc:
+        ctc_tokens = tokens_for_ctc(recipe, encoder, prompt.tokenizer, fitting)
         inputs["ctc_tokens"] = {"number": len(ctc_tokens), "sha256": digest(ctc_tokens)}
     if recipe.training.utterances_per_batch:
         # With this option the size of a step depends on the number of processes.

@@ -35,6 +35,8 @@ class TrainingJob:
     init_adapter: bool = False
     """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int] = field(default_factory=list)
-    """Token ids that the beginning's CTC distinguishes, the blank's first; empty without a beginning."""
+    """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
+    ctc_sharpness: float | None = None
+    """Sharpness that the initial model's CTC head had; None if it had no head."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Everything that the trained weights depend on."""

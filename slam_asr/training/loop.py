@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.errors import UserError
+from slam_asr.models.ctc import INITIAL_SHARPNESS
 from slam_asr.models.precision import peak_flops
 from slam_asr.progress import log_line
 from slam_asr.runtime.worker import failures_written_to, leave_group
@@ -262,9 +263,11 @@ class Loop:
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
     """Return what the training's report contains, as JSON values."""
-    beginning, sharpness = parts.recipe.projector.beginning, loop.progress.counts.sharpness
+    options = parts.recipe.projector
+    sharpness = loop.progress.counts.sharpness or parts.job.ctc_sharpness or INITIAL_SHARPNESS
     head = {"ctc_head": {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
-    return (head if beginning.active and beginning.keep_head else {}) | {
+    keeps_head = options.ctc_weight > 0 or (options.beginning.active and options.beginning.keep_head)
+    return (head if keeps_head else {}) | {
         "projector_parameters": parts.phase.parameters["projector"][0],
         "trained_parameters": sum(trained for _, trained in parts.phase.parameters.values()),
         "all_parameters": sum(total for total, _ in parts.phase.parameters.values()),

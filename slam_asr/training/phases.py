@@ -17,11 +17,12 @@ import torch
 from slam_asr.artifacts.checkpoint import BEGINNING, MAIN
 from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
+from slam_asr.models.ctc import AuxiliaryCtc
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision
 from slam_asr.progress import log_line
-from slam_asr.training.beginning import build_ctc_model
+from slam_asr.training.beginning import build_ctc_model, build_head
 from slam_asr.training.builder import Parts, Phase
 from slam_asr.training.engines.choose import make_engine
 from slam_asr.training.kernels import compile_layers, use_liger
@@ -49,7 +50,7 @@ def enter_beginning(parts: Parts) -> None:
         gradient_clipping=CLIPPING,
     )
     for reader in parts.readers.values():
-        reader.packs = True
+        reader.packs = reader.without_llm = True
         reader.vocabulary = CtcVocabulary(reader.examples.recipe_prompts.tokenizer, parts.job.ctc_tokens)
     parts.phase = Phase(
         BEGINNING,
@@ -70,7 +71,7 @@ def leave_beginning(parts: Parts) -> float:
     """Load the LLM, and continue with its loss from the beginning's projector.
 
     Returns:
-        The sharpness that the CTC head has learned; `facts_of` reports it if the recipe keeps the head.
+        The sharpness that the CTC head has learned; `facts_of` reports it if the head is recorded.
     """
     engine = parts.engine
     sharpness = engine.get_state("head.log_sharpness", "weight").exp().item()
@@ -84,15 +85,18 @@ def leave_beginning(parts: Parts) -> float:
     gc.collect()
     if parts.device.type == "cuda":
         torch.cuda.empty_cache()
-    enter_main(parts, weights)
+    enter_main(parts, sharpness, weights)
     return sharpness
 
 
-def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None) -> None:
+def enter_main(
+    parts: Parts, sharpness: float | None, projector: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Build the model with the LLM, and its engine.
 
     Args:
         parts: the parts of the training run.
+        sharpness: the sharpness that the CTC head has learned in the beginning; None without one.
         projector: weights to start from; by default, those that the recipe starts from.
 
     Raises:
@@ -103,6 +107,9 @@ def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None
     model, lazy_weights = build_model(parts.job, recipe, parts.device)
     if projector is not None:
         model.projector.load_state_dict(projector)
+    if recipe.projector.ctc_weight:
+        head = build_head(parts.job, recipe, sharpness).to(parts.device)
+        model.ctc = AuxiliaryCtc(head, recipe.projector.ctc_weight)
     # Counted before the engine shards the model.
     parameters = count_parameters(model, parts.job.encoder_parameters)
     rates = {"llm": recipe.llm.learning_rate, "encoder": recipe.encoder.learning_rate}
@@ -112,7 +119,11 @@ def enter_main(parts: Parts, projector: Mapping[str, torch.Tensor] | None = None
     # If the LLM is sharded, its weights exist only from here on.
     packs = options.packing and engine.try_llm(allow_packing)
     for reader in parts.readers.values():
-        reader.packs, reader.vocabulary = packs, None
+        reader.packs, reader.without_llm, reader.vocabulary = packs, False, None
+    if recipe.projector.ctc_weight:
+        # Only for training: the dev loss remains the LLM's alone, comparable with that of other recipes.
+        train = parts.readers["train"]
+        train.vocabulary = CtcVocabulary(train.examples.recipe_prompts.tokenizer, parts.job.ctc_tokens)
     # Under ZeRO-3 the output layer's weights are complete only during its own forward call, and
     # `score_in_chunks` reads them directly.
     if options.zero_stage != 3 and engine.try_llm(allows_chunks):

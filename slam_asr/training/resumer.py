@@ -111,7 +111,10 @@ class Resumer:
         in_beginning = (
             parts.recipe.projector.beginning.active if latest is None else latest.phase == BEGINNING
         )
-        (enter_beginning if in_beginning else enter_main)(parts)
+        if in_beginning:
+            enter_beginning(parts)
+        else:
+            enter_main(parts, counts.sharpness)
         curve = b""
         if latest is not None:
             restore(parts.engine, latest)

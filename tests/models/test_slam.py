@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from slam_asr.config.recipe import Llm, Projector
-from slam_asr.models.answer_loss import score_answers
+from slam_asr.models.answer_loss import IGNORED, score_answers
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import IGNORED, Row, Slam, collate
+from slam_asr.models.slam import Row, Slam, collate
 
 WIDTH = 8
 UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer than the others"))

@@ -1,0 +1,80 @@
+"""CTC's scores of prefixes, against all paths one by one."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
+
+TOKENS = 3
+"""CTC's blank, and its columns 1 and 2, which are the LLM's tokens 5 and 7 of a vocabulary of 9. The LLM's
+token 1 ends an answer."""
+COLUMNS = torch.tensor([-1, -1, -1, -1, -1, 1, -1, 2, -1])
+STOPS = torch.tensor([1])
+
+
+def collapse(path: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the columns that a path spells."""
+    return tuple(c for c, _ in itertools.groupby(path) if c)
+
+
+def probability(log_p: torch.Tensor, prefix: tuple[int, ...], complete: bool) -> float:
+    """Return the probability that a path spells the prefix or, if not `complete`, what begins with it."""
+    total = 0.0
+    for path in itertools.product(range(TOKENS), repeat=len(log_p)):
+        spelled = collapse(path)
+        if spelled == prefix if complete else spelled[: len(prefix)] == prefix:
+            total += math.exp(sum(float(log_p[t, c]) for t, c in enumerate(path)))
+    return total
+
+
+@pytest.mark.parametrize("prefix", [(5,), (5, 5), (5, 7), (7, 5)])
+def test_scores_are_the_sums_over_all_paths(prefix):
+    """Each token adds the increase of the prefix's log probability, and an end that of the transcript's."""
+    torch.manual_seed(0)
+    logits = torch.randn(6 + 4, TOKENS)
+    scorer = CtcScorer(CtcSpelling.of(logits, [6, 4], COLUMNS, COLUMNS), 0.5, 1, STOPS)
+    columns = tuple(int(COLUMNS[t]) for t in prefix)
+    zeros = torch.zeros(2, 1, 9)  # an LLM without any preference
+    parts = logits.log_softmax(1).split([6, 4])
+    for step, token in enumerate(prefix):
+        gains = scorer.add(zeros)[:, 0, token]
+        for gain, part in zip(gains.tolist(), parts, strict=True):
+            here = probability(part, columns[: step + 1], complete=False)
+            before = probability(part, columns[:step], complete=False)
+            assert gain == pytest.approx(0.5 * math.log(here / before), abs=1e-5)
+        scorer.advance(torch.arange(2), torch.tensor([token, token]))
+    ends = scorer.add(zeros)[:, 0, 1]
+    for gain, part in zip(ends.tolist(), parts, strict=True):
+        rest = probability(part, columns, complete=True) / probability(part, columns, complete=False)
+        assert gain == pytest.approx(0.5 * math.log(rest), abs=1e-5)
+
+
+def test_rows_follow_their_hypotheses():
+    """After beams were swapped and an utterance left, each row scores as if it had been searched alone."""
+    torch.manual_seed(1)
+    logits = torch.randn(5 + 5, TOKENS)
+    both = CtcScorer(CtcSpelling.of(logits, [5, 5], COLUMNS, COLUMNS), 1.0, 2, STOPS)
+    alone = CtcScorer(CtcSpelling.of(logits[5:], [5], COLUMNS, COLUMNS), 1.0, 2, STOPS)
+    both.advance(torch.tensor([0, 0, 2, 2]), torch.tensor([5, 7, 5, 7]))
+    alone.advance(torch.tensor([0, 0]), torch.tensor([5, 7]))
+    # The first utterance leaves. Those of the second one are rows 2 and 3, and each continues the other.
+    both.advance(torch.tensor([3, 2]), torch.tensor([5, 5]))
+    alone.advance(torch.tensor([1, 0]), torch.tensor([5, 5]))
+    scores = both.add(torch.zeros(1, 2, 9))
+    assert torch.allclose(scores, alone.add(torch.zeros(1, 2, 9)))
+    assert not torch.allclose(scores[0, 0], scores[0, 1])
+
+
+def test_unknown_tokens_stay_possible_and_the_order_of_the_audio_wins():
+    """A token that CTC does not know has a finite score, far below that of the token that was spoken."""
+    logits = torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])  # 5, a blank, 7
+    scorer = CtcScorer(CtcSpelling.of(logits, [3], COLUMNS, COLUMNS), 1.0, 1, STOPS)
+    first = scorer.add(torch.zeros(1, 1, 9))[0, 0]
+    assert first.argmax() == 5 and -30 < float(first[3]) < -10
+    # First 5, then 7, then the end: nothing is left to spell.
+    for token in (5, 7, 1):
+        assert scorer.add(torch.zeros(1, 1, 9))[0, 0].argmax() == token
+        scorer.advance(torch.tensor([0]), torch.tensor([token]))
