@@ -209,6 +209,7 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     if checkpoint.dev_loss is not None and (
         best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss
     ):
+        # Before `prune`, which then no longer retains the former best one.
         write_bytes(join(folder, BEST), checkpoint.name)
     prune(folder, keep)
 

@@ -83,6 +83,7 @@ class Extraction:
         for file in self.files:
             audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet), samples_of)
             for earlier in distinct:
+                # `distinct_audio` has sorted both lists, as `isin_sorted` needs it for the second.
                 audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
             distinct.append(audio)
         return distinct

@@ -73,6 +73,7 @@ def call_with_retries(
     while not cancelled.is_set():
         try:
             return call()
+        # These are permanent, and worded already.
         except (UserError, ObjectMissing):
             raise
         except Exception as error:

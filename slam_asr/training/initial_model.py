@@ -48,6 +48,7 @@ def initial_projector(
     folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
+    # Called for its checks only; the projector itself is built in each training process.
     projector_from_weights(
         weights,
         recipe.projector,
@@ -121,5 +122,6 @@ def build_initial_projector(
 def load_initial_adapter(job: TrainingJob, llm: PreTrainedModel) -> None:
     """Load the initial model's adapter into an LLM that has adapters, if the job says so."""
     if job.init_from and job.init_adapter:
+        # peft names an adapter's weights after the layer, such as `q_proj.lora_A.default.weight`.
         trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
         replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)

@@ -55,6 +55,7 @@ class LivePage:
             if self.published:
                 publish(self.folder, self.published)
         except (OSError, UserError) as error:
+            # Storage that fails once usually fails again at the next page, and one warning is enough.
             if not self._failed:
                 log_line(
                     f"warning: the page with the curves could not be written; training continues: {error}"
@@ -114,11 +115,13 @@ def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
     """
     training, validation = [], []
     for row in _rows(path):
+        # Only rows of the beginning name their phase.
         if row.pop("phase", MAIN) != phase:
             continue
         if "validation" in row:
             validation.append({"step": row["step"], **row["validation"]})
         else:
+            # `Monitor` writes null for a loss that is not finite.
             training.append(row | {"loss": math.nan if row["loss"] is None else row["loss"]})
     return training, validation
 

@@ -76,6 +76,8 @@ class Loop:
         Returns:
             True if the training is finished, False if it was asked to stop earlier.
         """
+        # Not earlier: while models are loaded, there is nothing to save, and a signal ends the process at
+        # once.
         self.stop.listen()
         while self._run_phase():
             self.progress.counts.sharpness = leave_beginning(self.parts)
@@ -142,6 +144,7 @@ class Loop:
         local = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=parts.device)
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
+        # One transfer for all numbers: each `.item()` would make the CPU wait for the GPU once more.
         *numbers, stop, pending, failed, due = sums.tolist()
         totals.numbers, totals.stop = tuple(numbers), stop > 0
         totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0

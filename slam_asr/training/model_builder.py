@@ -151,5 +151,7 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         )
         for name, part in model.named_children()
     }
+    # A frozen encoder is not a child of the model (see `Slam`), and with cached features it is not even
+    # loaded.
     counts.setdefault("encoder", (encoder, 0))
     return counts

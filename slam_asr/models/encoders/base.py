@@ -164,6 +164,8 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0.0
     for index, length in enumerate(seconds):
+        # With this utterance, the batch may be padded further than before, and that counts for all of its
+        # utterances.
         longest = max(longest, length)
         if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])

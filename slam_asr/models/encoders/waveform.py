@@ -125,6 +125,8 @@ class WaveformEncoder(SpeechEncoder):
         norm = getattr(first, "layer_norm", None)
         if isinstance(norm, MaskedGroupNorm):
             kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+            # The output length of an unpadded convolution. Utterances too short for a single frame are not in
+            # the batch.
             norm.lengths = None if lengths is None else (lengths - kernel) // stride + 1
 
 
