@@ -114,6 +114,7 @@ def placement(cluster: Cluster, image: str) -> str:
                 timeout_hours=cluster.trainer.timeout_hours,
             )
         ),
+        # The same profile must give the same bytes: `runs.upload` recognises a version by its digest.
         sort_keys=True,
     )
 
@@ -161,6 +162,7 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
     task.set_cpu_request(step.cpu)
     if step.cpu_limit != NO_LIMIT:
         task.set_cpu_limit(step.cpu_limit or step.cpu)
+    # Equal, because memory cannot be throttled: of the pods above their request, a full node kills some.
     task.set_memory_request(step.memory).set_memory_limit(step.memory)
     if step.gpus:
         task.set_accelerator_type(step.gpu_resource).set_accelerator_limit(step.gpus)

@@ -193,6 +193,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
         if in_a_cluster and parallel != 1:
             require_distinct_trainings(recipe, variations)
         return RunRequest(recipe, variations=variations, parallel=parallel)
+    # An evaluation needs only test sets. Features of training data would be extracted for nothing.
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Imported here because it imports torch.

@@ -133,6 +133,7 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
             f"{stage} needs the result of {earlier}, and {output} contains none: "
             f"run with --only {earlier} first, or without --only."
         )
+    # By time, because the stage may have run alone and in pipelines, in any order.
     return max(pointers, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -82,6 +82,7 @@ class CheckRun:
             ended = ("succeeded", "failed", "stopped", "never reached")
             unfinished = [step for step in current.steps if step.state not in ended]
             given_up = [s for s in unfinished if now - since.get(s.name, now) >= self._limit(s)]
+            # Only if all are given up: as long as another step runs, its findings are worth waiting for.
             if current.ended or (unfinished and len(given_up) == len(unfinished)):
                 return current
             time.sleep(self.poll)

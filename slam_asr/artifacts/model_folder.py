@@ -186,6 +186,7 @@ def projector_from_weights(
         )
     for name, tensor in weights.items():
         _require_finite(name, tensor, where)
+    # Assigned, because nothing can be copied into tensors on the meta device.
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 

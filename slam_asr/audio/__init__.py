@@ -124,6 +124,7 @@ def load_checked(
     else:
         file = _local_copy(path)
         found = _sha256_of_local(file) if sha256 else None
+    # Without an expected digest none was computed, and both are None.
     if found != sha256:
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
@@ -156,6 +157,8 @@ def read_clip(
     """
     file: Path | bytes | None = content
     if file is None:
+        # A complete object is read into memory, without a copy on disk. One copy serves all segments of an
+        # object.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
     clip = _clip(file, path, start, duration, channel, max_duration)
     if clip.cancelled:
@@ -222,6 +225,7 @@ def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
+        # Asked only after a failure: asked before, it would cost a request for every object.
         if exists(path):
             raise
         raise AudioError(

@@ -223,6 +223,7 @@ def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.nda
     longest = max(1, _BLOCK // sound.channels)
     while count > 0:
         block = sound.read(min(longest, count), dtype="float32", always_2d=True)
+        # The file ends before what its header announces. The caller compares the numbers of samples.
         if len(block) == 0:
             return
         yield block

@@ -150,6 +150,7 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
         return name
     (folder / part).mkdir(exist_ok=True)
     files = weight_files(base)
+    # Pickles are written again as safetensors, which run no code when they are loaded.
     if any(file.suffix != ".safetensors" for file in files):
         _load_base(base, part).save_pretrained(folder / part)
         return None
@@ -213,6 +214,7 @@ def _processor(
             feature_size=spec.config.num_mel_bins, chunk_length=spec.preparer().window_samples // 16_000
         )
     else:
+        # The processor normalises waveforms by itself, with fairseq's epsilon.
         extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
     projector = recipe.projector
     return SlamAsrProcessor(
@@ -274,6 +276,7 @@ def add_audio_token(
         audio = spare[0]
     texts = prompt.texts_around_audio(_PROMPT, recipe.llm.template)
     expected = prompt.texts_around_audio(recipe.llm.prompt, recipe.llm.template)
+    # Some chat templates strip the user's text.
     values = {"prompt": recipe.llm.prompt, "prompt | trim": recipe.llm.prompt.strip()}
     fitting = [n for n, v in values.items() if tuple(t.replace(_PROMPT, v) for t in texts) == expected]
     if not fitting:

@@ -86,6 +86,7 @@ class Transcriber:
         prompt = model.prompt()
         self._prompt_positions = len(prompt.main.before) + len(prompt.main.ids)
         longest = model.positions(model.spec.span_of(round(self.max_segment_seconds * SAMPLE_RATE)))
+        # Before the weights are loaded below.
         require_capacity(
             [longest + self._prompt_positions],
             lambda _: f"Audio of {self.max_segment_seconds:g} s",

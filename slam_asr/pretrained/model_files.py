@@ -128,6 +128,7 @@ def weights_sha256(folder: Path) -> str:
         pass
     each = sorted(sha256_of_file(f) for f in files)
     sha256 = each[0] if len(each) == 1 else digest(each)
+    # The folder may be read-only. Then the digest is computed each time.
     with contextlib.suppress(OSError):
         write_json(digest_file, {"sha256": sha256, "files": stats})
     return sha256

@@ -94,6 +94,7 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
     """
     user = os.geteuid()
     try:
+        # Not `os.access`, which knows nothing of quotas, or of what a file server permits.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(b"slam-asr checks whether it can write here\n")
             file.flush()

@@ -116,6 +116,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
+        # A new nonce for each answer: the browser runs only the script and the style that carry it.
         nonce = secrets.token_urlsafe(16)
         text = render(
             "serve.html",

@@ -214,6 +214,7 @@ class Body:
         self._announced = int(announced) if announced.isdecimal() else 0
         self.ended = False
         """Whether all of it is read."""
+        # Starlette reads a form through its request's `receive`, so the limits apply while it is read.
         self.request = Request(request.scope, self.receive)
         """The request with this body."""
 
@@ -223,6 +224,7 @@ class Body:
         Raises:
             Refusal: it is too large, is no form, or its upload stopped.
         """
+        # Refused before its first byte is read. Uploads without an announced length are counted in `receive`.
         if self._announced > self._max_bytes:
             raise _too_large(self._max_bytes)
         try:
@@ -256,6 +258,7 @@ class Body:
             ) from None
         self.ended = not message.get("more_body", False)
         self._count += len(message.get("body", b""))
+        # If this was the last part, `decode_audio` compares the file alone with its own limit.
         if self._count > self._max_bytes and not self.ended:
             raise _too_large(self._max_bytes)
         return message

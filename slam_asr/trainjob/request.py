@@ -246,6 +246,8 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
 
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that caused an error of the SDK, or None."""
+    # The SDK raises plain exceptions; only the one of its Kubernetes client, further up the chain, has a
+    # status.
     statuses = (getattr(link, "status", None) for link in _chain(error))
     return next((status for status in statuses if isinstance(status, int)), None)
 

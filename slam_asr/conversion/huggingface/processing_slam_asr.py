@@ -124,6 +124,8 @@ class SlamAsrProcessor(ProcessorMixin):
         if options["queries"]:
             return options["queries"]
         if window is None:
+            # As in training. The encoder may give one frame less, and the model fills a missing position with
+            # zeros.
             return samples // SAMPLES_PER_FRAME // options["downsampling"]
         frames = self._windows_of(samples) * window // SAMPLES_PER_FRAME
         if options["frames"] == "speech":
