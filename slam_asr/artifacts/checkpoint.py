@@ -188,6 +188,7 @@ def all_complete(folder: str) -> list[Checkpoint]:
     """
     latest = require(folder)
     names = _complete(f.name for f in walk(folder))
+    # Folders of later steps are not published: they are being written, or their attempt was interrupted.
     return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 

@@ -153,6 +153,7 @@ class Features:
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""
+        # Training reads one window while the shards of the next one are fetched.
         windows = 2 * self.window_shards * self.shard_megabytes / 1000
         if self.cache == "store" and self.cache_gigabytes < windows:
             yield (

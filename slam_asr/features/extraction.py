@@ -226,6 +226,8 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", job.process)
             torch.cuda.set_device(device)
+        # Each process makes the plan by itself. All plans are equal, because the store records which indexes
+        # existed when the extraction first started.
         extraction.encode(extraction.missing(extraction.plans(), job.process, job.processes), device)
 
 

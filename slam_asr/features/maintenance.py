@@ -40,6 +40,7 @@ class Contents:
         named = {s.name for s in self.index.shards} if self.index else set()
         for receipt in self.receipts:
             named |= {s.name for s in self.namespace.read_index(receipt).shards}
+        # An extraction that was killed between a shard and its receipt leaves such a shard.
         return sorted(self.shard_sizes.keys() - named)
 
     @property

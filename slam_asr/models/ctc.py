@@ -225,4 +225,5 @@ def best_paths(logits: torch.Tensor, positions: list[int]) -> list[list[int]]:
         positions: number of positions of each utterance.
     """
     best = logits.argmax(1).cpu().split(positions)
+    # Repetitions are merged before blanks are removed: only a blank separates two equal tokens.
     return [[int(t) for t in torch.unique_consecutive(path) if t != BLANK] for path in best]

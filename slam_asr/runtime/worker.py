@@ -31,6 +31,7 @@ def die_with_parent() -> None:
     for the others for ever, so the parent's id is compared afterwards.
     """
     if sys.platform == "linux":
+        # Python has no function for it, so the C library's is called.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = os.environ.get(PARENT)

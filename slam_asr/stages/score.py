@@ -73,6 +73,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         if nbest := _files_named(records, NBEST):
             # Not splitlines(), which also splits at U+2028 and similar characters within a JSON string.
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
+            # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
         return _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))

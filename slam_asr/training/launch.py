@@ -164,6 +164,7 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
         Stopped: a signal stopped the training.
         UserError: a process failed; the message is that of the process that failed first, if it wrote one.
     """
+    # glibc reads it when a process starts, so it applies to the training processes, but not to this one.
     os.environ.setdefault(*ALLOCATION)
     os.environ.setdefault(*LAST_CHECKPOINT)
     os.environ.update(thread_limits(processes))

@@ -122,6 +122,8 @@ class Loop:
                 self._apply_step(micro, totals)
                 # The steps after a checkpoint that cannot be written would be lost: `close` raises later.
                 continues = self._finish_step(totals) and not totals.failed
+                # A validation may have ended the beginning with this step, and the thread has read further
+                # ahead.
                 if not continues or self.progress.done == parts.last_step:
                     break
                 totals = Totals()
@@ -214,6 +216,7 @@ class Loop:
         dev_loss = None
         if (
             "dev" in self.parts.readers
+            # Not twice: a resumed training may begin at a step that was validated before it was saved.
             and counts.validated < progress.done
             and (progress.done % self.options.validate_every == 0 or at_end)
         ):

@@ -108,6 +108,8 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
+        # On the CPU, from where the engine moves it with all that is trained. A frozen encoder is not the
+        # engine's.
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
     elif job.feature_store is None:
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)

@@ -144,6 +144,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
     container = ContainerPatch(
         name=NODE,
         volume_mounts=[{"name": volume["name"], "mountPath": path} for volume, path in volumes] or None,
+        # With the pod's security context below, this satisfies Kubernetes' pod security level `restricted`.
         security_context={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     )
     user = placement.run_as_user
@@ -156,6 +157,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
             "runAsNonRoot": True,
             "runAsUser": user,
             "runAsGroup": user,
+            # Kubernetes makes mounted volumes writable for this group.
             "fsGroup": user,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
