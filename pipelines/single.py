@@ -82,6 +82,7 @@ def command_of_stage(
     for option, text in ({"output": join("{store}", stage, FINGERPRINT)} | STEPS[stage].options).items():
         if replaced := replace_name(text):
             command += [f"--{option}", *replaced]
+    # As in the pipeline, later stages find the result through this pointer.
     return [*command, "--pointer", str(pointer_of(output, stage))]
 
 

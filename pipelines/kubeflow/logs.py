@@ -86,6 +86,7 @@ class LogReader:
         unavailable = ""
         shown: set[str] = set()
         try:
+            # This raises too if no access is configured; the archive may still have the logs.
             api = core_api()
             for pod in self._pods(api, step):
                 shown.add(pod.metadata.name)

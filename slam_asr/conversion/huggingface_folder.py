@@ -84,8 +84,11 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
         "llm": _write_base(folder, parts, complete, LLM),
     }
     weights = {f"projector.{n}": t for n, t in parts.projector.items()} | {
-        "llm." + n.replace(".default.", "."): t for n, t in parts.adapter.items()
+        # `default` is the name that peft gives to an adapter in memory; its files omit it.
+        "llm." + n.replace(".default.", "."): t
+        for n, t in parts.adapter.items()
     }
+    # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     write_atomically(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
     for source in SOURCES.glob("*_slam_asr.py"):
@@ -263,6 +266,7 @@ def add_audio_token(
     audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
     if embeddings is not None and len(tokenizer) >= embeddings:
         used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
+        # A new token would need one more embedding than the LLM has, so an existing one takes its place.
         spare = [
             token.content
             for i, token in tokenizer.added_tokens_decoder.items()
@@ -293,6 +297,7 @@ def add_audio_token(
     if audio not in tokenizer.get_vocab():
         tokenizer.add_tokens([audio], special_tokens=True)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
+    # An answer follows the last position, so padding on the right would stand between prompt and answer.
     tokenizer.padding_side = "left"
     return audio, (
         '{%- for message in messages if message.role == "user" -%}'

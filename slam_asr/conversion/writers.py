@@ -79,6 +79,7 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     """
     if target.report:
         require_own_report(target.report, content.facts, content.where)
+    # What does not fit encoder, LLM or recipe is refused here, before anything is written.
     parts = divide(content)
     writers = {
         "llm": _write_llm,

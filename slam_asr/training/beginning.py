@@ -55,6 +55,7 @@ def tokens_of_beginning(
             "one, or leave the key out."
         )
     train = utterances["train"]
+    # Of the train set only: a token that occurs in dev alone could never be learnt.
     token_ids = choose_tokens(tokenizer, (u.target for u in train))
     vocabulary = CtcVocabulary(tokenizer, token_ids)
     without_path = sum(

@@ -115,6 +115,7 @@ def build_initial_projector(
     """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
     projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
     if job.init_from:
+        # Strict: a missing name raises here, instead of leaving a part of the projector random.
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
     return projector
 

@@ -87,6 +87,7 @@ class EncoderSpec(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that determines the output: weights, preprocessing, and which frames are used."""
+        # Of the weights' content, not their path: a copy elsewhere finds the features that exist.
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
@@ -199,5 +200,6 @@ def encode_audio(
     ]
     if saved_as is None:
         return [features for group in groups for features in encoder(group)]
+    # A frozen encoder's activations would otherwise be kept for a backward pass that never reaches them.
     with torch.no_grad():
         return [round_trip(features, saved_as) for group in groups for features in encoder(group)]
