@@ -192,6 +192,7 @@ def _retry_seconds(step: StepSettings) -> int:
     if not step.timeout_hours:
         return _TEN_YEARS
     # The waits double: first, 2 × first, 4 × first …, one before each retry.
+    # https://github.com/kubeflow/pipelines/issues/14245 is about this meaning of the bound.
     waits = _seconds(step.retry_after) * (2**step.retries - 1)
     return round((step.retries + 1) * step.timeout_hours * 3600) + waits
 

@@ -114,6 +114,7 @@ class Checkpoint:
 
 def folder_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint. The names sort in the order of the steps."""
+    # Eight digits: `prune` and `discard_newer_than_latest` compare names, and "step-10" < "step-9" as text.
     return f"step-{step:08d}"
 
 
@@ -255,6 +256,7 @@ def recover(unsaved: str, folder: str, keep: int) -> None:
     newer, latest = find(unsaved), find(folder)
     if newer is None or (latest is not None and latest.step >= newer.step):
         return
+    # `file` checks each digest first, so a file that the disk damaged is not uploaded.
     for name in newer.files:
         upload(newer.file(name), join(folder, newer.name, name))
     publish(folder, newer, keep)

@@ -323,6 +323,7 @@ def replace_weights(
         ModelError: the weights do not fit.
     """
     require_matching_weights(module, weights, where, trained)
+    # Not strict, because the module's frozen weights are absent; the check above has found all others.
     module.load_state_dict(weights, strict=False)
 
 

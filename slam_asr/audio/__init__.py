@@ -198,6 +198,8 @@ def count_samples(path: str | os.PathLike) -> int:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
+        # The same formula as above, so that a later message about the damage names a length that fits this
+        # one.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 
@@ -255,6 +257,7 @@ def _sha256_of_local(file: Path) -> str:
     return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 
 
+# Segments of one file are usually read one after another; 1024 allows for shuffled ones of many files.
 @functools.lru_cache(maxsize=1024)
 def _cached_sha256(file: str, size: int, modified_ns: int) -> str:
     """Hash a file; `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
@@ -285,6 +288,8 @@ def _clip(
                 NO_SEGMENTS,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
+        # By the header, before anything is decoded: an hour of audio takes 230 MB at 16 kHz, and more at its
+        # own rate.
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
@@ -314,6 +319,7 @@ def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: floa
     rate, available = sound.sample_rate, sound.frames
     first = round(start * rate)
     count = available - first if duration is None else round(duration * rate)
+    # Compared at the file's own rate: after resampling, rounding could move the end by a sample.
     if first >= available or first + count > available + _MAX_OVERSHOOT * rate:
         end = "its end" if duration is None else f"{start + duration:.2f} s"
         raise AudioError(

@@ -273,6 +273,7 @@ class Llm:
         yield from _unused_rate("llm", self)
         if self.tuning == "lora" and not self.lora.targets:
             yield "llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj]."
+        # The audio is one stretch of embeddings, so it can only be in one place.
         if self.template != "chat" and (self.template.count("{}") != 1 or self.template.count("{audio}") > 1):
             yield (
                 f"llm.template is {self.template!r} but must contain {{}} once, "

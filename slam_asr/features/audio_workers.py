@@ -26,6 +26,7 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
+# What a full /dev/shm does to a process: https://github.com/pytorch/pytorch/issues/5040.
 _Arrays = tuple[list[np.ndarray], int]
 """`inputs` and `samples` of a `Prepared`, as float32 arrays: tensors would be sent through shared memory."""
 

@@ -176,6 +176,8 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
     An answer would therefore depend on the other utterances of the batch.
     """
+    # Since https://github.com/huggingface/transformers/pull/45389, it does not apply one to embeddings at
+    # all.
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 

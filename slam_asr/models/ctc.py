@@ -155,6 +155,7 @@ class CtcModel(nn.Module):
             # An utterance without positions is skipped, because the mean of nothing is NaN.
             means = [d.mean() * len(t) for d, t in zip(distances, batch.targets, strict=True) if len(d)]
             loss = ctc + batch.distance_weight * torch.stack(means).sum()
+        # Counted only, because no gradient passes through a best path.
         paths = best_paths(logits, batch.positions)
         errors = sum(
             Levenshtein.distance(path, target.tolist())
@@ -202,6 +203,7 @@ def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Ten
     )
     # On the CPU, because torch's gradient on a GPU adds in an order that varies: a resumed training would
     # differ in the last bits. These scores are small.
+    # See https://github.com/pytorch/pytorch/issues/17798.
     total_loss = functional.ctc_loss(
         # [utterances, columns, positions] → [positions, utterances, columns], the order that torch's CTC
         # expects.

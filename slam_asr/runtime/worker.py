@@ -59,6 +59,8 @@ def leave_group(code: int = 0) -> NoReturn:
     with contextlib.suppress(RuntimeError):
         torch.distributed.barrier()
     atexit._run_exitfuncs()  # os._exit does not run these functions
+    # The abort is https://github.com/pytorch/pytorch/issues/190489, and the endless wait
+    # https://github.com/pytorch/pytorch/issues/75097.
     _exit_at_once(code)
 
 

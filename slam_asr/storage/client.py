@@ -74,6 +74,7 @@ def client(checksums: bool = True) -> Any:
     """
     settings = _settings()
     # Creating a client takes 0.1 s of computation, and eight threads that each create one take 1.7 s.
+    # Nor may threads use one session together to create them: https://github.com/boto/boto3/issues/801.
     with _creation_lock(os.getpid()):
         return _create(*settings, checksums and settings not in _REFUSALS)
 

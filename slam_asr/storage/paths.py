@@ -231,6 +231,7 @@ def upload(file: PathOrUri, path: PathOrUri) -> None:
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because `os.replace` cannot move a file to another file system.
     temporary = temporary_path(target)
     try:
         shutil.copyfile(file, temporary)
@@ -293,4 +294,5 @@ def publish_folder(folder: Path, path: str, last: str) -> None:
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         # `list` waits for all uploads, and raises the first failure: then `last` is not uploaded.
         list(pool.map(lambda name: upload(folder / name, join(path, name)), files))
+    # Readers look for this file first, so they never find a part of the folder.
     upload(folder / last, join(path, last))

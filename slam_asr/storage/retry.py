@@ -76,6 +76,8 @@ def call_with_retries(
         # These are permanent, and worded already.
         except (UserError, ObjectMissing):
             raise
+        # Any exception, because botocore, urllib3 and ssl each raise their own; `reason_to_retry` raises it
+        # again if it is permanent.
         except Exception as error:
             reason = reason_to_retry(error, uri, action)
         checksum_failures += reason == CHECKSUM_DIFFERS

@@ -40,6 +40,7 @@ class LivePage:
         """Start drawing, if `REFRESH` seconds have passed and the previous page is finished."""
         if time.monotonic() - self.last >= REFRESH and (self._thread is None or not self._thread.is_alive()):
             self.last = time.monotonic()
+            # A daemon: a training that fails must not wait for storage that hangs.
             self._thread = threading.Thread(target=self._write, name="page", daemon=True)
             self._thread.start()
 

@@ -113,6 +113,7 @@ class SlamAsrProcessor(ProcessorMixin):
         return [*before_ids, *[self.audio_token_id] * positions, *self._encode(after, start=not before_ids)]
 
     def _encode(self, text: str, start: bool) -> list[int]:
+        # Only once per answer: a bos token after the audio would begin a new text.
         special = start and self.add_special_tokens
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         # Some tokenizers append eos to every text, but an answer must follow here.

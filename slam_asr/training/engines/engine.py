@@ -218,6 +218,7 @@ def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
         parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)
     # Not `model.to(dtype)`, which would cast buffers too. The frequencies of rotary embeddings are a buffer,
     # and in bf16 the angles of late positions would be wrong.
+    # See https://github.com/huggingface/transformers/issues/25681.
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 
