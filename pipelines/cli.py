@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
     """
     if argv is None:
+        # Only for this process's own command line, because it may start the program again.
         ensure_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -147,6 +147,7 @@ def _with_a_field_for_each_step(kind: type[T]) -> type[T]:
     The fields come from the table of steps, so that a new step gets its settings without a change here.
     """
     keys = [_key(name) for name, step in STEPS.items() if not step.settings_of]
+    # `dataclass` takes the fields and their order from the annotations.
     kind.__annotations__ = dict.fromkeys(keys, StepSettings)
     for key in keys:
         setattr(kind, key, field(default_factory=StepSettings))
@@ -230,6 +231,7 @@ class Cluster:
         self._require(
             f"{prefix}.cpu_limit",
             lambda limit: (
+                # Kubernetes refuses a limit below the request.
                 limit in ("", NO_LIMIT) or (_CPU.fullmatch(limit) and _cores(limit) >= _cores(step.cpu))
             ),
             f"{NO_LIMIT}, or cores such as 2 or 500m, not fewer than {prefix}.cpu ({step.cpu})",
@@ -323,4 +325,5 @@ def load_cluster(source: str) -> Cluster:
         )
     where = f"Cluster {source}"
     values = parse_yaml((shipped.get(source) or Path(source)).read_bytes(), where, "namespace:")
+    # A profile without a name is called like its file.
     return typed({"name": Path(source).stem} | values, Cluster, where)

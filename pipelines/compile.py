@@ -250,6 +250,7 @@ def compile_all(
 
 
 def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> "BaseComponent":
+    # Imported here, because they import kfp, which is slow.
     from pipelines import asr, evaluate, sweep
     from pipelines.placement import place, placement
 

@@ -156,6 +156,7 @@ class Containers:
         if self._ending:
             return _KILLED
         try:
+            # Without `auto_remove`: see https://github.com/kubeflow/pipelines/issues/13332 for what it hides.
             container = self.client.containers.create(
                 image,
                 command,

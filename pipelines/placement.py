@@ -114,6 +114,7 @@ def placement(cluster: Cluster, image: str) -> str:
                 timeout_hours=cluster.trainer.timeout_hours,
             )
         ),
+        # The same profile must give the same bytes: `runs.upload` recognises a version by its digest.
         sort_keys=True,
     )
 
@@ -161,6 +162,7 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
     task.set_cpu_request(step.cpu)
     if step.cpu_limit != NO_LIMIT:
         task.set_cpu_limit(step.cpu_limit or step.cpu)
+    # Equal, because memory cannot be throttled: of the pods above their request, a full node kills some.
     task.set_memory_request(step.memory).set_memory_limit(step.memory)
     if step.gpus:
         task.set_accelerator_type(step.gpu_resource).set_accelerator_limit(step.gpus)
@@ -190,6 +192,7 @@ def _retry_seconds(step: StepSettings) -> int:
     if not step.timeout_hours:
         return _TEN_YEARS
     # The waits double: first, 2 × first, 4 × first …, one before each retry.
+    # https://github.com/kubeflow/pipelines/issues/14245 is about this meaning of the bound.
     waits = _seconds(step.retry_after) * (2**step.retries - 1)
     return round((step.retries + 1) * step.timeout_hours * 3600) + waits
 

@@ -77,6 +77,7 @@ class RunRequest:
             llms = [read_config(self.model).typed_recipe.llm.name]
         else:
             variants = [recipe, *(varied(recipe, variation) for variation in self.variations)]
+            # A variation may name another LLM but not another encoder: the features are shared.
             llms = [variant.llm.name for variant in variants]
         return [recipe.encoder.name], list(dict.fromkeys(llms))
 
@@ -166,6 +167,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
             are invalid, or both a model and a sweep are given.
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
+    # An unset variable in a script gives an empty text, which was hardly meant to be a value.
     refuse_empty({name: options.get(name) for name in ("model", "sweep", "corpus", "store", "output")})
     if parallel < 0 or (parallel and not sweep):
         raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and requires --sweep.")
@@ -193,6 +195,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
         if in_a_cluster and parallel != 1:
             require_distinct_trainings(recipe, variations)
         return RunRequest(recipe, variations=variations, parallel=parallel)
+    # An evaluation needs only test sets. Features of training data would be extracted for nothing.
     recipe = replace(recipe, data=replace(recipe.data, train=[], dev=[]))
     if not is_s3(model):
         # Imported here because it imports torch.

@@ -82,6 +82,7 @@ def command_of_stage(
     for option, text in ({"output": join("{store}", stage, FINGERPRINT)} | STEPS[stage].options).items():
         if replaced := replace_name(text):
             command += [f"--{option}", *replaced]
+    # As in the pipeline, later stages find the result through this pointer.
     return [*command, "--pointer", str(pointer_of(output, stage))]
 
 
@@ -133,6 +134,7 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
             f"{stage} needs the result of {earlier}, and {output} contains none: "
             f"run with --only {earlier} first, or without --only."
         )
+    # By time, because the stage may have run alone and in pipelines, in any order.
     return max(pointers, key=lambda path: path.stat().st_mtime_ns)
 
 

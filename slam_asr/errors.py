@@ -101,6 +101,7 @@ def exit_on_user_error() -> Iterator[None]:
         if explained is None:
             raise
         _exit(str(explained), EXIT_CODE)
+    # `Stopped` is one too, with an exit code of its own.
     except KeyboardInterrupt as interruption:
         _exit(
             str(interruption) or "interrupted; run the same command again to resume",
@@ -109,6 +110,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> NoReturn:
+    # Otherwise, lines that were printed before the error could appear after it, where both go to one log.
     sys.stdout.flush()
     print(f"slam-asr: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

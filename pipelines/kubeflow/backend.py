@@ -54,6 +54,7 @@ def _needed_rights(
     cluster: Cluster, needs_default_secret: bool, nodes: int
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield (verb, API group, resource, name); an empty name stands for all."""
+    # Argo's executor reports the result of each pod in an object of this kind.
     yield "create", "argoproj.io", "workflowtaskresults", ""
     yield "patch", "argoproj.io", "workflowtaskresults", ""
     yield "get", "", "configmaps", "kfp-launcher"
@@ -80,6 +81,8 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
         subresource=subresource or None,
         name=name or None,
     )
+    # A review does not look up an account's groups, so those that every service account is in are named:
+    # rights may be bound to them.
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     review = kubernetes.V1SubjectAccessReview(
         spec=kubernetes.V1SubjectAccessReviewSpec(
@@ -105,6 +108,7 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
             f"{namespace} has no workflow-controller-configmap of Argo: write the namespace of Kubeflow into "
             "kubeflow_namespace of the profile",
         )
+    # The policy is inside YAML text, in the value of whichever key the installation uses.
     policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
     explained = {
         "OnError": "lost, drained and preempted pods, but no exit code and no lack of memory (OnError)",
@@ -151,6 +155,7 @@ def check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
     subject, root = "launcher configuration", pipeline_root(api, namespace)
     if root:
         return Finding(GOOD, subject, f"artifacts go to {root}")
+    # If it does not exist, this raises the 404 that doctor reports.
     api.read_namespaced_secret(DEFAULT_SECRET, namespace)
     return Finding(GOOD, subject, f"artifacts go to Kubeflow's own storage, with its secret {DEFAULT_SECRET}")
 
@@ -201,6 +206,7 @@ def launcher_changed_after(namespace: str, time: datetime) -> bool | None:
         )
     except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
         return None
+    # Kubernetes records there when each client changed the object last.
     changes = [field.time for field in metadata.managed_fields or []]
     return any(change and change > time for change in [metadata.creation_timestamp, *changes])
 
@@ -228,6 +234,7 @@ def has_runtime(cluster: Cluster) -> bool:
         kubernetes.ApiException: the API refuses the request, for example because a permission is missing.
     """
     try:
+        # Without Kubeflow Trainer, the API does not know this kind of object, and answers 404 too.
         kubernetes.CustomObjectsApi().get_cluster_custom_object(
             "trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", cluster.trainer.runtime
         )

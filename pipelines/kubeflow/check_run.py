@@ -49,6 +49,7 @@ class CheckRun:
             UserError: the run cannot be started or followed.
         """
         with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
+            # The file is needed until `start` has uploaded it, and no longer.
             package = write_package(
                 self.cluster, self.images, Path(folder) / f"{NAME}.yaml", connection.namespace, self.nodes
             )
@@ -82,6 +83,7 @@ class CheckRun:
             ended = ("succeeded", "failed", "stopped", "never reached")
             unfinished = [step for step in current.steps if step.state not in ended]
             given_up = [s for s in unfinished if now - since.get(s.name, now) >= self._limit(s)]
+            # Only if all are given up: as long as another step runs, its findings are worth waiting for.
             if current.ended or (unfinished and len(given_up) == len(unfinished)):
                 return current
             time.sleep(self.poll)
@@ -142,5 +144,6 @@ def _read_logs(connection: Connection, run_id: str) -> dict[str, list[Finding]]:
         elif step in found and (finding := parse_finding(line)):
             found[step].append(finding)
 
+    # The findings are lines of the logs, because a step's outputs can be read only after it has succeeded.
     LogReader(connection, run_id).show(None, False, read)
     return found

@@ -111,6 +111,8 @@ class Connection:
                 if error.status == 404:
                     message = _server_message(error.body) or "it does not exist"
                     raise NotFound(f"{self.endpoint} could not {what} (404: {message}).") from None
+                # Codes below 500 are refusals, which a retry would get again; 429 only says that requests
+                # come too fast.
                 if error.status and error.status < 500 and error.status != 429:
                     raise ClusterError(self._refusal(what, error)) from None
                 reason = f"{error.status} {error.reason}"

@@ -86,6 +86,7 @@ class LogReader:
         unavailable = ""
         shown: set[str] = set()
         try:
+            # This raises too if no access is configured; the archive may still have the logs.
             api = core_api()
             for pod in self._pods(api, step):
                 shown.add(pod.metadata.name)
@@ -153,6 +154,7 @@ class LogReader:
         for nodes in workflow.attempts().values():
             for node in nodes:
                 pod, place = workflow.pod_name(node), workflow.archived_log(node)
+                # Argo archives a log when its pod ends.
                 if pod in shown or place is None or step not in (None, node.task) or node.ended is None:
                     continue
                 on_line(f"── {node.task} ({pod}, deleted; from Argo's archive)")
@@ -231,6 +233,7 @@ def waiting_message(pod: Any) -> str:
     statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
     for status in statuses:
         waiting = status.state.waiting if status.state else None
+        # Every pod passes through these two states, so they explain nothing.
         if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
             return f"{waiting.reason}: {waiting.message or ''}"
     for condition in pod.status.conditions or []:

@@ -221,6 +221,7 @@ def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
 
 
 def _find(message: str) -> tuple[_Explanation, dict[str, str]] | None:
+    # The first match counts, so specific patterns come before general ones in the table.
     for explanation in _EXPLANATIONS:
         if match := re.search(explanation.pattern, message):
             groups = {name: " ".join((text or "").split()) for name, text in match.groupdict().items()}

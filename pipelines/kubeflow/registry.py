@@ -52,6 +52,7 @@ def check_image(step: str, image: str, loaded: Collection[str] | None = None) ->
     # If the name has neither a tag nor a digest, rpartition returns all of it as the last part.
     if not name:
         name, reference = rest, "latest"
+    # Docker does the same: it speaks plain HTTP to a registry on its own machine.
     scheme = "http" if re.match(r"(localhost|127\.)", registry) else "https"
     pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=15), retries=1)
     address, headers = f"{scheme}://{registry}/v2/{name}/manifests/{reference}", {"Accept": _MANIFESTS}

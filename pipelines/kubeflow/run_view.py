@@ -175,7 +175,9 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
     workflow = read_workflow(connection, run_id)
     waiting: dict[str, str] = {}
     if workflow is not None and run.state not in ENDED:
+        # Only the last attempt at a step can be waiting.
         pods = [nodes[-1] for nodes in workflow.attempts().values()]
+        # Kubernetes is asked only if the workflow gives no reason: many users may not read pods.
         if any(pod.phase == "Pending" and not pod.reason for pod in pods):
             waiting = waiting_pods(workflow.namespace, run_id)
     attempts = {name: cluster.steps[name].retries + 1 for name in STEPS}
@@ -207,6 +209,7 @@ def follow(
             now = (step.state, step.detail)
             if logged.get(step.key) != now:
                 logged[step.key] = now
+                # At the first look, every step of the pipeline would be logged as not started.
                 if step.state != "not started":
                     log_line(step.line())
         if current.ended:
@@ -264,6 +267,7 @@ def _step_of_attempts(
         purpose = waits_for(message)
         step.state = "waiting" if purpose else "starting"
         if message:
+            # The scheduler's first sentence has the reason; those after it are about preemption.
             own_words = message.removeprefix("Unschedulable: ").split(". ")[0][:200]
             reason = explain(message, last.task, workflow.namespace, run.run_id)
             step.detail = f"{purpose}: {reason} ({own_words})" if purpose else reason

@@ -116,6 +116,7 @@ class Workflow:
         last: dict[str, Node] = {}
         for node in sorted(self.nodes, key=_order):
             if node.kind == "Pod" and not node.is_executor:
+                # In the order of their start, so the last attempt at each place remains.
                 last[node.place] = node
         failed = [node for node in last.values() if node.phase in ("Failed", "Error")]
         return sorted(failed, key=_order, reverse=True)

@@ -114,6 +114,7 @@ class Checkpoint:
 
 def folder_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint. The names sort in the order of the steps."""
+    # Eight digits: `prune` and `discard_newer_than_latest` compare names, and "step-10" < "step-9" as text.
     return f"step-{step:08d}"
 
 
@@ -188,6 +189,7 @@ def all_complete(folder: str) -> list[Checkpoint]:
     """
     latest = require(folder)
     names = _complete(f.name for f in walk(folder))
+    # Folders of later steps are not published: they are being written, or their attempt was interrupted.
     return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 
@@ -209,6 +211,7 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     if checkpoint.dev_loss is not None and (
         best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss
     ):
+        # Before `prune`, which then no longer retains the former best one.
         write_bytes(join(folder, BEST), checkpoint.name)
     prune(folder, keep)
 
@@ -253,6 +256,7 @@ def recover(unsaved: str, folder: str, keep: int) -> None:
     newer, latest = find(unsaved), find(folder)
     if newer is None or (latest is not None and latest.step >= newer.step):
         return
+    # `file` checks each digest first, so a file that the disk damaged is not uploaded.
     for name in newer.files:
         upload(newer.file(name), join(folder, newer.name, name))
     publish(folder, newer, keep)

@@ -186,6 +186,7 @@ def projector_from_weights(
         )
     for name, tensor in weights.items():
         _require_finite(name, tensor, where)
+    # Assigned, because nothing can be copied into tensors on the meta device.
     projector.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     return projector.eval().requires_grad_(False)
 
@@ -322,6 +323,7 @@ def replace_weights(
         ModelError: the weights do not fit.
     """
     require_matching_weights(module, weights, where, trained)
+    # Not strict, because the module's frozen weights are absent; the check above has found all others.
     module.load_state_dict(weights, strict=False)
 
 

@@ -214,6 +214,8 @@ def write_pointer(record: Record, path: str | Path, recipe: Recipe | None = None
     """
     pointer: dict[str, Any] = {
         "uri": record.folder,
+        # The record has the inputs and the time of the run, so it differs after any replacement of the
+        # results.
         "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
         "bytes": sum(f.bytes for f in walk(record.folder)),
         "stage": record.stage,

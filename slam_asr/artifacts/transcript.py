@@ -119,6 +119,7 @@ def _grouped(lines: list[str]) -> list[list[str]]:
 
 def _clock(seconds: float, point: str) -> str:
     """Format seconds as hours:minutes:seconds, a decimal point, and milliseconds."""
+    # Rounded before it is divided: 59.9996 s is 00:01:00.000, not 00:00:59.1000.
     rest, milliseconds = divmod(round(seconds * 1000), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)

@@ -155,6 +155,7 @@ def save_rows(file: Path, utterances: Sequence[Utterance]) -> str | None:
     """
     if not isinstance(utterances, ManifestSubset):
         return None
+    # 8 bytes per row; the utterances themselves would take some hundred, in each process.
     np.save(file, utterances.rows)
     return str(file)
 

@@ -45,6 +45,7 @@ class Measured:
     @property
     def words(self) -> np.ndarray:
         """int64 [utterances]: number of words in each reference."""
+        # Hits, substitutions and deletions: an alignment covers each word of the reference once.
         return self.counts[:, :INSERTIONS].sum(1)
 
     @property
@@ -91,6 +92,7 @@ def score(rows: Sequence[Hypothesis]) -> WordErrors:
 
 def _count(measured: Measured, i: int, kind: str, reference: list[str], hypothesis: list[str]) -> None:
     """Add one stretch of the alignment of utterance `i` to the counts."""
+    # Only an insertion has no words of the reference. In a substitution, both sides have equally many.
     measured.counts[i, _COLUMNS[kind]] += len(reference or hypothesis)
     if kind == "substitute":
         measured.substituted.update(zip(reference, hypothesis, strict=True))
@@ -106,6 +108,7 @@ def without_hypotheses(measured: Measured) -> Measured:
     This needs no alignment. The counters of single words stay empty.
     """
     counts = np.zeros_like(measured.counts)
+    # So the rate is 100 %, the mark that any useful model stays below.
     counts[:, DELETIONS] = measured.words
     return Measured(measured.rows, counts, characters=measured.characters)
 

@@ -154,6 +154,7 @@ def _chunks(stream: BinaryIO, layout: _ChunkLayout, size: int) -> Iterator[tuple
         if length < 0:
             return
         position = start + length
+        # Padding up to the next multiple, which the chunk's length does not include.
         position += -position % layout.alignment
 
 

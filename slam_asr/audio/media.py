@@ -114,7 +114,10 @@ class _Track:
         first, total, begin, end, tick, complete = None, 0, None, 0, 0, True
         for packet in self._packets():
             if first is None:
+                # Decoders lag: the first packets may give no frame.
                 first = next(iter(_decoded(packet)), None)
+            # The empty packet only flushes the decoder. Discarded ones are before the recording (edit lists
+            # of MP4).
             if packet.size == 0 or packet.is_discard:
                 continue
             duration = packet.duration or 0
@@ -127,7 +130,9 @@ class _Track:
         if first is None:
             raise AudioError(f"{self.path} has no samples.", EMPTY)
         span = end - begin if begin is not None else total
+        # If some packet has no duration, their sum is no lower bound.
         self.shortest = float(total * tick) if complete else 0.0
+        # The span includes gaps between packets, which the sum of durations does not.
         self.longest = float(max(total, span) * tick)
         return self.shortest or self.longest, first
 
@@ -160,6 +165,7 @@ class _Track:
                 f"{(done + waiting) / rate:.2f} s can be decoded"
             )
         if pending:
+            # What exceeds the announced length within the last frame is the encoder's padding.
             excess = done + waiting - round(self.announced * rate) if self.announced else 0
             last = len(pending[-1])
             yield np.concatenate(pending)[: waiting - excess if 0 < excess < last else None]
@@ -250,8 +256,10 @@ def _decoded(packet: Any) -> list[Any]:
 def _as_float(frame: Any) -> np.ndarray:
     """The samples of a frame as float32 [samples, channels], with full scale 1."""
     samples = frame.to_ndarray()
+    # Planar frames are [channels, samples], others [1, samples · channels].
     samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
     if samples.dtype == np.uint8:
+        # Only samples of 8 bits are unsigned: 128 is silence.
         return (samples.astype(np.float32) - 128) / 128
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / np.float32(2.0 ** (8 * samples.dtype.itemsize - 1))

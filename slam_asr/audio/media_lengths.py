@@ -104,6 +104,7 @@ def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     while position + 8 <= size:
         length, name = struct.unpack(">I4s", _at(stream, position, 8))
         start = position + 8
+        # A length of 1 announces one of 64 bits after the name; 0 means up to the end of the file.
         if length == 1:
             (length,) = struct.unpack(">Q", _at(stream, start, 8))
             start += 8
@@ -127,6 +128,8 @@ def _check_matroska(stream: BinaryIO, size: int) -> None:
         if not id_bytes or id_bytes > 4 or not length_bytes:
             return check_end(stream, position, size)
         start = position + id_bytes + length_bytes
+        # All bits 1: the length is unknown, as a recorder writes it that cannot return to the beginning of
+        # its file.
         is_open = length == (1 << 7 * length_bytes) - 1
         if not is_open and start + length > size:
             raise ContainerFault(TRUNCATED_TEXT)
@@ -134,6 +137,7 @@ def _check_matroska(stream: BinaryIO, size: int) -> None:
             raise ContainerFault(ENCRYPTED)
         if is_open and identifier not in (_SEGMENT, _CLUSTER):
             raise ContainerFault("is damaged: an element has no length")
+        # An open Segment or Cluster is a parent too, so its length is not needed.
         position = start if identifier in _EBML_PARENTS else start + length
     return None
 
@@ -146,6 +150,7 @@ def _ebml_number(data: bytes, marked: bool) -> tuple[int, int]:
     """
     if not data or not data[0]:
         return 0, 0
+    # The number of zeros before the first 1 gives the number of bytes that follow.
     count = 9 - data[0].bit_length()
     number = int.from_bytes(data[:count])
     return (number if marked else number & ((1 << 7 * count) - 1)), count
@@ -173,6 +178,7 @@ def _check_amr(stream: BinaryIO, size: int) -> None:
     stream.seek(0)
     content = stream.read()
     while position < size:
+        # A frame's first byte has its type in the 4 bits after the first.
         position += sizes[content[position] >> 3 & 15]
     if position > size:
         raise ContainerFault(TRUNCATED_TEXT)
@@ -182,6 +188,8 @@ def _check_adts(stream: BinaryIO, size: int) -> None:
     position = 0
     while position + _ADTS_HEADER <= size:
         head = _at(stream, position, _ADTS_HEADER)
+        # 13 bits, with the header: the last 2 of the fourth byte, the fifth byte, and the first 3 of the
+        # sixth.
         length = int.from_bytes(head[3:6]) >> 5 & 0x1FFF
         if not _is_adts(head) or length < _ADTS_HEADER:
             break

@@ -61,6 +61,8 @@ class Mixdown:
     def finish(self) -> np.ndarray:
         """Return float32 [samples], mono at 16 kHz."""
         if self._resampler is not None and self._parts:
+            # The filter looks ahead, so the resampler holds the last samples back until it knows that none
+            # follow.
             self._parts.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         parts, self._parts = self._parts, []
         samples = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
@@ -92,6 +94,7 @@ def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
 
 def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
     """Raise if samples between `low` and `high` are no audio with full scale 1."""
+    # NumPy's minimum and maximum are NaN if any sample is, so `peak` is too.
     peak = max(-low, high)
     if not np.isfinite(peak):
         raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)

@@ -29,6 +29,7 @@ _SAMPLE_BYTES = {
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
 }
 """Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
+# It does the same for an Ogg file that is cut off: https://github.com/libsndfile/libsndfile/issues/989.
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
 _BLOCK = 2**22
@@ -223,6 +224,7 @@ def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.nda
     longest = max(1, _BLOCK // sound.channels)
     while count > 0:
         block = sound.read(min(longest, count), dtype="float32", always_2d=True)
+        # The file ends before what its header announces. The caller compares the numbers of samples.
         if len(block) == 0:
             return
         yield block

@@ -105,6 +105,7 @@ def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
     checked, passed_on, refused = known_keys().values()
     top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *COUNTERPARTS, "train_batch_size")})
     for key, value in settings.items():
+        # `auto` asks for nothing, so it does no harm in a key that is not supported.
         if value == AUTO:
             continue
         if key in refused:
@@ -168,6 +169,7 @@ def _take_counterparts(settings: dict[str, Any], training: dict[str, Any], named
 
 def _agree(training: dict[str, Any], ours: str, value: object, key: str, named: str) -> None:
     """Set the recipe's key `ours`, unless the recipe sets it to another value."""
+    # Compared with what the recipe sets itself: a default is no contradiction.
     if ours in training and training[ours] != value:
         raise ConfigurationError(
             f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: make them "

@@ -153,6 +153,7 @@ class Features:
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if the local disk cannot hold two windows."""
+        # Training reads one window while the shards of the next one are fetched.
         windows = 2 * self.window_shards * self.shard_megabytes / 1000
         if self.cache == "store" and self.cache_gigabytes < windows:
             yield (
@@ -282,6 +283,7 @@ class Llm:
         yield from _unused_rate("llm", self)
         if self.tuning == "lora" and not self.lora.targets:
             yield "llm.lora.targets names no layer; give at least one, such as [q_proj, v_proj]."
+        # The audio is one stretch of embeddings, so it can only be in one place.
         if self.template != "chat" and (self.template.count("{}") != 1 or self.template.count("{audio}") > 1):
             yield (
                 f"llm.template is {self.template!r} but must contain {{}} once, "

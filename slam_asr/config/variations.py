@@ -137,6 +137,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
                 f"Two variations of the sweep are named {name}: give each a name of its own."
             )
         try:
+            # Variations with different names may still be the same recipe.
             resolved = _without(varied(recipe, variation), "name")
         except UserError as error:
             raise ConfigurationError(f"{where} ({name}): {error}") from None

@@ -84,8 +84,11 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
         "llm": _write_base(folder, parts, complete, LLM),
     }
     weights = {f"projector.{n}": t for n, t in parts.projector.items()} | {
-        "llm." + n.replace(".default.", "."): t for n, t in parts.adapter.items()
+        # `default` is the name that peft gives to an adapter in memory; its files omit it.
+        "llm." + n.replace(".default.", "."): t
+        for n, t in parts.adapter.items()
     }
+    # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     write_atomically(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
     for source in SOURCES.glob("*_slam_asr.py"):
@@ -150,6 +153,7 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
         return name
     (folder / part).mkdir(exist_ok=True)
     files = weight_files(base)
+    # Pickles are written again as safetensors, which run no code when they are loaded.
     if any(file.suffix != ".safetensors" for file in files):
         _load_base(base, part).save_pretrained(folder / part)
         return None
@@ -213,6 +217,7 @@ def _processor(
             feature_size=spec.config.num_mel_bins, chunk_length=spec.preparer().window_samples // 16_000
         )
     else:
+        # The processor normalises waveforms by itself, with fairseq's epsilon.
         extractor = Wav2Vec2FeatureExtractor(do_normalize=False)
     projector = recipe.projector
     return SlamAsrProcessor(
@@ -261,6 +266,7 @@ def add_audio_token(
     audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
     if embeddings is not None and len(tokenizer) >= embeddings:
         used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
+        # A new token would need one more embedding than the LLM has, so an existing one takes its place.
         spare = [
             token.content
             for i, token in tokenizer.added_tokens_decoder.items()
@@ -274,6 +280,7 @@ def add_audio_token(
         audio = spare[0]
     texts = prompt.texts_around_audio(_PROMPT, recipe.llm.template)
     expected = prompt.texts_around_audio(recipe.llm.prompt, recipe.llm.template)
+    # Some chat templates strip the user's text.
     values = {"prompt": recipe.llm.prompt, "prompt | trim": recipe.llm.prompt.strip()}
     fitting = [n for n, v in values.items() if tuple(t.replace(_PROMPT, v) for t in texts) == expected]
     if not fitting:
@@ -290,6 +297,7 @@ def add_audio_token(
     if audio not in tokenizer.get_vocab():
         tokenizer.add_tokens([audio], special_tokens=True)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
+    # An answer follows the last position, so padding on the right would stand between prompt and answer.
     tokenizer.padding_side = "left"
     return audio, (
         '{%- for message in messages if message.role == "user" -%}'

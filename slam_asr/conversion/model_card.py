@@ -25,6 +25,7 @@ LICENCES = {
 }
 """Licences of base models, by the beginning of their names."""
 _AUTHOR = "for its author to choose; write it here"
+# The seconds, given to a tenth, tell trainings of the same recipe apart.
 _MATCHING_FACTS = ("recipe", "encoder", "llm", "steps", "seconds")
 
 
@@ -95,9 +96,11 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         "library_name": "transformers",
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["slam-asr"],
+        # The hub links these names, so a place of this machine must not be among them.
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
     if report:
+        # The hub reads these rates from the front matter and shows them beside the card.
         front["model-index"] = _model_index(recipe.name, report.numbers)
     sections = [use]
     if report:
@@ -113,6 +116,7 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
 def _divide(card: str) -> tuple[dict[str, Any], str]:
     """Divide a card into its front matter and its text."""
     try:
+        # Two divisions only: the text may have horizontal rules, which are written in the same way.
         _, front, text = card.split("---\n", 2)
         values = yaml.safe_load(front)
     except (ValueError, yaml.YAMLError):
@@ -239,6 +243,7 @@ def _data(content: Content) -> str:
 
 def _licences(bases: list[str], front: dict[str, Any]) -> str:
     def licence(name: str) -> str:
+        # Only names of the hub match: a folder may hold any weights.
         found = next((text for start, text in LICENCES.items() if name.startswith(start)), None)
         return found or "not known here; see where it comes from"
 

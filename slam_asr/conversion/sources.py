@@ -197,6 +197,8 @@ def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where
         folder = locate_base_model(name, key, where)
         if name == value_of(trained, key):
             continue
+        # An encoder is compared with its preprocessing, which its folder defines too; an LLM by its weights
+        # alone.
         same = (
             describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
             if key == "encoder.name"
@@ -270,6 +272,7 @@ def _from_deepspeed(folder: Path, recipe: Recipe | None, adapter: str | None) ->
         tensors = fp32_weights(folder)
         return from_slam_llm(tensors, str(folder)) if is_slam_llm(tensors) else tensors
 
+    # The optimiser's files too, because ZeRO keeps the fp32 weights in them.
     files = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.pt"))}
     return _of_slam_llm(weights, str(folder), {"files": files}, recipe, adapter)
 

@@ -79,6 +79,7 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     """
     if target.report:
         require_own_report(target.report, content.facts, content.where)
+    # What does not fit encoder, LLM or recipe is refused here, before anything is written.
     parts = divide(content)
     writers = {
         "llm": _write_llm,
@@ -160,6 +161,7 @@ def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
     recipe, widths = parts.recipe, parts.widths
 
     def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Rounded as in the written file, so that the comparison can be exact.
         return {name: t.half().float() if target.half else t.float() for name, t in weights.items()}
 
     projector = projector_from_weights(rounded(parts.projector), recipe.projector, *widths, parts.where)

@@ -153,6 +153,7 @@ def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: 
             "download it again from its publisher."
         )
     target.mkdir(parents=True, exist_ok=True)
+    # Asked again for each file, because this is not the only program that writes to the disk.
     free = shutil.disk_usage(target).free
     if member.size > free:
         raise InputError(

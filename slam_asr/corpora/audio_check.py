@@ -99,6 +99,7 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     key, source = item.key, item.source
     try:
         clip = _read(item, data)
+        # A clip has none if its file was not read completely, such as for a segment.
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
         missing = error.reason == MISSING
@@ -108,6 +109,7 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
             NO_AUDIO if missing else error.reason,
             f"There is no audio file {source}." if missing else str(error),
         )
+    # One file that a disk cannot read must not end the check of the others.
     except OSError as error:
         return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:

@@ -69,6 +69,7 @@ class Folder(CorpusReader):
         """Open a folder; None if none of the first audio files in it has a text file."""
         if not is_folder(root):
             return None
+        # Generators, so that no more files are listed and looked up than are needed for the first transcript.
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
         stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
         texts = (

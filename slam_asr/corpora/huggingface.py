@@ -82,6 +82,7 @@ def _described(root: str) -> dict[str, str]:
         *(join(root, name) for name in visible_folders(root)),
         *(join(root, "data", n) for n in visible_folders(join(root, "data"))),
     ):
+        # At most one per folder: with both, the rows would be read twice.
         path = next((p for name in _METADATA if is_file(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):
             files[path] = name_of(folder)
@@ -100,6 +101,7 @@ def _parquet(root: str) -> dict[str, str]:
             split = split_of(file.name) or name_of(parent_of(path))
             folders = file.name.split("/")[:-1]
             splits[path] = "/".join(f for f in folders if f not in ("data", split)), split
+    # A single configuration, such as `default`, would only lengthen the names that recipes select subsets by.
     several = len({configuration for configuration, _ in splits.values()}) > 1
     return {
         path: f"{configuration}/{split}" if several and configuration else split

@@ -91,6 +91,8 @@ class Lhotse(ListedCorpus):
             text = supervision.get("text") or ""
             if not isinstance(text, str):
                 raise TypeError(f"its text is of type {type(text).__name__}")
+            # Without start and duration, the utterance has the audio id of its file, as in manifests of other
+            # corpora.
             complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)

@@ -114,6 +114,7 @@ class LibriSpeech(CorpusReader):
             if suffix.lower() in AUDIO_SUFFIXES:
                 candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.by_subset[subset], file.name)
                 key = comparable(key)  # macOS writes names of files in another Unicode form
+                # The rank of the suffix is compared first.
                 preferred[key] = min(preferred.get(key, candidate), candidate)
         return {key: path for key, (_, path) in preferred.items()}
 

@@ -88,6 +88,8 @@ def read_text(file: str) -> str:
         InputError: it is not UTF-8.
     """
     try:
+        # `-sig`, because Windows programs put a byte order mark first, which would become part of the first
+        # word.
         return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(

@@ -66,6 +66,8 @@ def rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
 
 
 def _text(path: str) -> io.TextIOWrapper:
+    # utf-8-sig removes the byte order mark that Excel writes. Line ends are not translated, because csv has
+    # to see those within quoted cells.
     return io.TextIOWrapper(open_stream(path), encoding="utf-8-sig", newline="")
 
 

@@ -34,6 +34,8 @@ class Measures:
         self.samples += samples
         self.words += len(utterance.target.split())
         self.characters += len(utterance.target)
+        # Integers of samples, so an utterance of exactly 2 s is in [2, 3) s, whatever its duration is as a
+        # float.
         self._bins[samples // (BIN_SECONDS * SAMPLE_RATE)] += 1
         if utterance.speaker:
             self._speakers.add(hash(utterance.speaker))
@@ -101,5 +103,7 @@ class CorpusStatistics:
             "rejected": {"total": self._reasons.total(), "by_reason": dict(sorted(self._reasons.items()))},
             "examples": {reason: self._examples[reason] for reason in sorted(self._examples)},
             "converted": {"to_16_khz": self.resampled, "to_mono": self.downmixed},
+            # Equal counts in the order of code points, so that the page of the same corpus is always the
+            # same.
             "alphabet": dict(sorted(self._alphabet.items(), key=lambda pair: (-pair[1], pair[0]))),
         }

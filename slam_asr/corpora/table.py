@@ -90,6 +90,8 @@ class Table(ListedCorpus):
         if not self._columns:
             raise refused[0]
         self.files = {file: files[file] for file in self._columns}
+        # A column of usual name may repeat, so `refine_keys` may still leave it; one that the recipe names is
+        # final.
         has_key = any(columns.key for columns in self._columns.values())
         self._key_form = _COLUMN if has_key and not data.columns.key else _PATH
         self.by_subset: dict[str, list[str]] = {}

@@ -92,6 +92,7 @@ class Model:
         computed = encoder_precision(
             precision if feature_dtype == "fp32" else feature_dtype, device.type == "cuda"
         )
+        # Decoding from a feature store needs no encoder; in bf16, that of Whisper large takes 1.3 GB.
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
@@ -181,6 +182,7 @@ def require_capacity(
     """
     from slam_asr.models.llm import llm_positions
 
+    # Beyond the limit, learnt position embeddings do not exist, and rotary ones were never trained.
     limit = llm_positions(model.llm_folder, model.trained.llm.trust_remote_code)
     longest = max(range(len(positions)), key=positions.__getitem__)
     if limit is not None and positions[longest] + max_new_tokens > limit:

@@ -86,6 +86,7 @@ class Transcriber:
         prompt = model.prompt()
         self._prompt_positions = len(prompt.main.before) + len(prompt.main.ids)
         longest = model.positions(model.spec.span_of(round(self.max_segment_seconds * SAMPLE_RATE)))
+        # Before the weights are loaded below.
         require_capacity(
             [longest + self._prompt_positions],
             lambda _: f"Audio of {self.max_segment_seconds:g} s",
@@ -132,6 +133,7 @@ class Transcriber:
         """
         if seconds is None:
             seconds = [count_samples(file) / SAMPLE_RATE for file in files]
+        # An hour of 16 kHz float32 takes 230 MB.
         for group in _groups(seconds):
             recordings = []
             for file in (files[index] for index in group):
@@ -209,6 +211,7 @@ class Transcriber:
 
     def decode(self, pieces: Sequence[Piece]) -> "list[Answer]":
         """Decode a batch of pieces, of any recordings; return an answer for each, in the same order."""
+        # Threads are enough: torch and NumPy release the GIL while they compute.
         inputs = list(self._pool.map(self._prepare, [piece.samples for piece in pieces]))
         return self._searcher.decode(inputs, [piece.positions for piece in pieces])
 

@@ -26,6 +26,7 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
+# What a full /dev/shm does to a process: https://github.com/pytorch/pytorch/issues/5040.
 _Arrays = tuple[list[np.ndarray], int]
 """`inputs` and `samples` of a `Prepared`, as float32 arrays: tensors would be sent through shared memory."""
 
@@ -54,6 +55,7 @@ class AudioLoader:
     """
 
     def __init__(self, preparer: Preparer, workers: int) -> None:
+        # Not `fork`: this process has threads, and a GPU that is in use cannot be used by a forked process.
         context = multiprocessing.get_context("forkserver")
         # The fork server imports this module once; each worker is forked from it.
         context.set_forkserver_preload(["slam_asr.features.audio_workers"])
@@ -119,6 +121,7 @@ def _start_worker(preparer: Preparer) -> None:
     # multiprocessing reports is the owner of the pool.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the owner, which ends its workers
+    # The workers share the cores already; several threads in each of them would compete.
     torch.set_num_threads(1)
 
 

@@ -113,6 +113,7 @@ class ShardWriter:
             self._submit(self._publish, shard, self._features, self._spans)
             self._features, self._spans, self._in_pieces = {}, {}, 0
         elif self.clock() - self._saved >= PIECE_SECONDS:
+            # A dictionary retains the order of insertion, so all after the first `_in_pieces` are new.
             self._submit(self._save_piece, shard, dict(islice(self._features.items(), self._in_pieces, None)))
             self._in_pieces = len(self._features)
 
@@ -227,6 +228,8 @@ def plan_batches(
         in_pieces = read_pieces(shard)
         resumed: list[EncodedBatch] = []
         samples = shard.audio.samples.tolist()
+        # The position breaks ties, so that a resumed extraction forms the same batches (see
+        # `features.pieces`).
         longest_first = sorted(range(len(samples)), key=lambda i: (-samples[i], i))
         groups = batches_of([spec.seconds_of(samples[i]) for i in longest_first], budget)
         for number, group in enumerate(groups, start=1):

@@ -83,6 +83,7 @@ class Extraction:
         for file in self.files:
             audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet), samples_of)
             for earlier in distinct:
+                # `distinct_audio` has sorted both lists, as `isin_sorted` needs it for the second.
                 audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
             distinct.append(audio)
         return distinct
@@ -225,6 +226,8 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", job.process)
             torch.cuda.set_device(device)
+        # Each process makes the plan by itself. All plans are equal, because the store records which indexes
+        # existed when the extraction first started.
         extraction.encode(extraction.missing(extraction.plans(), job.process, job.processes), device)
 
 

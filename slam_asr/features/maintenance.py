@@ -40,6 +40,7 @@ class Contents:
         named = {s.name for s in self.index.shards} if self.index else set()
         for receipt in self.receipts:
             named |= {s.name for s in self.namespace.read_index(receipt).shards}
+        # An extraction that was killed between a shard and its receipt leaves such a shard.
         return sorted(self.shard_sizes.keys() - named)
 
     @property
@@ -128,6 +129,7 @@ def verify_store(store: str, repair: bool = False) -> None:
             if not intact:
                 damaged.append(namespace.shard_path(shard.name))
             meter.update()
+    # All are listed before the error, whose message has only their numbers.
     for path in (*damaged, *lost):
         log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:

@@ -62,6 +62,8 @@ def expand_for_beams(
         first = cache.layers[0]
         assert isinstance(first, DynamicLayer) and first.keys is not None, "only plain caches are shared"
         dtype = first.keys.dtype
+        # The lowest finite number gives probability 0, as -inf does, but no NaN in a row of nothing but
+        # padding.
         padding_bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
             mask == 0, torch.finfo(dtype).min
         )[:, None, None]

@@ -196,6 +196,8 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
     An answer would therefore depend on the other utterances of the batch.
     """
+    # Since https://github.com/huggingface/transformers/pull/45389, it does not apply one to embeddings at
+    # all.
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 
@@ -207,6 +209,7 @@ def without_penalties(generation: GenerationConfig, scores: bool = False) -> Gen
         generation: same configuration as for `beam_search`.
         scores: whether `generate` returns the answers' scores along with their ids.
     """
+    # The caller uses its own configuration again for the next batch, and that one must retain its penalty.
     generation = copy.copy(generation)
     generation.repetition_penalty = 1.0
     generation.return_dict_in_generate = True

@@ -38,6 +38,9 @@ def forward(
         **inputs,
         **{name: value for name, value in optional.items() if name in accepted},
     )
+    # In fp32: the search adds up log probabilities and compares sums that differ by 1e-4, far below the
+    # resolution of bf16. LLMs with recurrent layers return their state under another name, so their cache is
+    # None.
     return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 
@@ -59,6 +62,8 @@ def prefill(
     """
 
     def run_group(rows: torch.Tensor | slice, longest: int) -> tuple[torch.Tensor, object]:
+        # The batch is padded on the left, so an utterance of the group has nothing but padding in the columns
+        # that are cut off.
         group_mask = mask[rows, width - longest :]
         group_positions = (group_mask.cumsum(1) - 1).clamp(min=0)
         return forward(llm, group_positions, group_mask, inputs_embeds=embeddings[rows, width - longest :])

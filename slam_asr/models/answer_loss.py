@@ -72,6 +72,7 @@ def score_in_chunks(
 
 def _sums(loss: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack(
+        # Sums of an epoch are counts of many millions of tokens, and fp32 has every integer only up to 2**24.
         [loss.detach().double(), correct.double(), torch.tensor(len(targets), device=loss.device).double()]
     )
 
@@ -86,18 +87,21 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        # The weight is [vocabulary, LLM width], so `size` targets have at most `CHUNK` logits.
         size = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(hidden), size):
             chunk = targets[start : start + size, None]
             logits = functional.linear(hidden[start : start + size], weight, bias).float()
             correct += (logits.argmax(-1, keepdim=True) == chunk).sum()
             total = logits.logsumexp(-1, keepdim=True)
+            # -log softmax(logits)[target] = logsumexp(logits) - logits[target], for each target.
             loss += (total - logits.gather(-1, chunk)).sum()
             if gradient is not None:
                 # d(loss)/d(logits) of the cross entropy is softmax(logits), minus 1 at the target. It
                 # overwrites the logits, which nothing needs any more, so that no second chunk is allocated.
                 probabilities = logits.sub_(total).exp_()
                 probabilities.scatter_add_(-1, chunk, torch.full_like(chunk, -1, dtype=probabilities.dtype))
+                # logits = hidden @ weight.T + bias, so d(loss)/d(hidden) = d(loss)/d(logits) @ weight.
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[start : start + size])
         # None in validation, which has no backward pass.
         ctx.save_for_backward(gradient)
@@ -107,6 +111,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        # The saved gradient is that of the unscaled sum. By the chain rule, a caller's division by the number
+        # of tokens, or a loss scale, is a factor of it. Weight, bias and targets have no gradient.
         return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 

@@ -82,6 +82,7 @@ class CtcHead(nn.Module):
         self.register_buffer("size", size)
         self.register_buffer("embeddings", scaled.to(dtype))
         self.register_buffer("half_squares", scaled.square().sum(1) / 2)
+        # The logarithm is trained, not the factor: it stays positive whatever steps the optimiser takes.
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(INITIAL_SHARPNESS)))
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -173,8 +174,10 @@ class CtcModel(nn.Module):
         loss = ctc = ctc_loss(logits, batch.positions, batch.targets)
         if batch.distance_weight:
             distances = self.head.distances(outputs, logits).split(batch.positions)
+            # An utterance without positions is skipped, because the mean of nothing is NaN.
             means = [d.mean() * len(t) for d, t in zip(distances, batch.targets, strict=True) if len(d)]
             loss = ctc + batch.distance_weight * torch.stack(means).sum()
+        # Counted only, because no gradient passes through a best path.
         paths = best_paths(logits, batch.positions)
         errors = sum(
             Levenshtein.distance(path, target.tolist())
@@ -214,19 +217,25 @@ def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Ten
         columns = torch.cat([torch.tensor([BLANK]), own_tokens]).to(rows.device)
         scores.append((rows[:, columns] - total).T)
         indices.append(index + 1)  # column 0 is the blank's
+    # `pad_sequence` pads the first dimension only, here the columns. Positions are padded before it is
+    # called.
     longest = max(positions)
     padded = nn.utils.rnn.pad_sequence(
         [functional.pad(s, (0, longest - s.shape[1])) for s in scores], batch_first=True
     )
     # On the CPU, because torch's gradient on a GPU adds in an order that varies: a resumed training would
     # differ in the last bits. These scores are small.
+    # See https://github.com/pytorch/pytorch/issues/17798.
     total_loss = functional.ctc_loss(
+        # [utterances, columns, positions] → [positions, utterances, columns], the order that torch's CTC
+        # expects.
         padded.permute(2, 0, 1).cpu(),
         torch.cat(indices),
         torch.tensor(positions),
         torch.tensor([len(t) for t in targets]),
         blank=0,
         reduction="sum",
+        # Without it, one utterance that is too short for its tokens would make the loss of the step infinite.
         zero_infinity=True,
     )
     return total_loss.to(logits.device)
@@ -240,4 +249,5 @@ def best_paths(logits: torch.Tensor, positions: list[int]) -> list[list[int]]:
         positions: number of positions of each utterance.
     """
     best = logits.argmax(1).cpu().split(positions)
+    # Repetitions are merged before blanks are removed: only a blank separates two equal tokens.
     return [[int(t) for t in torch.unique_consecutive(path) if t != BLANK] for path in best]

@@ -80,6 +80,7 @@ class CtcVocabulary:
 
     def _divide(self, string: str) -> list[int]:
         """Divide a token's string into the fewest tokens of the vocabulary; skip what none of them spells."""
+        # The string of such a token is `<0xE2>`, say. Dividing it would spell these six characters.
         if _BYTE.fullmatch(string):
             return []
         # For each length, the division of the first characters that skips least and then has fewest tokens.
@@ -91,6 +92,8 @@ class CtcVocabulary:
                 if (index := self._by_string.get(string[start:end])) is not None:
                     skipped, count, indices = best[start]
                     choices.append((skipped, count + 1, [*indices, index]))
+            # Tuples compare from the left: fewest skipped characters first, then fewest tokens. The lists of
+            # indices decide only ties, and so make the result unique.
             best.append(min(choices))
         return best[-1][2]
 

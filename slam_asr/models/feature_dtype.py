@@ -37,6 +37,7 @@ def quantize(frames: torch.Tensor, dtype: str) -> QuantizedFrames:
     """
     if dtype != "fp8":
         return QuantizedFrames(frames.to(DTYPES[dtype]), None)
+    # The division is in fp32: in bf16 its result would be rounded before it is rounded to fp8.
     frames = frames.float()
     # The lower bound prevents 0 / 0 = NaN for a frame of zeros.
     scales = (frames.abs().amax(dim=1) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)

@@ -133,6 +133,7 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config
     Raises:
         ModelError: the tokenizer belongs to another LLM.
     """
+    # Models that also read images keep the numbers of their LLM in a configuration within theirs.
     embeddings = getattr(config.get_text_config(), "vocab_size", None)
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     unused = (unused | set(tokenizer.all_special_ids)) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -220,6 +221,7 @@ def lora_config(options: Lora) -> "LoraConfig":
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft declares an int, but only multiplies by it
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
+        # Adapters change no bias, so the frozen LLM without them is exactly the base model.
         bias="none",
     )
 
@@ -239,6 +241,7 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
             if isinstance(module, _linear_layers())
         }
     )
+    # peft raises only if no name at all matches, so a mistyped one among several would be ignored.
     absent = [t for t in options.targets if t not in linear]
     if absent:
         raise ConfigurationError(

@@ -74,6 +74,8 @@ def allow_packing(llm: PreTrainedModel) -> bool:
         Whether packed rows may be used. If not, the LLM has its former attention function.
     """
     former = llm.config._attn_implementation
+    # transformers chooses sdpa for every class that supports it. An LLM with another attention may compute
+    # something that torch's attention does not.
     if former != "sdpa":
         return False
     _register()
@@ -100,6 +102,8 @@ def _passes_trial(llm: PreTrainedModel) -> bool:
             **packed_arguments([6, 9], llm.device),
         ).logits
         alone = [llm(inputs_embeds=embed(text[None]), use_cache=False).logits for text in texts]
+    # A model without `**kwargs` refuses `lengths` (TypeError), and `_attention` refuses changed scores
+    # (ValueError). A model that uses the placeholder mask in code of its own may fail on its shape.
     except (TypeError, ValueError, RuntimeError):
         return False
     pairs = list(zip(packed.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
@@ -180,6 +184,7 @@ def _one_utterance(
         key,
         value,
         attn_mask=band,
+        # torch refuses a mask together with is_causal; the band is causal by itself.
         is_causal=band is None,
         dropout_p=dropout,
         scale=scaling,

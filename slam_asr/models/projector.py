@@ -39,6 +39,7 @@ class SpeechProjector(nn.Module, ABC):
             [sum of positions, LLM width] in the weights' dtype, one utterance after another.
         """
         dtype = next(self.parameters()).dtype
+        # Saved features may have another dtype than the weights, such as bf16 features for fp32 weights.
         outputs = self.project([u.to(dtype) for u in utterances])
         if positions is not None:
             outputs = [
@@ -152,6 +153,8 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
 
 def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
     """Build a projector in float32, with random weights that depend only on the seed."""
+    # The caller's random state is restored afterwards. No GPU's state is saved (`devices=[]`), because the
+    # weights are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PROJECTORS[options.kind](options, encoder_width, llm_width)

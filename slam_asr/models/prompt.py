@@ -69,6 +69,8 @@ class Prompt:
     @property
     def stops(self) -> list[int]:
         """Ids of the tokens at which decoding stops, in ascending order."""
+        # With a chat template, both occur: training teaches the end of the turn, but the LLM itself may still
+        # produce eos.
         return sorted({self.end, self.tokenizer.eos_token_id})
 
     def draw(self, seed: int, epoch: int, key: str) -> int:
@@ -77,6 +79,8 @@ class Prompt:
         It depends on the arguments only, so it is the same on every process and after a restart.
         """
         count = len(self.for_training)
+        # Python hashes the string with SHA-512 to seed `Random`. Its `hash()` of a string would differ in
+        # each process.
         return random.Random(f"{seed}/{epoch}/{key}").randrange(count) if count > 1 else 0
 
     def with_answer(self, prompt: TokenizedPrompt, answer: str) -> tuple[list[int], list[int]]:
@@ -139,6 +143,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
             turns,
             tokenize=False,
             add_generation_prompt=open_answer,
+            # Otherwise, chat models such as Qwen3 would write down their thoughts before the transcript.
             enable_thinking=False,
             # Some templates print the current date, but a prompt must be the same tomorrow.
             date_string="26 Jul 2024",

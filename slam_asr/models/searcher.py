@@ -140,6 +140,8 @@ class Searcher:
         return CloseCalls(torch.tensor(self.prompt.stops, device=self.model.llm.device))
 
     def _answer(self, ids: list[int]) -> Answer:
+        # An answer whose end token is the last one that fits is complete. The length alone would count it as
+        # cut.
         cut = not set(self.prompt.stops) & set(ids) and len(ids) >= self.generation.max_new_tokens
         return Answer(self.prompt.answer_of(ids), cut, ids)
 
@@ -161,6 +163,8 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
         # Longest first, so a batch's first utterance determines the padded length.
         longest = positions[batch[0] if batch else index] + max_new_tokens
+        # Each beam counts with its audio and prompt, as if it had a copy of them: that is so for the LLMs
+        # whose beams cannot share a prefix.
         if batch and longest * beams * (len(batch) + 1) > budget:
             yield batch
             batch = []

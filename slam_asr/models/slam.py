@@ -92,6 +92,7 @@ class Batch:
 
 def collate(rows: list[Row]) -> Batch:
     """Build a padded batch with one row per utterance."""
+    # All answers begin in this column, so that one slice selects the positions that predict targets.
     start = max(row.head for row in rows)
     width = start + max(len(row.answer) for row in rows)
     shape = (len(rows), width)

@@ -86,6 +86,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         Bars, ticks of the axes and sizes in units of the drawing, keyed by name in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
+    # Whole seconds, the unit of the counts, so no bar needs a part of one.
     width = math.ceil(longest / MAX_BARS)
     counts = [
         {s: sum(m["durations"][second : second + width]) for s, m in splits.items()}

@@ -269,6 +269,8 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         axes.set_xlabel("optimiser step")
         axes.grid(axis="y", linewidth=0.6)
         highest = max(value for line in lines for _, value in line.points)
+        # From 0, so that a small change does not look like a large one. A height of 0 would make matplotlib
+        # warn.
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: with_thousands(round(step))))

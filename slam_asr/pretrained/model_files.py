@@ -122,12 +122,15 @@ def weights_sha256(folder: Path) -> str:
     digest_file = folder / DIGESTS
     try:
         cached = json.loads(digest_file.read_text(encoding="utf-8"))
+        # Reading 13 GB can take a minute; a size and a time in nanoseconds tell a replaced file well enough.
         if cached["files"] == stats:
             return cached["sha256"]
     except (OSError, ValueError, TypeError, KeyError):
         pass
+    # Sorted by digest, not by name, so renamed files are still the same weights.
     each = sorted(sha256_of_file(f) for f in files)
     sha256 = each[0] if len(each) == 1 else digest(each)
+    # The folder may be read-only. Then the digest is computed each time.
     with contextlib.suppress(OSError):
         write_json(digest_file, {"sha256": sha256, "files": stats})
     return sha256

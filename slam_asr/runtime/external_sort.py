@@ -84,6 +84,7 @@ class ExternalSort:
             combined = self._new_run(merged)
             for run in self._runs:
                 run.close()
+            # Its records were added before all that follow, so it must be the first run.
             self._runs = [combined]
         self._records.sort(key=itemgetter(0))
         self._runs.append(self._new_run(self._records))

@@ -45,6 +45,8 @@ def check_name(address: str, purpose: str, remedy: str) -> Finding:
         host = urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname or ""
         purpose, remedy = f"the proxy to {purpose}", f"correct {url.scheme.upper()}_PROXY in the profile"
     try:
+        # Only the name: whether the server answers, the requests that follow show with a message of their
+        # own.
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a valid name"
@@ -65,6 +67,7 @@ def check_store(store: str, remedy: str) -> Finding:
         remedy: end of the message about any failure: where the pod's access rights come from.
     """
     subject = f"store {store}"
+    # Random, because the pods of several steps check the same store at once.
     path = join(store, f".doctor-{secrets.token_hex(8)}", "object")
     content = b"slam-asr checks what it may do here\n"
     try:
@@ -94,6 +97,7 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
     """
     user = os.geteuid()
     try:
+        # Not `os.access`, which knows nothing of quotas, or of what a file server permits.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(b"slam-asr checks whether it can write here\n")
             file.flush()

@@ -31,6 +31,7 @@ def die_with_parent() -> None:
     for the others for ever, so the parent's id is compared afterwards.
     """
     if sys.platform == "linux":
+        # Python has no function for it, so the C library's is called.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = os.environ.get(PARENT)
@@ -58,6 +59,8 @@ def leave_group(code: int = 0) -> NoReturn:
     with contextlib.suppress(RuntimeError):
         torch.distributed.barrier()
     atexit._run_exitfuncs()  # os._exit does not run these functions
+    # The abort is https://github.com/pytorch/pytorch/issues/190489, and the endless wait
+    # https://github.com/pytorch/pytorch/issues/75097.
     _exit_at_once(code)
 
 

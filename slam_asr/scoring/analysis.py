@@ -135,6 +135,7 @@ def _percents(ends: tuple[float, float] | None) -> list[float] | None:
 def _speaker_interval(measured: Measured, indices: np.ndarray) -> list[float] | None:
     """The 95 % interval over speakers in percent; None if any speaker is unknown."""
     speakers = groups_of((measured.rows[i] for i in indices), lambda row: row.speaker)
+    # Utterances of unknown speakers may be of one person or of many, so neither is the interval known.
     if "" in speakers:
         return None
     return _percents(interval_over(speakers, measured.errors[indices], measured.words[indices]))
@@ -144,6 +145,7 @@ def _by_duration(measured: Measured) -> list[dict[str, Any]]:
     """Counts of the utterances in each group by length. Utterances of unknown length are in no group."""
     seconds = np.array([row.duration for row in measured.rows])
     groups = []
+    # A length of 0 stands for an unknown one. It is in no group, because the first group begins above 0.
     for low, high in zip((0, *DURATIONS), (*DURATIONS, None), strict=True):
         indices = np.flatnonzero((seconds > low) & (seconds <= (high or np.inf)))
         if len(indices):

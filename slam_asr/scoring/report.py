@@ -87,6 +87,7 @@ def write_report(
         )
     measured = measure(rows)
     _ = measured.total().wer  # If the references contain no words, this raises before anything is written.
+    # A curve has a point for every few steps; 400 of them look the same and keep the page small.
     training = with_thinned_curves(training)
     numbers = {
         "title": recipe.name,
@@ -122,6 +123,7 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     named = {short: numbers["all"]}
     named |= {f"{short} {name}": counts for name, counts in numbers["subsets"].items() if name}
     named |= {f"{short} {name}": control["all"] for name, control in numbers["controls"].items()}
+    # A subset whose references are empty has no rate.
     metrics = {name: counts["rate"] for name, counts in named.items() if counts["rate"] is not None}
     total = numbers["all"]
     low, high = total["interval"] or (None, None)
@@ -225,6 +227,7 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 def _group_table(
     heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str
 ) -> dict[str, Any]:
+    # 1 if no group has errors: the bars are divided by it.
     highest = max((group["rate"] or 0 for _, group in groups), default=0) or 1
     rows = [
         group | {"label": name, "bar": round(100 * (group["rate"] or 0) / highest, 1)}
@@ -312,6 +315,7 @@ def _hours(hours: float) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escape text so that no Markdown viewer treats it as markup."""
+    # On one line: a line break would end a table's row. `&` first, or it would escape the other two again.
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 

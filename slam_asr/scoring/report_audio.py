@@ -25,6 +25,7 @@ Name = tuple[str, str]
 def worst_first(measured: Measured) -> list[int]:
     """Indices of the utterances in the order of the report: those with the most errors first."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
+    # Of equally many errors, those in the shortest reference come first: they are the highest rate.
     return sorted(range(len(rows)), key=lambda i: (-errors[i], words[i], rows[i].key, rows[i].subset))
 
 
@@ -85,5 +86,6 @@ def write_audio(folder: Path, encoded: dict[Name, str]) -> None:
 
 def read_audio(files: Sequence[Path]) -> dict[Name, str]:
     """Read what `write_audio` saved in the folders of all work shards."""
+    # `splitlines` is safe here: `write_audio` escapes all characters that are not ASCII.
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return {(row["key"], row["subset"]): row["mp3"] for row in map(json.loads, lines)}

@@ -46,6 +46,7 @@ def decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts of a decoding from its record, as labels and text; see `write_report`."""
     facts = dict(decoding)
     hours, seconds = facts.pop("hours_decoded", decoding.get("audio_hours")), decoding.get("seconds")
+    # A resumed decoding took these seconds only for the hours that it decoded itself.
     if hours and seconds:
         facts["seconds"] = f"{clock(seconds)}, {hours * 3600 / seconds:.1f} times real time"
     return _facts(facts, _DECODING_LABELS)

@@ -98,6 +98,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
         changes = known[title].describe() if title in known else ""
         runs.append(Run(name, folder, changes, values, read_output(folder)))
+    # By name next, so that ties do not depend on the order of the folders.
     runs.sort(key=lambda run: (run.rate, run.name))
     best = runs[0]
     for run in runs[1:]:

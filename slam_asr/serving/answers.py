@@ -100,6 +100,7 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
                     "start": round(segment.start, 3),
                     "end": round(segment.end, 3),
                     "text": segment.text,
+                    # OpenAI's event always has this field; speakers are not told apart here.
                     "speaker": "",
                     "cut": segment.cut,
                 }
@@ -122,4 +123,5 @@ def as_event(values: Mapping[str, Any]) -> str:
 
 
 def _json(values: Mapping[str, Any]) -> str:
+    # On one line, as an event's data requires: json writes a line break in a text as \n.
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))

@@ -61,6 +61,7 @@ def _add_transcriptions(app: FastAPI, service: Service) -> None:
         exchange = Exchange(service, body)
         try:
             _authorise(service, request)
+            # Before the body is read: a server that has too much to do must not receive megabytes first.
             service.admit()
             return await exchange.answer()
         except Refusal as refusal:
@@ -91,6 +92,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def model(request: Request, name: str) -> dict[str, Any]:
         """Describe the model of a name."""
         _authorise(service, request)
+        # The name comes from the request, so only its beginning goes into the message.
         if name not in served.names:
             raise Refusal(404, f"There is no model {name[:100]} here.", "model_not_found", "model")
         return described(name)
@@ -116,6 +118,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
+        # A new nonce for each answer: the browser runs only the script and the style that carry it.
         nonce = secrets.token_urlsafe(16)
         text = render(
             "serve.html",
@@ -128,6 +131,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
             "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
+        # The page may be given an API key, so no other page may frame it and no script of others may run in
+        # it.
         return HTMLResponse(
             text,
             headers={

@@ -60,6 +60,7 @@ class Job:
 
     def deliver(self, outcome: "Answer | Exception") -> None:
         """Hand over the outcome of the next piece, from any thread."""
+        # An asyncio queue is not safe for threads, so the event loop itself puts the outcome there.
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits for it
             self._loop.call_soon_threadsafe(self._outcomes.put_nowait, outcome)
 
@@ -117,6 +118,7 @@ class Batcher:
         room = self.recognizer.options.max_new_tokens
         job = Job(pieces, [self.recognizer.positions(piece) + room for piece in pieces])
         with self._changed:
+            # A silent recording has no pieces, and `answers` ends at once.
             if pieces:
                 self._jobs.append(job)
             self._count_waiting()
@@ -135,6 +137,7 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify()
+        # Loading cannot be interrupted. Its thread is a daemon, which ends with the process.
         if self.recognizer is not None:
             self._thread.join()
 
@@ -157,12 +160,15 @@ class Batcher:
                 if not self._jobs:
                     self._changed.wait()
                     continue
+                # Time that the earliest request spent while another batch was decoded counts, so no batch
+                # waits under load.
                 rest = min(job.submitted for job in self._jobs) + self.wait - time.monotonic()
                 if rest <= 0 or self._is_full():
                     return self._take()
                 self._changed.wait(rest)
 
     def _is_full(self) -> bool:
+        # Without padding, so `_take` may leave some of these for the next batch.
         waiting = sum(sum(job.costs[job.taken :]) for job in self._jobs)
         return waiting * self._beams >= self._budget
 
@@ -179,6 +185,7 @@ class Batcher:
             self._jobs.popleft()
             batch.append((job, job.taken))
             job.taken += 1
+            # To the end of the queue: every request gets a piece into the batch before any gets its next one.
             if job.taken < len(job.pieces):
                 self._jobs.append(job)
         self._count_waiting()

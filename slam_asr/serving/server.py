@@ -36,8 +36,11 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.socket(family)
+        # Otherwise, connections of an earlier server that are still in TIME_WAIT would block the port for a
+        # minute.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # As many waiting connections as uvicorn itself allows by default.
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         raise ConfigurationError(

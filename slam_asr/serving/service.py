@@ -133,6 +133,8 @@ class Service:
             return clip.duration, recognizer.pieces(clip.samples)
 
         async with self._decoders:
+            # In the semaphore, so that no more recordings than there are cores can exceed the limit together.
+            # Nothing is awaited between the check and `clear`, so no release is missed.
             while self._seconds >= MAX_SECONDS_IN_MEMORY:
                 self._freed.clear()
                 await self._freed.wait()
@@ -195,6 +197,8 @@ class Exchange:
             order = read_order(form, served.names, served.language)
             headers = {"x-ignored-parameters": ", ".join(order.ignored)} if order.ignored else {}
             if order.stream:
+                # The stream owns the count and the form from here on. Otherwise both would end before the
+                # first event.
                 return _EventStream(self, self._events(form, order), owned.pop_all(), headers)
             text = await _unless_gone(self.body.request, self._complete(form, order))
             self.finish(200)
@@ -275,6 +279,7 @@ class _EventStream(StreamingResponse):
                 self._exchange.finish(500)
                 raise
             finally:
+                # Without it, the generator would release pieces and memory only when it is garbage-collected.
                 await self._events.aclose()
                 if not self._exchange.finished:
                     self._exchange.finish(CLIENT_GONE)
@@ -288,6 +293,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """
 
     async def gone() -> None:
+        # The body has been read, so that the client has gone is the only news left.
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
@@ -300,4 +306,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for task in (working, watching):
             task.cancel()
+        # A cancelled task still has to run its `finally` blocks, which take the request's pieces from the
+        # queue.
         await asyncio.gather(working, watching, return_exceptions=True)

@@ -70,6 +70,7 @@ class Keys:
             Refusal: the header `Authorization: Bearer KEY` is missing or has another key.
         """
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        # The scheme's case does not matter (RFC 9110, section 11.1).
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
         # All are compared, and digests have one length, so that the time says nothing of any key.
         if sum(hmac.compare_digest(given, known) for known in self._digests) == 0:
@@ -92,6 +93,7 @@ def require_same_origin(request: Request) -> None:
         Refusal: the request comes from such a page.
     """
     origin = request.headers.get("origin")
+    # Programs send no Origin. Browsers send it with every POST, so a page elsewhere cannot omit it.
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise Refusal(403, f"Pages of {origin[:100]} may not use this server.", "cross_origin")
 
@@ -196,6 +198,7 @@ def _boolean(fields: Mapping[str, str], name: str) -> bool:
 
 def _safe_name(name: str | None) -> str:
     """The file's own name without its folders and without what could disturb a log."""
+    # Some clients send the complete path, on Windows with backslashes.
     own = PurePosixPath((name or "").replace("\\", "/")).name
     return re.sub(r"[^\w .()+-]", "_", own)[:100] or "audio"
 
@@ -211,9 +214,11 @@ class Body:
     def __init__(self, request: Request, limits: Limits) -> None:
         self._receive, self._max_bytes, self._count = request.receive, limits.bytes + _OVERHEAD, 0
         announced = request.headers.get("content-length", "0")
+        # A client may announce anything; what arrives is counted all the same.
         self._announced = int(announced) if announced.isdecimal() else 0
         self.ended = False
         """Whether all of it is read."""
+        # Starlette reads a form through its request's `receive`, so the limits apply while it is read.
         self.request = Request(request.scope, self.receive)
         """The request with this body."""
 
@@ -223,6 +228,7 @@ class Body:
         Raises:
             Refusal: it is too large, is no form, or its upload stopped.
         """
+        # Refused before its first byte is read. Uploads without an announced length are counted in `receive`.
         if self._announced > self._max_bytes:
             raise _too_large(self._max_bytes)
         try:
@@ -256,6 +262,7 @@ class Body:
             ) from None
         self.ended = not message.get("more_body", False)
         self._count += len(message.get("body", b""))
+        # If this was the last part, `decode_audio` compares the file alone with its own limit.
         if self._count > self._max_bytes and not self.ended:
             raise _too_large(self._max_bytes)
         return message

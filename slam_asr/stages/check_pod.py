@@ -70,6 +70,7 @@ def check_pod(request: str) -> list[Finding]:
         raise ConfigurationError(
             f"The request is not the JSON of a PodCheck ({error}): see slam_asr/stages/check_pod.py."
         ) from None
+    # Only a default: the profile's environment may set another time.
     os.environ.setdefault(PATIENCE, _STORAGE_PATIENCE)
     findings = []
     for finding in examine(check):
@@ -125,6 +126,7 @@ def _check_store(check: PodCheck) -> Iterator[Finding]:
     if is_s3(check.store) and (address := storage_address()):
         name = check_name(address, "object storage", "correct storage.endpoint in the profile")
         yield name
+        # Without its address, every request would fail as well, after all of its retries.
         if name.sign == BAD:
             return
     create = (
@@ -168,9 +170,12 @@ def _meet_other_nodes(check: PodCheck) -> Finding:
     subject, address = f"node {nodes.rank}", f"{nodes.address}:{nodes.port}"
     backend, device = ("nccl", "cuda:0") if check.gpus and torch.cuda.is_available() else ("gloo", "cpu")
     try:
+        # Node 0 listens at `address`, so a wrong host name shows here; NCCL's own connections are made by the
+        # sum.
         distributed.init_process_group(
             backend, f"tcp://{address}", timeout=_JOIN_TIMEOUT, world_size=nodes.number, rank=nodes.rank
         )
+        # A sum rather than a barrier: its result is the number of nodes that took part.
         total = torch.ones(1, device=device)
         distributed.all_reduce(total)
         distributed.destroy_process_group()

@@ -169,6 +169,7 @@ def _decode(
         "answers_cut": sum(answer.cut for _, answer in decoded),
         "empty_answers": sum(not answer.text for _, answer in decoded),
     }
+    # Counted only if every answer has them: a sum over some would look like a measurement of all.
     close_calls = [answer.close for _, answer in decoded if answer.close is not None]
     if len(close_calls) == len(decoded):
         facts["close_calls"] = sum(close_calls)
@@ -205,6 +206,7 @@ def _write(
     folder: Path, options: Decoding, decoded: Sequence[Decoded], utterances: Sequence[Utterance]
 ) -> None:
     """Write the hypotheses and, if the recipe asks for them, n-best lists and audio of the worst."""
+    # In the manifest's order, whatever the batches and processes were.
     rows = [row for row, _ in decoded]
     write_hypotheses(folder / HYPOTHESES, rows)
     if options.nbest > 1:

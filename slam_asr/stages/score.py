@@ -58,6 +58,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     files = [record.file(HYPOTHESES) for record in records]
     rows = [row for file in files for row in read_hypotheses(file)]
     inputs: dict[str, Any] = {
+        # By content, so that parts decoded again with the same texts need no new report.
         "parts": [sha256_of_file(file) for file in files],
         "title": recipe.name,
         "training": config.training,
@@ -73,6 +74,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         if nbest := _files_named(records, NBEST):
             # Not splitlines(), which also splits at U+2028 and similar characters within a JSON string.
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
+            # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
         return _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
@@ -98,6 +100,7 @@ def _report(
 
     The order of `rows` does not matter.
     """
+    # The shuffled control draws by position, so the order must not depend on that of the parts.
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):

@@ -53,6 +53,7 @@ def serve(
     if not 0 <= port <= 65535:
         raise ConfigurationError(f"--port is {port} but must be from 0 to 65535.")
     _check(limits)
+    # Imported after the checks above, because torch and transformers take seconds.
     from slam_asr.decoding.model import open_model
     from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.serving.server import bind, is_loopback, run
@@ -102,6 +103,7 @@ def _load(model: "Model", recipe: Recipe, limits: Limits) -> "Transcriber":
     from slam_asr.decoding.transcriber import Transcriber
 
     transcriber = Transcriber(model, recipe, limits.segment)
+    # Noise, because silence has no pieces to decode.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE).astype(np.float32)
     transcriber.decode(transcriber.pieces(noise))
     return transcriber

@@ -69,6 +69,7 @@ def train(
         train_here(folder)
         return _outcome(folder, recipe, checked)
 
+    # Only the first node runs the stage, because only one machine may write its record.
     if not checked.nodes.is_coordinator:
         return train_as_worker_node(published, checked.inputs, checked.nodes, train_here, overwrite)
     return run_stage("train", output, checked.inputs, work, overwrite)

@@ -182,6 +182,7 @@ class HeldFile:
         self.path = path
         try:
             self._file: BinaryIO | None = open(path, "rb")  # noqa: SIM115 - closed by release()
+            # Any number of processes may hold a file. `_remove_if_unused` needs the exclusive lock.
             fcntl.flock(self._file, fcntl.LOCK_SH)
         except FileNotFoundError:
             self._file = None

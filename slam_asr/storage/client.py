@@ -41,6 +41,8 @@ CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 """boto3's environment variable: with `when_required`, no checksums are sent to a server that refuses them."""
 _WHEN_REQUIRED = "when_required"
 _CONNECT_TIMEOUT = 5.0
+# As many as there are pieces in transfer: 8 files (`paths.PARALLEL_FILES`) in 8 pieces each. urllib3 closes
+# every connection beyond this number after a single request.
 _MAX_CONNECTIONS = 64
 
 
@@ -72,6 +74,7 @@ def client(checksums: bool = True) -> Any:
     """
     settings = _settings()
     # Creating a client takes 0.1 s of computation, and eight threads that each create one take 1.7 s.
+    # Nor may threads use one session together to create them: https://github.com/boto/boto3/issues/801.
     with _creation_lock(os.getpid()):
         return _create(*settings, checksums and settings not in _REFUSALS)
 
@@ -100,6 +103,7 @@ def _settings() -> _Settings:
     arguments = _mounted_secret() | _region()
     # urllib3 refuses a time-out of 0.
     timeout = max(seconds_from_environment(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
+    # HOME decides where boto3 looks for its configuration files.
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
     # boto3 reads these only when a client is created, so a client is valid for these values alone.
     valid_for = (environment, _credentials_file(), os.getpid())

@@ -20,6 +20,7 @@ def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
     # Each call makes a lock of its own, so that threads wait for each other too.
     lock = FileLock(file)
     try:
+        # Only a first attempt without waiting shows whether there is something to log.
         held = lock.acquire(blocking=False)
     except Timeout:
         if while_waiting:

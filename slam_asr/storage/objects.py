@@ -62,6 +62,7 @@ def list_objects(uri: str) -> Iterator[Info]:
     """
     for item in _list(uri, "Contents"):
         name = item["Key"].removeprefix(folder_prefix(split_uri(uri)[1])).lstrip("/")
+        # Web consoles create empty objects with a slash at the end, to show an empty folder.
         if name and not name.endswith("/"):
             yield Info(name, item["Size"], item["ETag"].strip('"'))
 
@@ -155,6 +156,7 @@ def get(
     bucket, key = split_uri(uri)
     arguments = {"Bucket": bucket, "Key": key}
     if start is not None or end is not None:
+        # HTTP's ranges include their last byte.
         arguments["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
     if etag is not None:
         arguments["IfMatch"] = f'"{etag}"'

@@ -34,6 +34,7 @@ def parent_of(path: PathOrUri) -> str:
     path = os.fspath(path)
     if is_s3(path):
         folder = path.rstrip("/").rpartition("/")[0]
+        # In `s3://bucket`, the last slash is that of the scheme.
         return folder if folder != "s3:/" else path
     return os.path.dirname(os.path.abspath(local_path(path)))
 
@@ -230,6 +231,7 @@ def upload(file: PathOrUri, path: PathOrUri) -> None:
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because `os.replace` cannot move a file to another file system.
     temporary = temporary_path(target)
     try:
         shutil.copyfile(file, temporary)
@@ -259,6 +261,7 @@ def require_writable(folder: PathOrUri) -> None:
     """
     # Hidden, so that `publish_folder` omits it; and unique, so that several machines can try at once.
     file, folder = join(folder, f".writable-{uuid.uuid4().hex}"), os.fspath(folder)
+    # A local path may contain bytes that are not UTF-8.
     content = file.encode("utf-8", "surrogateescape")
     try:
         write_bytes(file, content)
@@ -289,5 +292,7 @@ def publish_folder(folder: Path, path: str, last: str) -> None:
     """
     files = [f.name for f in walk(folder) if f.name != last and not name_of(f.name).startswith(".")]
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        # `list` waits for all uploads, and raises the first failure: then `last` is not uploaded.
         list(pool.map(lambda name: upload(folder / name, join(path, name)), files))
+    # Readers look for this file first, so they never find a part of the folder.
     upload(folder / last, join(path, last))

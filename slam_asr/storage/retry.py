@@ -73,8 +73,11 @@ def call_with_retries(
     while not cancelled.is_set():
         try:
             return call()
+        # These are permanent, and worded already.
         except (UserError, ObjectMissing):
             raise
+        # Any exception, because botocore, urllib3 and ssl each raise their own; `reason_to_retry` raises it
+        # again if it is permanent.
         except Exception as error:
             reason = reason_to_retry(error, uri, action)
         checksum_failures += reason == CHECKSUM_DIFFERS

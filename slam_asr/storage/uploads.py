@@ -66,10 +66,13 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
         StorageError: the bucket does not exist, access is denied, the server cannot be reached, or the file
             changed.
     """
+    # The file is read twice: the SHA-256 is in the metadata, which the first request of an upload must
+    # contain.
     transfer = _Upload(uri, sha256_of_file(file))
     with open(file, "rb") as stream:
 
         def content(start: int, end: int) -> bytes:
+            # Threads share this file. `pread` leaves its position alone, unlike seek and read.
             part = os.pread(stream.fileno(), end - start, start)
             if len(part) != end - start:
                 raise StorageError(f"{file} changed while it was uploaded: run the same command again.")
@@ -229,6 +232,7 @@ class _Upload:
                 raise ChecksumMismatch
         elif not _is_md5(etag, answer):
             self.compared = False
+        # Where a policy forbids MD5 (FIPS), Python permits it only with `usedforsecurity=False`.
         elif hashlib.md5(content, usedforsecurity=False).hexdigest() != etag:
             raise ChecksumMismatch
         return answer

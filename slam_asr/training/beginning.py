@@ -56,6 +56,7 @@ def tokens_for_ctc(
             "one, or leave the key out."
         )
     train = utterances["train"]
+    # Of the train set only: a token that occurs in dev alone could never be learnt.
     token_ids = choose_tokens(tokenizer, (u.target for u in train))
     vocabulary = CtcVocabulary(tokenizer, token_ids)
     without_path = sum(
@@ -140,6 +141,7 @@ def token_embeddings(
     except NotLazilyLoadable:
         llm, lazy_weights = load_llm(folder, dtype, trust_remote_code=trust_remote_code), []
     layer = llm.get_input_embeddings()
+    # A lazily described LLM has no values yet. Of Vicuna 7B in bf16, this reads 0.26 GB instead of 13.5 GB.
     for weight in lazy_weights:
         if any(module is layer for module, _ in weight.places):
             weight.put(weight.read_into(torch.empty(weight.parameter.shape, dtype=dtype)))

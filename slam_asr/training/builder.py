@@ -92,6 +92,7 @@ def build_parts(job: TrainingJob) -> Parts:
     options, beginning = recipe.training, recipe.projector.beginning
     device = _join_processes(options.engine)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # torchrun sets the number of processes on this machine: only these share its cores.
     readers = build_readers(job, recipe, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     budget = budget_for(options, processes)
     plan = TrainingPlan(
@@ -111,6 +112,8 @@ def _join_processes(engine: str) -> torch.device:
     device = pick_device()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # For calls that name no device, such as NCCL's barrier and `torch.cuda.get_rng_state`: without it,
+        # all processes would use the first GPU.
         torch.cuda.set_device(device)
     start_process_group(device, engine)
     return device

@@ -59,6 +59,7 @@ def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
             weights[name] = tensor
         else:
             moments[f"{which}/{name}"] = tensor
+    # Each process saves its own random state: their dropout masks differ.
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -148,6 +149,7 @@ class CheckpointWriter:
             _, failure = self._patiently(
                 about.step, lambda: checkpoint.publish(self.folder, about, self.keep)
             )
+        # Only the first process knows whether publishing has succeeded.
         _, failure = self._agree(None, failure)
         if failure is None:
             self.latest = join(self.folder, about.name)

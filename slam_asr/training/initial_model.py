@@ -48,6 +48,7 @@ def initial_projector(
     folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
+    # Called for its checks only; the projector itself is built in each training process.
     projector_from_weights(
         weights,
         recipe.projector,
@@ -114,6 +115,7 @@ def build_initial_projector(
     """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
     projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
     if job.init_from:
+        # Strict: a missing name raises here, instead of leaving a part of the projector random.
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
     return projector
 
@@ -121,5 +123,6 @@ def build_initial_projector(
 def load_initial_adapter(job: TrainingJob, llm: PreTrainedModel) -> None:
     """Load the initial model's adapter into an LLM that has adapters, if the job says so."""
     if job.init_from and job.init_adapter:
+        # peft names an adapter's weights after the layer, such as `q_proj.lora_A.default.weight`.
         trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
         replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)

@@ -103,6 +103,7 @@ def check_inputs(
     check_utterances(fitting)
     feature_store = (feature_store or None) if recipe.caches_features else None
     features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
+    # Contents rather than names, so a resumed training may find its models in another folder.
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
     inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
@@ -170,6 +171,7 @@ def check_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> None:
                 f"The {name} manifest has no usable utterance: it is empty, or all are longer than the "
                 "encoder's window (encoder.long_audio is set-aside)."
             )
+    # By audio, not by key: the same recording may have another name in each set.
     trained = {u.audio_id for u in fitting["train"]}
     shared = [u.key for u in fitting.get("dev", ()) if u.audio_id in trained]
     if shared:
@@ -224,6 +226,7 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     """
     trust = recipe.llm.trust_remote_code
     prompt = Prompt(require_usable_llm(folder, recipe.llm), recipe.llm)
+    # Training may draw any of these prompts for any utterance.
     longest = max(len(s.before) + len(s.ids) for s in (prompt.main, *prompt.for_training))
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:

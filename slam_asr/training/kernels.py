@@ -85,6 +85,8 @@ def compile_layers(llm: PreTrainedModel) -> None:
         if isinstance(forward, functools.partial) and forward.func is checkpoint:
             # Compile the checkpointed function itself, not the checkpointing around it.
             (forward,), checkpoint_options = forward.args, forward.keywords
+        # By default, torch compiles for the first length it meets, and again, with symbolic lengths, at the
+        # second.
         compiled = torch.compile(forward, dynamic=True)
         layer.forward = (
             compiled

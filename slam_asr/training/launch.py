@@ -139,6 +139,7 @@ def train_as_worker_node(
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)
     deadline = time.monotonic() + WAIT_FOR_RECORD
+    # With --overwrite, a record of other inputs remains until the first node replaces it.
     while (done := read_record(folder)) is None or done.inputs != inputs:
         if time.monotonic() > deadline:
             raise UserError(f"The first node has written no record in {folder}: see its log for the reason.")
@@ -163,6 +164,7 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
         Stopped: a signal stopped the training.
         UserError: a process failed; the message is that of the process that failed first, if it wrote one.
     """
+    # glibc reads it when a process starts, so it applies to the training processes, but not to this one.
     os.environ.setdefault(*ALLOCATION)
     os.environ.setdefault(*LAST_CHECKPOINT)
     os.environ.update(thread_limits(processes))
@@ -220,6 +222,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
         # Of several codes, the minimum nearly always belongs to the cause: a signal's is negative, and 1 is
         # less than EX_TEMPFAIL.
         code = min(failed.exitcode for failed in error.failures.values())
+        # The loop's own exit code after a signal, once its last checkpoint is saved.
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
         if code == -9:
@@ -251,6 +254,8 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         "rdzv_endpoint": "127.0.0.1:0",
         "local_addr": "127.0.0.1",
     }
+    # With `static`, each machine brings its own rank. With `c10d`, torchrun would assign the ranks, and the
+    # machine that writes the results might not be the one with the first process.
     several_nodes: dict[str, Any] = {
         "run_id": "slam-asr",
         "rdzv_backend": "static",

@@ -40,6 +40,7 @@ class LivePage:
         """Start drawing, if `REFRESH` seconds have passed and the previous page is finished."""
         if time.monotonic() - self.last >= REFRESH and (self._thread is None or not self._thread.is_alive()):
             self.last = time.monotonic()
+            # A daemon: a training that fails must not wait for storage that hangs.
             self._thread = threading.Thread(target=self._write, name="page", daemon=True)
             self._thread.start()
 
@@ -55,6 +56,7 @@ class LivePage:
             if self.published:
                 publish(self.folder, self.published)
         except (OSError, UserError) as error:
+            # Storage that fails once usually fails again at the next page, and one warning is enough.
             if not self._failed:
                 log_line(
                     f"warning: the page with the curves could not be written; training continues: {error}"
@@ -114,11 +116,13 @@ def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
     """
     training, validation = [], []
     for row in _rows(path):
+        # Only rows of the beginning name their phase.
         if row.pop("phase", MAIN) != phase:
             continue
         if "validation" in row:
             validation.append({"step": row["step"], **row["validation"]})
         else:
+            # `Monitor` writes null for a loss that is not finite.
             training.append(row | {"loss": math.nan if row["loss"] is None else row["loss"]})
     return training, validation
 

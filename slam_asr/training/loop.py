@@ -77,6 +77,8 @@ class Loop:
         Returns:
             True if the training is finished, False if it was asked to stop earlier.
         """
+        # Not earlier: while models are loaded, there is nothing to save, and a signal ends the process at
+        # once.
         self.stop.listen()
         while self._run_phase():
             self.progress.counts.sharpness = leave_beginning(self.parts)
@@ -121,6 +123,8 @@ class Loop:
                 self._apply_step(micro, totals)
                 # The steps after a checkpoint that cannot be written would be lost: `close` raises later.
                 continues = self._finish_step(totals) and not totals.failed
+                # A validation may have ended the beginning with this step, and the thread has read further
+                # ahead.
                 if not continues or self.progress.done == parts.last_step:
                     break
                 totals = Totals()
@@ -143,6 +147,7 @@ class Loop:
         local = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=parts.device)
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
+        # One transfer for all numbers: each `.item()` would make the CPU wait for the GPU once more.
         *numbers, stop, pending, failed, due = sums.tolist()
         totals.numbers, totals.stop = tuple(numbers), stop > 0
         totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0
@@ -212,6 +217,7 @@ class Loop:
         dev_loss = None
         if (
             "dev" in self.parts.readers
+            # Not twice: a resumed training may begin at a step that was validated before it was saved.
             and counts.validated < progress.done
             and (progress.done % self.options.validate_every == 0 or at_end)
         ):

@@ -100,11 +100,15 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
             reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
         mine = own_share(parts, step, reader)
+        # Of the complete step, not only of `mine`: each process can count them without communication, and the
+        # engine needs the total to scale this process's loss (see `engines/engine.py`).
         targets = reader.count_targets(step, window.epoch)
         for i, indices in enumerate(mine, start=1):
             batch = reader.batch(indices, window.epoch)
             if isinstance(batch, CtcBatch):
                 batch.distance_weight = parts.distance_weight(number)
+            # Without indices, the batch is one utterance without targets. In the share of padding, it counts
+            # as padding.
             yield MicroBatch(
                 number=number,
                 epoch=window.epoch,

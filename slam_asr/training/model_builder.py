@@ -108,6 +108,8 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
+        # On the CPU, from where the engine moves it with all that is trained. A frozen encoder is not the
+        # engine's.
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
     elif job.feature_store is None:
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
@@ -151,5 +153,7 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         )
         for name, part in model.named_children()
     }
+    # A frozen encoder is not a child of the model (see `Slam`), and with cached features it is not even
+    # loaded.
     counts.setdefault("encoder", (encoder, 0))
     return counts

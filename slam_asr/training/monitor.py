@@ -124,6 +124,7 @@ class Monitor:
                 f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
                 f"ETA {self.meter.eta}{' of the beginning' * in_beginning}"
             )
+            # Trackers get the step as their horizontal axis, and rates in place of the two sums.
             self._track(
                 numbers.step,
                 {
@@ -198,6 +199,7 @@ class Monitor:
             )
             + "\n"
         )
+        # A checkpoint contains a copy of this file, which needs all lines up to its step.
         self.file.flush()
 
     def close(self) -> None:

@@ -46,10 +46,13 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     try:
         while True:
             item, error = ready.get()
+            # The queue has yielded all items that were ready before the error, so the consumer loses none of
+            # them.
             if error is not None:
                 raise error
             if item is _END:
                 return
             yield item
     finally:
+        # Also if the consumer abandons this generator: closing it raises GeneratorExit at `yield`.
         stopped.set()

@@ -93,6 +93,7 @@ class Resumer:
         # pointers.
         candidates: list[Checkpoint | None] = [None]
         if parts.rank == 0:
+            # Before `find`, because the recovered checkpoint is newer than the latest one in the folder.
             self._recover(parts.folder / UNSAVED)
             candidates = [checkpoint.find(self.writer.folder)]
             checkpoint.discard_newer_than_latest(self.writer.folder)
@@ -162,6 +163,7 @@ class Resumer:
         if progress.saved == progress.done and dev_loss is None:
             return
         if forced:
+            # After that, the snapshot taken below is the only copy of the state in memory.
             self.writer.wait()
         elif improved:
             # The best checkpoint so far may queue while one other is written. No more may queue: each holds a

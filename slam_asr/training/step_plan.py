@@ -161,6 +161,8 @@ class TrainingPlan:
             self._beginning_epochs += 1
         steps = epochs = 0
         while epochs < self._epochs and steps < self.max_steps:
+            # The numbers of these epochs follow those of the beginning, so no order of utterances occurs
+            # twice.
             steps = min(self.max_steps, steps + self._steps_of(self._beginning_epochs + epochs))
             epochs += 1
         self.steps = beginning + steps
@@ -178,6 +180,8 @@ class TrainingPlan:
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
         """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
         windows = itertools.chain(self._windows_of_beginning(), self._windows_after_beginning())
+        # The next window comes along, so that a reader can fetch its shards while those of the current one
+        # are used.
         pairs = itertools.pairwise(itertools.chain(windows, [None]))
         steps = (
             (window, next_window, step)
@@ -191,6 +195,8 @@ class TrainingPlan:
         remaining = self.beginning
         for epoch in range(self._beginning_epochs):
             for window in self._plan(epoch):
+                # Windows after the last step are planned, but not yielded: a reader would fetch their shards
+                # for nothing.
                 if remaining:
                     yield replace(window, steps=window.steps[:remaining])
                 remaining = max(0, remaining - len(window.steps))

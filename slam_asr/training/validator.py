@@ -69,6 +69,8 @@ class SampleTranscriber:
         self.reader, self.prompt = reader, reader.examples.recipe_prompts
         self.options = replace(recipe.decoding, beams=1)
         count = len(reader.examples)
+        # The same utterances on every process, at every validation and after a restart: transcripts of
+        # different steps can be compared.
         draw = random.Random(f"{recipe.training.seed}/samples")
         self.indices = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
 
@@ -140,6 +142,8 @@ class Validator:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         engine.module.eval()
         try:
+            # `own_share` gives all processes the same number of batches, so their collective operations
+            # match.
             for batch in prefetch(reader.batch(indices) for indices in mine):
                 batch = batch.to(device)
                 sums += scores_of(engine.module(batch), batch).sums

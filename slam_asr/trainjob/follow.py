@@ -148,6 +148,7 @@ class FollowedTrainJob:
                 for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
                 if line.strip()
             )
+            # Each connection gets the log from its beginning.
             for line in itertools.islice(lines, self._lines_logged, None):
                 self._lines_logged += 1
                 log_line(line.rstrip("\n"))

@@ -24,6 +24,7 @@ def run_on_nodes(placement: Placement, nodes: int, command: list[str]) -> None:
     """
     with explained_refusals(placement):
         client = TrainJobClient(placement)
+    # A random name: two checks at the same time must not follow one job.
     job = FollowedTrainJob(client, f"slam-asr-doctor-{secrets.token_hex(4)}")
     with deleted_when_interrupted(job):
         try:

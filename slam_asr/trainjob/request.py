@@ -144,6 +144,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
     container = ContainerPatch(
         name=NODE,
         volume_mounts=[{"name": volume["name"], "mountPath": path} for volume, path in volumes] or None,
+        # With the pod's security context below, this satisfies Kubernetes' pod security level `restricted`.
         security_context={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     )
     user = placement.run_as_user
@@ -156,6 +157,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
             "runAsNonRoot": True,
             "runAsUser": user,
             "runAsGroup": user,
+            # Kubernetes makes mounted volumes writable for this group.
             "fsGroup": user,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -246,6 +248,8 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
 
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that caused an error of the SDK, or None."""
+    # The SDK raises plain exceptions; only the one of its Kubernetes client, further up the chain, has a
+    # status.
     statuses = (getattr(link, "status", None) for link in _chain(error))
     return next((status for status in statuses if isinstance(status, int)), None)
 

@@ -59,6 +59,7 @@ def train_on_nodes(
     command = node_command(recipe, train_manifest, store, feature_store, dev_manifest)
     # The name depends on all that the job does, so that a restarted step finds its own job and no other.
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
+    # The nodes' pods have no volume in common with this one, so the result's place is passed on in the store.
     pointer = join(store, "train", "jobs", f"{name}.json")
     command += ["--pointer", pointer]
     with explained_refusals(placement):
@@ -107,6 +108,8 @@ def node_command(
 ) -> list[str]:
     """Build the command that each node runs: the same as for a training run on a single node."""
     options = {
+        # In full, not by name: the pods must not depend on a file of this one. Sorted, because the job's name
+        # is a digest of this command.
         "--recipe": json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True),
         "--train-manifest": train_manifest,
         "--dev-manifest": dev_manifest,

@@ -38,6 +38,7 @@ def waiting_nodes(
     latest: dict[str, V1Pod] = {}
     pods = core_api.list_namespaced_pod(namespace, label_selector=selector).items
     for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
+        # In the order of creation, so that of a node's pods the last one remains.
         latest[pod.metadata.labels["batch.kubernetes.io/job-completion-index"]] = pod
     events = [e for e in core_api.list_namespaced_event(namespace).items if _time(e) >= created]
     waiting: dict[str, list[str]] = {}

@@ -124,6 +124,8 @@ class Index:
     def select(self, mask: np.ndarray) -> "Index":
         """Return the entries for which `mask`, bool [entries], is true, and the shards that they refer to."""
         columns = {name: column[mask] for name, column in self.columns.items()}
+        # `used` are the old numbers in ascending order. The inverse is each entry's position in `used`: its
+        # new number.
         used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
         columns["shard"] = columns["shard"].astype(np.int32)
         return Index(self.fingerprint, self.width, [self.shards[i] for i in used], columns)
@@ -151,6 +153,8 @@ class Index:
             InputError: the file is damaged, has another format, or is not an index.
         """
         try:
+            # `load` returns only the tensors. The metadata are in the header: 8 bytes with its length, then
+            # JSON.
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             metadata = json.loads(header["__metadata__"]["slam_asr_features"])
             if metadata["format"] != _FORMAT:

@@ -103,6 +103,8 @@ class FeatureNamespace:
             width: values per frame.
         """
         content = {"fingerprint": fingerprint, "width": width}
+        # Several processes may begin at the same time. All would write the same content, so the first one
+        # suffices.
         write_bytes(
             join(self.root, FINGERPRINT_FILE),
             json.dumps(content, indent=2, sort_keys=True) + "\n",
@@ -121,6 +123,7 @@ class FeatureNamespace:
         paths = [self.index_path(name) for name in self.index_names()]
         if not paths:
             return None
+        # Threads, because a read from object storage is mostly waiting.
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             indexes = list(pool.map(self.read_index, paths))
         return merge(indexes[0].fingerprint, indexes[0].width, indexes, audio_ids)
@@ -150,6 +153,7 @@ def pack(
     """
     tensors: dict[str, torch.Tensor] = {}
     for audio_id, quantized in features.items():
+        # safetensors refuses tensors that are not contiguous.
         tensors[audio_id] = quantized.frames.contiguous()
         if quantized.scales is not None:
             tensors[_scales_name(audio_id)] = quantized.scales.contiguous()

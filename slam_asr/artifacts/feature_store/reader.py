@@ -113,6 +113,7 @@ class AudioReader:
         # As in an extraction, features are sorted by audio id, and equal audio is saved only once.
         first, inverse = unique_audio_ids(audio_ids)
         frame_bytes = bytes_per_frame(self.spec.width, self.options.dtype)
+        # The sizes with which `features.plan` plans shards. With others, the shards would not be the same.
         sizes = [self.spec.frames_of(int(n)) * frame_bytes for n in samples[first]]
         numbers = np.zeros(len(first), np.int32)
         for number, entries in enumerate(plan_shards(sizes, self.options.shard_megabytes * 1_000_000)):

@@ -190,10 +190,12 @@ class FeatureStore:
             if shard in self._mapped:
                 self._mapped.move_to_end(shard)
                 return self._mapped[shard][0]
+            # From now on, the fetch belongs to this call, and `expect` can no longer release its file.
             fetching = self._fetching.pop(shard, None)
         # The lock is not held while waiting for a fetch, which takes the same lock in `_fetch`.
         held = None
         if self.remote:
+            # A prefetch returns None if it finds no space. This second attempt may release other shards.
             held = (fetching.result() if fetching else None) or self._fetch(shard, urgent=True)
             if held is None:
                 return None

@@ -63,6 +63,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.projector = SlamAsrProjector(config)
         self.llm = llm
         if not self.is_whisper:
+            # In training mode, transformers would mask frames and drop layers at random.
             self.encoder.config.apply_spec_augment, self.encoder.config.layerdrop = False, 0.0
             first = self.encoder.feature_extractor.conv_layers[0]
             if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -190,6 +191,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             window = self.encoder.config.max_source_positions
             split = self.config.long_audio == "split"
             counts = [max(1, math.ceil(n / (window * SAMPLES_PER_FRAME))) if split else 1 for n in samples]
+            # [windows, frames, width], divided into the windows of each utterance.
             parts = self.encoder(inputs).last_hidden_state.split(counts)
             speech = self.config.frames == "speech"
             return [
@@ -207,6 +209,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         norm = getattr(first, "layer_norm", None)
         if isinstance(norm, MaskedGroupNorm):
             kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+            # The output length of an unpadded convolution.
             norm.lengths = None if mask is None else (lengths - kernel) // stride + 1
         outputs = iter(self.encoder(inputs, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else inputs.new_zeros(0, self.config.encoder_width) for n in frames]
@@ -255,6 +258,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         embeddings = self._embed(input_ids, input_features, audio_lengths)
         if attention_mask is not None and "position_ids" in inspect.signature(self.llm.forward).parameters:
+            # Position ids start at 0 with each row's first token. Padding before it would get -1, which is no
+            # valid index.
             kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
         return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
@@ -298,6 +303,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **arguments,
         )
         answers = output if isinstance(output, torch.Tensor) else output.sequences
+        # Given embeddings, the LLM's `generate` returns the answer alone, several for a row if more were
+        # requested.
         heads = input_ids.repeat_interleave(len(answers) // len(input_ids), 0)
         sequences = torch.cat([heads, answers.to(heads.device)], 1)
         if isinstance(output, torch.Tensor):

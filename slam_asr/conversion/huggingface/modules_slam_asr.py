@@ -59,6 +59,7 @@ class SlamAsrProjector(nn.Module):
             [u[: n * self.k].reshape(n, self.k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
         )  # [sum of positions, k · width]
         if self.kind == "cov1d-linear":
+            # [positions, k · width] → [positions, width, k]: each position is a batch row of the convolution.
             joined = torch.relu(self.conv1d(joined.unflatten(1, (self.k, -1)).transpose(1, 2)).squeeze(2))
         return list(self.linear2(torch.relu(self.linear1(joined))).split(counts))
 
@@ -119,6 +120,7 @@ def round_features(frames: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round frames [frames, width] to the dtype that the projector was trained on."""
     if dtype != "fp8":
         return frames.to(_DTYPES[dtype])
+    # A scale for each frame turns its largest absolute value into 448, the largest of e4m3.
     frames = frames.float()
     scales = frames.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
     scales = scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]

@@ -113,6 +113,7 @@ class SlamAsrProcessor(ProcessorMixin):
         return [*before_ids, *[self.audio_token_id] * positions, *self._encode(after, start=not before_ids)]
 
     def _encode(self, text: str, start: bool) -> list[int]:
+        # Only once per answer: a bos token after the audio would begin a new text.
         special = start and self.add_special_tokens
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         # Some tokenizers append eos to every text, but an answer must follow here.
@@ -124,6 +125,8 @@ class SlamAsrProcessor(ProcessorMixin):
         if options["queries"]:
             return options["queries"]
         if window is None:
+            # As in training. The encoder may give one frame less, and the model fills a missing position with
+            # zeros.
             return samples // SAMPLES_PER_FRAME // options["downsampling"]
         frames = self._windows_of(samples) * window // SAMPLES_PER_FRAME
         if options["frames"] == "speech":

@@ -87,6 +87,7 @@ class EncoderSpec(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that determines the output: weights, preprocessing, and which frames are used."""
+        # Of the weights' content, not their path: a copy elsewhere finds the features that exist.
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
@@ -164,6 +165,8 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0.0
     for index, length in enumerate(seconds):
+        # With this utterance, the batch may be padded further than before, and that counts for all of its
+        # utterances.
         longest = max(longest, length)
         if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
@@ -197,5 +200,6 @@ def encode_audio(
     ]
     if saved_as is None:
         return [features for group in groups for features in encoder(group)]
+    # A frozen encoder's activations would otherwise be kept for a backward pass that never reaches them.
     with torch.no_grad():
         return [round_trip(features, saved_as) for group in groups for features in encoder(group)]

@@ -78,6 +78,7 @@ class LogMel:
         mel = _mel_filters(self.mel_bins).T @ spectrum[:, :computed].abs() ** 2
         # Whisper's scaling: the log10 is limited to 8 (80 dB) below its maximum, shifted, and divided by 4.
         log = torch.clamp(mel, min=1e-10).log10()
+        # The omitted columns are silence, the smallest possible value, so they cannot contain the maximum.
         return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
 
 
@@ -119,6 +120,7 @@ def _mel_filters(bins: int) -> torch.Tensor:
         rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
         # Each filter rises from its left corner to its centre and falls to its right corner; 0 elsewhere.
         triangles = np.maximum(0.0, np.minimum(rising, falling))
+        # A triangle of height 1 and width w has the area w / 2, so a height of 2 / w gives unit area.
         _FILTERS[bins] = torch.from_numpy(triangles * (2.0 / (corners[2:] - corners[:-2]))).float()
     return _FILTERS[bins]
 

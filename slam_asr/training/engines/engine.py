@@ -185,6 +185,8 @@ class Engine(ABC):
         process takes part in gathering every tensor, so all processes must run this generator to its end.
         """
         rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        # Dealing out complete tensors, instead of saving each process's shards, lets a checkpoint be resumed
+        # on another number of processes.
         for index, name in enumerate(self.groups.weights):
             for which in ("weight", *MOMENTS):
                 tensor = self.get_state(name, which)
@@ -214,6 +216,9 @@ def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)
+    # Not `model.to(dtype)`, which would cast buffers too. The frequencies of rotary embeddings are a buffer,
+    # and in bf16 the angles of late positions would be wrong.
+    # See https://github.com/huggingface/transformers/issues/25681.
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 
