@@ -18,8 +18,8 @@ from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.artifacts.utterances import load_utterance, samples_of
 from slam_asr.decoding.model import open_model
 from slam_asr.models.answer_loss import IGNORED
+from slam_asr.models.batch import Row, collate
 from slam_asr.models.feature_dtype import DTYPES, bytes_per_frame, round_trip
-from slam_asr.models.slam import Row, collate
 
 
 def main() -> None:

@@ -135,11 +135,12 @@ def measure(case: tuple, llm_folder: Path) -> int:
     import torch
 
     from slam_asr.models.answer_loss import AnswerScores, allows_chunks, score_answers, score_in_chunks
+    from slam_asr.models.batch import Row, collate, pack
     from slam_asr.models.llm import llm_width, load_llm
     from slam_asr.models.packed_attention import allow_packing
     from slam_asr.models.precision import DTYPES, pick_device
     from slam_asr.models.projector import build_projector
-    from slam_asr.models.slam import Row, Slam, collate, pack
+    from slam_asr.models.slam import Slam
     from slam_asr.training.engines.choose import make_engine, start_process_group
 
     _, options, rows, length, audio, targets = case

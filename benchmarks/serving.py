@@ -40,7 +40,7 @@ import torch
 
 from slam_asr.audio import SAMPLE_RATE, read_clip
 from slam_asr.decoding.transcriber import Transcriber, load_transcriber
-from slam_asr.models.slam import Row, collate
+from slam_asr.models.batch import Row, collate
 
 FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}
 """Formats of the soak, with soundfile's options."""

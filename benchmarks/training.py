@@ -32,13 +32,14 @@ from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import load_utterance
 from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.models.answer_loss import IGNORED, allows_chunks, score_in_chunks
+from slam_asr.models.batch import Batch, Row, collate, pack
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import llm_width, load_llm, load_tokenizer
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Batch, Row, Slam, collate, pack
+from slam_asr.models.slam import Slam
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.training.kernels import compile_layers
 

@@ -37,6 +37,9 @@ _PEFT = "base_model.model."
 """Prefix of every name in an adapter's file."""
 
 
+CTC_HEAD = "ctc_head"
+"""Key of CTC's head among the facts about the training: `tokens`, the ids that CTC distinguishes, the blank's
+first; and `sharpness`."""
 SHIPPED = Path(__file__).parents[1] / "projectors"
 """Trained projectors that come with the package, each a model folder with its model card (README.md)."""
 

@@ -268,6 +268,9 @@ class Llm:
     """Template of the LLM's input. The prompt replaces `{}`. The audio replaces `{audio}`; without `{audio}`,
     it comes before the text. `chat`: the model's own chat template, with the audio at the start of the user's
     turn."""
+    answer_prefix: str = ""
+    """Text that training puts before each transcript. With a space, the first word has the same tokens as it
+    has within a sentence, which CTC's score needs (`decoding.ctc_weight`). Hypotheses are stripped."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the LLM may run in this program. Some models on the hub need their
     own code; transformers' own models do not. A model folder records the value but does not grant it to

@@ -185,9 +185,10 @@ def _probe_losses(
         One loss for each of `models`, in the same order.
     """
     from slam_asr.models.answer_loss import score_answers
+    from slam_asr.models.batch import Row, collate
     from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
     from slam_asr.models.prompt import Prompt
-    from slam_asr.models.slam import Row, Slam, collate
+    from slam_asr.models.slam import Slam
 
     trust = recipe.llm.trust_remote_code
     dtype = torch.float32 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else torch.bfloat16

@@ -3,6 +3,7 @@
 Only `Model.load` loads weights into memory, so a model that does not fit is refused before that.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from slam_asr.artifacts.model_folder import (
     ADAPTER,
+    CTC_HEAD,
     ENCODER,
     LLM,
     ModelConfig,
@@ -23,8 +25,10 @@ from slam_asr.config.recipe import Decoding, Recipe, value_of, with_base_models_
 from slam_asr.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from slam_asr.models.ctc import Speller
     from slam_asr.models.encoders.base import EncoderSpec
     from slam_asr.models.prompt import Prompt
     from slam_asr.models.slam import Slam
@@ -64,12 +68,14 @@ class Model:
             with_encoder: whether the encoder is loaded as well, to encode audio on the fly.
 
         Raises:
+            ConfigurationError: the options ask for CTC's scores, but the model has no CTC head.
             ModelError: weights are missing or damaged, or do not fit.
         """
         from slam_asr.models.llm import add_lora, load_llm
         from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
         from slam_asr.models.slam import Slam
 
+        self.require_ctc_head(options)
         device, precision = pick_device(), options.precision
         projector = read_projector(self.folder, self.config)
         adapter = read_adapter(self.folder)
@@ -96,7 +102,40 @@ class Model:
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
+        if options.ctc_weight:
+            slam.speller = self._speller(slam, device)
         return slam.eval().requires_grad_(False)
+
+    def require_ctc_head(self, options: Decoding) -> None:
+        """Refuse `decoding.ctc_weight` for a model without CTC's head.
+
+        Raises:
+            ConfigurationError: the search is to add CTC's scores, but the model records no CTC head.
+        """
+        if options.ctc_weight and CTC_HEAD not in self.config.training:
+            raise ConfigurationError(
+                f"decoding.ctc_weight is {options.ctc_weight}, but {self.folder} has no CTC head: set it to "
+                "0, or train a model with projector.ctc_weight."
+            )
+
+    def _speller(self, slam: "Slam", device: "torch.device") -> "Speller":
+        """Build what the search needs for CTC's scores from the recorded head and the LLM's embeddings."""
+        import torch
+
+        from slam_asr.models.ctc import CtcHead, Speller
+        from slam_asr.models.ctc_vocabulary import CtcVocabulary
+        from slam_asr.models.llm import load_tokenizer
+
+        record, layer = self.config.training[CTC_HEAD], slam.llm.get_input_embeddings()
+        with torch.no_grad():
+            # The layer is called, because some LLMs (Gemma) scale embeddings inside it.
+            head = CtcHead(layer(torch.tensor(record["tokens"], device=device)).float())
+            head.log_sharpness.fill_(math.log(record["sharpness"]))
+        tokenizer = load_tokenizer(self.llm_folder, self.trained.llm.trust_remote_code)
+        size = slam.llm.get_output_embeddings().out_features
+        columns, first = CtcVocabulary(tokenizer, record["tokens"]).columns(size)
+        first = columns if self.trained.llm.answer_prefix.endswith(" ") else first
+        return Speller(head.to(device), (columns.to(device), first.to(device)))
 
 
 def open_model(name: str, recipe: Recipe | None = None) -> Model:

@@ -78,6 +78,7 @@ class Transcriber:
         from slam_asr.models.searcher import Searcher
 
         self.model, self.options = model, recipe.decoding
+        model.require_ctc_head(self.options)
         explain_precision(self.options.precision, pick_device())  # raises if it cannot be used
         window = model.spec.window_samples
         self.max_segment_seconds = (

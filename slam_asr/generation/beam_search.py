@@ -80,8 +80,10 @@ def beam_search(
     """
 
     def scorer() -> CtcScorer | None:
+        if spelling is None:
+            return None
         stops = torch.tensor(generation.eos_token_id, device=embeddings.device)
-        return spelling and CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
+        return CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
 
     # An LLM may accept a registered attention and still ask it for something that `attend` does not compute.
     # This is noticed at the first generated token, so starting over costs little.

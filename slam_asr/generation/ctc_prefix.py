@@ -1,15 +1,15 @@
 """Scores of hypotheses by CTC, for a search that adds them to the LLM's.
 
-An LLM that hears badly writes fluent sentences that nobody said, or repeats itself. CTC's score prevents both,
-because it only rises with what is in the audio, and in the audio's order. The probability that a transcript
-begins with a prefix is the sum over all paths on which the prefix's last token has just been spelled; Watanabe
-et al. (2017, "Hybrid CTC/attention architecture for end-to-end speech recognition", algorithm 2) compute it
-token by token. For a prefix g that is spelled after t positions,
+An LLM that recognises badly writes fluent sentences that nobody said, or repeats itself. CTC's score prevents
+both, because it depends on what is in the audio, in the audio's order. The probability that a transcript
+begins with a prefix is the sum over all paths on which the prefix's last token is spelled. Watanabe et al.
+(2017, "Hybrid CTC/attention architecture for end-to-end speech recognition", algorithm 2) compute it token by
+token. For a prefix g and the first t positions,
 
-    n(g, t): probability of the paths that end with g's last token,
-    b(g, t): probability of the paths that end with a blank,
+    n(g, t): probability of the paths that spell g and end with its last token,
+    b(g, t): probability of the paths that spell g and end with a blank,
 
-and for a prefix that continues g by the token c,
+and for the token c after g,
 
     φ(t) = b(g, t) + n(g, t), or b(g, t) alone if c repeats g's last token,
     n(gc, t) = (n(gc, t-1) + φ(t-1)) · p(c at t),
@@ -17,8 +17,8 @@ and for a prefix that continues g by the token c,
     ψ(gc) = Σ φ(t-1) · p(c at t), the probability of all transcripts that begin with gc.
 
 Both recursions are linear, so their solutions are sums: with C(t) = Σ log p(c at s) over s ≤ t,
-log n(gc, t) = C(t) + logcumsumexp(φ(t-1) - C(t-1)). No loop over positions is needed. C reaches some thousands
-below zero, so everything is computed in float64.
+log n(gc, t) = C(t) + logcumsumexp(φ(t-1) - C(t-1)). This needs no loop over positions. C falls to some
+thousands below zero, so these sums are computed in float64.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _FLOOR = -20.0
 """Least log probability of a token at a position. It also is that of tokens that CTC does not know, so that
 they are unlikely, but not impossible."""
 CANDIDATES = 20
-"""Tokens that may continue a hypothesis: the LLM's most probable ones. CTC's score is computed for these alone."""
+"""Number of tokens that may continue a hypothesis: the LLM's most probable ones. CTC scores only these."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class CtcScorer:
         rows = len(blanks)
         # The empty prefix has only been spelled by blanks.
         self._b = torch.cat([blanks.new_zeros(rows, 1), blanks], 1)
-        """[rows, positions + 1] float64: log b of each row's hypothesis, from before the first position on."""
+        """[rows, positions + 1] float64: log b of each row's hypothesis. Column 0 is before all positions."""
         self._n = torch.full_like(self._b, _NEVER)
         """[rows, positions + 1] float64: log n."""
         self._prefix = blanks.new_zeros(rows)

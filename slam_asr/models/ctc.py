@@ -21,6 +21,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn import functional
 
+from slam_asr.generation.ctc_prefix import CtcSpelling
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.projector import SpeechProjector
@@ -124,6 +125,27 @@ class AuxiliaryCtc:
             targets: tokens of each utterance, [tokens] int64, on the CPU.
         """
         return self.weight * ctc_loss(self.head(outputs), positions, targets)
+
+
+class Speller:
+    """Gives a search what CTC makes of the projector's outputs.
+
+    Args:
+        head: classifies the outputs.
+        columns: the two tensors of `CtcVocabulary.columns`.
+    """
+
+    def __init__(self, head: CtcHead, columns: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.head, self.columns = head, columns
+
+    def spell(self, outputs: torch.Tensor, positions: list[int]) -> CtcSpelling:
+        """Return what CTC makes of outputs [positions of all utterances, LLM width].
+
+        Args:
+            outputs: the projector's, in any floating-point dtype.
+            positions: number of positions of each utterance.
+        """
+        return CtcSpelling.of(self.head(outputs.float()), positions, *self.columns)
 
 
 class CtcModel(nn.Module):

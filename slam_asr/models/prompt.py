@@ -58,6 +58,7 @@ class Prompt:
         # Some tokenizers append eos to every text. Only the answer must end with it: `_encode` removes it.
         self._adds_eos = tokenizer.encode("a")[-1] == tokenizer.eos_token_id
         self.chat = options.template == "chat"
+        self.answer_prefix = options.answer_prefix
         self.end = _end_of_turn(tokenizer) if self.chat else tokenizer.eos_token_id
         """Id of the token that ends a target."""
         self.main = self._tokenize(options.prompt, options.template)
@@ -93,7 +94,7 @@ class Prompt:
             Token ids of the prompt's text after the audio; and the targets, which are the token ids of the
             answer and the end token.
         """
-        ids = self._encode(prompt.text + answer, start=not prompt.before)
+        ids = self._encode(prompt.text + self.answer_prefix + answer, start=not prompt.before)
         prompt_length = len(prompt.ids)
         return ids[:prompt_length], [*ids[prompt_length:], self.end]
 

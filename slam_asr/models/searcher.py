@@ -9,9 +9,10 @@ from transformers import GenerationConfig, LogitsProcessor
 from slam_asr.config.recipe import Decoding
 from slam_asr.generation.beam_search import Answers
 from slam_asr.generation.search_state import NEARLY_TIED
+from slam_asr.models.batch import Row, collate
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Row, Slam, collate
+from slam_asr.models.slam import Slam
 
 
 @dataclass
@@ -76,6 +77,8 @@ class Searcher:
 
     def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
         self.model, self.prompt, self.inference_only = model, prompt, inference_only
+        # Samples during training are decoded by the LLM alone.
+        self.ctc_weight = options.ctc_weight if inference_only else 0.0
         # This configuration also replaces the LLM's own, from which `generate` would fill in unset options:
         # sampling options in the LLM's generation_config.json must not affect a measurement.
         self.generation = GenerationConfig(
@@ -109,7 +112,7 @@ class Searcher:
             # answers end at different steps. transformers' `generate` ensures this; our search does not.
             # Samples during training are decoded greedily.
             if self.inference_only or self.generation.num_beams > 1:
-                found = self.model.search(batch, self.generation)
+                found = self.model.search(batch, self.generation, self.ctc_weight)
                 if found is not None:
                     return self._from_search(found)
             watch = self._watch()

@@ -1,152 +1,24 @@
 """The joined model: audio, prompt and answer run through the LLM as one sequence.
 
-A batch is either padded or packed. A padded batch has one row per utterance. Its rows are padded on the left
-to the longest audio and prompt, and on the right to the longest answer, so that all answers start in the same
-column. A packed batch is a single row without padding. Logits are computed only at positions that predict an
-answer token.
+Logits are computed only at positions that predict an answer token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from slam_asr.errors import ModelError
+from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
 from slam_asr.models.answer_loss import IGNORED, score_answers
-from slam_asr.models.ctc import AuxiliaryCtc
+from slam_asr.models.batch import Batch
+from slam_asr.models.ctc import AuxiliaryCtc, Speller
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.packed_attention import packed_arguments
 from slam_asr.models.projector import SpeechProjector
-
-
-@dataclass
-class Row:
-    """One utterance, ready to be collated into a batch."""
-
-    audio: torch.Tensor | Prepared
-    """Features [frames, encoder width]; or the encoder's input, if the encoder runs as part of the model."""
-    positions: int
-    """Number of LLM positions that the audio takes."""
-    before: list[int]
-    """Token ids before the audio; empty in SLAM-LLM's layout."""
-    prompt: list[int]
-    """Token ids after the audio."""
-    answer: list[int]
-    """Target token ids including the end token; empty for decoding."""
-
-    @property
-    def head(self) -> int:
-        """Number of LLM positions before the answer."""
-        return len(self.before) + self.positions + len(self.prompt)
-
-
-@dataclass
-class Batch:
-    """Collated utterances.
-
-    In a padded batch, each utterance is a row of `L` columns: padding, `before`, audio and prompt; then, from
-    column `answer_start` on, the answer with its end token, and padding. In a packed batch, all utterances
-    are in one row of `L` columns, and `answer_start` is 1.
-    """
-
-    audio: list[torch.Tensor | Prepared]
-    """One per utterance, as in `Row`; all of one kind."""
-    positions: list[int]
-    """Number of LLM positions of each utterance's audio."""
-    token_ids: torch.Tensor
-    """[rows, L] int64; the values at audio and padding positions are ignored."""
-    is_audio: torch.Tensor
-    """[rows, L] bool: True at positions that are filled with the projector's output."""
-    mask: torch.Tensor
-    """[rows, L] int64: 0 on padding, else 1."""
-    labels: torch.Tensor
-    """[rows, L - answer_start] int64: token ids at targets, `IGNORED` elsewhere."""
-    answer_start: int
-    padded: bool
-    """Whether `mask` contains a 0."""
-    lengths: list[int] | None = None
-    """Number of positions of each utterance in a packed row; None for a padded batch."""
-    spelled: list[torch.Tensor] | None = None
-    """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU."""
-
-    @property
-    def filled(self) -> int:
-        """Number of LLM positions without padding."""
-        return int(self.mask.sum())
-
-    @property
-    def cells(self) -> int:
-        """Number of LLM positions with padding."""
-        return self.mask.numel()
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
-        return replace(self, audio=[a.to(device) for a in self.audio], **moved)
-
-
-def collate(rows: list[Row]) -> Batch:
-    """Build a padded batch with one row per utterance."""
-    # All answers begin in this column, so that one slice selects the positions that predict targets.
-    start = max(row.head for row in rows)
-    width = start + max(len(row.answer) for row in rows)
-    shape = (len(rows), width)
-    token_ids = torch.zeros(shape, dtype=torch.long)
-    is_audio = torch.zeros(shape, dtype=torch.bool)
-    mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full((len(rows), width - start), IGNORED)
-    for i, row in enumerate(rows):
-        left, end = start - row.head, start + len(row.answer)
-        audio = left + len(row.before)
-        token_ids[i, left:audio] = torch.tensor(row.before, dtype=torch.long)
-        is_audio[i, audio : audio + row.positions] = True
-        token_ids[i, audio + row.positions : start] = torch.tensor(row.prompt, dtype=torch.long)
-        token_ids[i, start:end] = torch.tensor(row.answer, dtype=torch.long)
-        labels[i, : len(row.answer)] = torch.tensor(row.answer, dtype=torch.long)
-        mask[i, left:end] = 1
-    return Batch(
-        [row.audio for row in rows],
-        [row.positions for row in rows],
-        token_ids,
-        is_audio,
-        mask,
-        labels,
-        start,
-        padded=not bool(mask.all()),
-    )
-
-
-def pack(rows: list[Row]) -> Batch:
-    """Build a batch of a single row without padding.
-
-    The LLM must be one that `packed_attention.allow_packing` accepts.
-    """
-    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites these embeddings.
-    ids, is_audio, labels = [], [], []
-    for row in rows:
-        ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
-        is_audio += (
-            [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
-        )
-        labels += [*[IGNORED] * row.head, *row.answer]
-    return Batch(
-        [row.audio for row in rows],
-        [row.positions for row in rows],
-        torch.tensor([ids]),
-        torch.tensor([is_audio]),
-        torch.ones((1, len(ids)), dtype=torch.long),
-        # No position predicts the first token, so the labels start at the second.
-        torch.tensor([labels[1:]]),
-        answer_start=1,
-        padded=False,
-        lengths=[row.head + len(row.answer) for row in rows],
-    )
-
 
 Scorer = Callable[[torch.Tensor, nn.Module, torch.Tensor], tuple[torch.Tensor, ...]]
 """A function from the inputs of the output layer [targets, LLM width], the layer itself, and the target token
@@ -188,8 +60,10 @@ class Slam(nn.Module):
         """If set, `forward` returns this function's result instead of logits."""
         self.ctc: AuxiliaryCtc | None = None
         """If set, its loss is added for batches that have `spelled`."""
+        self.speller: Speller | None = None
+        """If set, a search can add CTC's scores."""
         self._projected: torch.Tensor | None = None
-        """[positions of all utterances, LLM width]: the projector's outputs. Set during `forward` only."""
+        """[positions of all utterances, LLM width]: the projector's last outputs. `embed` sets them."""
         self._is_target: torch.Tensor | None = None
         """[rows, L - answer_start] bool: True at targets. Set during `forward` only."""
         self._target_inputs: torch.Tensor | None = None
@@ -265,18 +139,32 @@ class Slam(nn.Module):
         """
         return self._generate(batch, generation, watch).sequences
 
-    def search(self, batch: Batch, generation: GenerationConfig) -> Answers | None:
+    def search(self, batch: Batch, generation: GenerationConfig, ctc_weight: float = 0.0) -> Answers | None:
         """Decode a batch with our own search, or with transformers' beam search if ours cannot run the LLM.
 
         Args:
             batch: padded, without answers.
             generation: beams, penalties and limits.
+            ctc_weight: CTC's share of the scores; above 0, the model must have a speller.
 
         Returns:
             The best answers with their scores; None if the search is greedy and ours cannot run the LLM. Then
             call `generate`.
+
+        Raises:
+            ConfigurationError: CTC's scores are asked for, but our search cannot run the LLM.
         """
-        answers = beam_search(self.llm, self.embed(batch), batch.mask, generation)
+        embeddings, spelling = self.embed(batch), None
+        if ctc_weight:
+            assert self.speller is not None and self._projected is not None, "the model was loaded with it"
+            spelling = self.speller.spell(self._projected, batch.positions)
+        self._projected = None
+        answers = beam_search(self.llm, embeddings, batch.mask, generation, spelling, ctc_weight)
+        if answers is None and ctc_weight:
+            raise ConfigurationError(
+                f"decoding.ctc_weight needs an LLM with attention in every layer, unlike "
+                f"{type(self.llm).__name__}: set it to 0."
+            )
         if answers is None and generation.num_beams > 1:
             output = self._generate(batch, generation, scores=True)
             answers_each = generation.num_return_sequences

@@ -69,7 +69,9 @@ def decode(
     explain_precision(recipe.decoding.precision, pick_device())
     processes = processes_here("decoding.processes", recipe.decoding.processes)
     files = manifest_files(manifests, ("test.jsonl",))
-    decoder = Decoder(recipe, open_model(model, recipe), files, feature_store)
+    opened = open_model(model, recipe)
+    opened.require_ctc_head(recipe.decoding)
+    decoder = Decoder(recipe, opened, files, feature_store)
     inputs = _inputs(decoder, shard)
     # A journal may be resumed with or without the audio, which only affects the report.
     decoding_digest = digest({"version": __version__} | inputs)

@@ -14,11 +14,11 @@ from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Projector
 from slam_asr.errors import InputError
 from slam_asr.models.answer_loss import IGNORED
+from slam_asr.models.batch import Batch, Row, collate, pack
 from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, TokenizedPrompt
-from slam_asr.models.slam import Batch, Row, collate, pack
 
 
 @dataclass

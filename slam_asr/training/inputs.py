@@ -12,7 +12,7 @@ import torch
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import ADAPTER, WEIGHTS, adapter_file, read_config
+from slam_asr.artifacts.model_folder import ADAPTER, CTC_HEAD, WEIGHTS, adapter_file, read_config
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError, InputError
@@ -64,7 +64,7 @@ class CheckedInputs:
     @property
     def ctc_sharpness(self) -> float | None:
         """Sharpness that the initial model's CTC head had; None if it had no head."""
-        head = read_config(self.init_from).training.get("ctc_head") if self.init_from else None
+        head = read_config(self.init_from).training.get(CTC_HEAD) if self.init_from else None
         return head and head["sharpness"]
 
     @property
@@ -271,10 +271,11 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # These two keys are newer than the first training runs, which must still match their inputs: keys whose
+    # These keys are newer than the first training runs, which must still match their inputs: keys whose
     # feature is not used are left out.
-    if not values["llm"]["trust_remote_code"]:
-        del values["llm"]["trust_remote_code"]
+    for section, key in (("llm", "trust_remote_code"), ("llm", "answer_prefix"), ("projector", "ctc_weight")):
+        if not values[section][key]:
+            del values[section][key]
     if not recipe.projector.beginning.active:
         del values["projector"]["beginning"]
     del values["encoder"]["batch_seconds"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from slam_asr.artifacts.model_folder import CTC_HEAD
 from slam_asr.errors import UserError
 from slam_asr.models.ctc import INITIAL_SHARPNESS
 from slam_asr.models.precision import peak_flops
@@ -271,7 +272,7 @@ def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
     """Return what the training's report contains, as JSON values."""
     options = parts.recipe.projector
     sharpness = loop.progress.counts.sharpness or parts.job.ctc_sharpness or INITIAL_SHARPNESS
-    head = {"ctc_head": {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
+    head = {CTC_HEAD: {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
     keeps_head = options.ctc_weight > 0 or (options.beginning.active and options.beginning.keep_head)
     return (head if keeps_head else {}) | {
         "projector_parameters": parts.phase.parameters["projector"][0],

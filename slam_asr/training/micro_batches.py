@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from slam_asr.models.answer_loss import AnswerScores, score_answers
+from slam_asr.models.batch import Batch
 from slam_asr.models.ctc import CtcBatch
-from slam_asr.models.slam import Batch
 from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
 from slam_asr.training.step_plan import split_packed, split_step

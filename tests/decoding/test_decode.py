@@ -350,6 +350,19 @@ def test_a_test_set_without_audio_is_refused_before_weights_are_loaded(
     assert "\n" not in str(refused.value) and not (tmp_path / "decoded").exists()
 
 
+def test_a_model_without_a_ctc_head_is_refused_before_weights_are_loaded(
+    model, manifest, tiny_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "slam_asr.decoding.model.read_projector", lambda *_: pytest.fail("weights were loaded")
+    )
+    with pytest.raises(UserError, match=r"ctc_weight is 0\.3, but .* has no CTC head: set it to 0, or train"):
+        decode(
+            decode_recipe(tiny_recipe, **{"decoding.ctc_weight": 0.3}), model, [manifest], str(tmp_path / "d")
+        )
+    assert not (tmp_path / "d").exists()
+
+
 def test_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")

@@ -12,12 +12,13 @@ from slam_asr.config.recipe import Decoding, Llm, Projector
 from slam_asr.errors import UserError
 from slam_asr.models import answer_loss as objective
 from slam_asr.models.answer_loss import IGNORED, score_answers
+from slam_asr.models.batch import Row, collate, pack
 from slam_asr.models.llm import checkpoint_layers, llm_width
 from slam_asr.models.packed_attention import NAME, allow_packing, packed_arguments
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import Searcher
-from slam_asr.models.slam import Row, Slam, collate, pack
+from slam_asr.models.slam import Slam
 
 SIZES = {
     "hidden_size": 32,

@@ -12,12 +12,13 @@ from slam_asr.audio import load_audio
 from slam_asr.config.recipe import Decoding, Encoder, Llm, Projector
 from slam_asr.conversion.slam_llm import from_slam_llm
 from slam_asr.models.answer_loss import IGNORED, score_answers
+from slam_asr.models.batch import Row, collate
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.projector import build_projector, positions_of
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import Searcher
-from slam_asr.models.slam import Row, Slam, collate
+from slam_asr.models.slam import Slam
 from slam_asr.pretrained.unpickle import read_pickle
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"

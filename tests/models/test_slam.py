@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from slam_asr.config.recipe import Llm, Projector
-from slam_asr.models.answer_loss import IGNORED, score_answers
+from slam_asr.models.answer_loss import IGNORED, score_answers, score_in_chunks
+from slam_asr.models.batch import Row, collate
+from slam_asr.models.ctc import AuxiliaryCtc, CtcHead, ctc_loss
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
-from slam_asr.models.slam import Row, Slam, collate
+from slam_asr.models.slam import Slam
 
 WIDTH = 8
 UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer than the others"))
@@ -69,6 +71,33 @@ def test_answers_start_in_one_column_and_end_with_eos(joined):
         text = batch.token_ids[row][(batch.mask[row] == 1) & ~batch.is_audio[row]].tolist()
         ids, targets_with_end = prompt.with_answer(prompt.main, answer)
         assert text == ids + targets_with_end
+
+
+def test_ctcs_loss_is_added_for_batches_that_are_spelled(joined):
+    model, batch = joined[0], make_batch(joined, [0, 1])
+    model.ctc = AuxiliaryCtc(CtcHead(torch.randn(5, model.llm.config.hidden_size)), weight=0.25)
+    try:
+        alone = score_answers(model(batch), batch.labels)
+        batch.spelled = [torch.tensor([1, 2]), torch.tensor([3, 3, 4])]
+        outputs = model.projector(batch.audio, batch.positions)
+        expected = alone.loss + 0.25 * ctc_loss(model.ctc.head(outputs), batch.positions, batch.spelled)
+        for scorer in (None, score_in_chunks):
+            model.scorer = scorer
+            loss, sums = model(batch)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+            # What is reported remains the LLM's.
+            torch.testing.assert_close(sums, alone.sums, rtol=1e-5, atol=1e-4)
+    finally:
+        model.ctc = model.scorer = None
+
+
+def test_a_prefix_gives_the_first_word_the_tokens_of_any_other(tiny_models):
+    tokenizer = load_tokenizer(tiny_models["llm"])
+    without, with_space = (Prompt(tokenizer, Llm(answer_prefix=prefix)) for prefix in ("", " "))
+    assert with_space.main == without.main
+    ids = with_space.with_answer(with_space.main, "one")[1]
+    assert ids == [*tokenizer.encode(" one", add_special_tokens=False), with_space.end]
+    assert ids != without.with_answer(without.main, "one")[1] and with_space.answer_of(ids) == "one"
 
 
 def test_only_the_projector_gets_gradients(joined):

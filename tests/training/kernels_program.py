@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slam_asr.config.recipe import Llm, Lora, Projector, Training
 from slam_asr.models.answer_loss import score_in_chunks
+from slam_asr.models.batch import Row, pack
 from slam_asr.models.llm import checkpoint_layers, set_tuning
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
-from slam_asr.models.slam import Row, Slam, pack
+from slam_asr.models.slam import Slam
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.kernels import compile_layers
 from tests.ranks import leave_answer

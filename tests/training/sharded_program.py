@@ -12,11 +12,12 @@ import torch
 
 from slam_asr.config.recipe import Llm, Lora, Projector, Training
 from slam_asr.models.answer_loss import allows_chunks, score_answers, score_in_chunks
+from slam_asr.models.batch import Row, pack
 from slam_asr.models.llm import checkpoint_layers, llm_width, load_llm, set_tuning
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import build_projector
-from slam_asr.models.slam import Row, Slam, pack
+from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, describe_lazy_llm
 from slam_asr.training.engines.choose import make_engine, start_process_group
 from slam_asr.training.engines.engine import Engine

@@ -15,6 +15,7 @@ from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.checkpoint import BEGINNING
 from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
@@ -22,6 +23,7 @@ from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.projector import build_projector
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from slam_asr.stages.decode import decode
 from slam_asr.stages.train import train
 from slam_asr.training.inputs import settings_that_affect_weights
 from slam_asr.training.live import read_curve
@@ -41,6 +43,7 @@ OPTIONS = {
     "training.checkpoint_every": 1,
     "training.checkpoints": STEPS,
 }
+LORA = {"llm.tuning": "lora", "llm.lora.dropout": 0.2, "projector.ctc_weight": 0.5}
 
 
 def run(prepared, output: Path, **options):
@@ -71,9 +74,9 @@ def tensors_of(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """A training with dropout in both phases: of the encoder's values, and of LoRA's inputs."""
+    """A training with CTC and dropout in both phases: of the encoder's values, and of LoRA's inputs."""
     output = tmp_path_factory.mktemp("uninterrupted") / "t"
-    return run(prepared, output, **{"llm.tuning": "lora", "llm.lora.dropout": 0.2}), output
+    return run(prepared, output, **LORA), output
 
 
 @pytest.mark.slow
@@ -112,7 +115,7 @@ def test_a_training_that_resumes_is_bit_equal(prepared, uninterrupted, tmp_path,
     shutil.copytree(output / "checkpoints", tmp_path / "t" / "checkpoints")
     (tmp_path / "t" / "checkpoints" / "latest").write_text(checkpoint.folder_name(step))
     (tmp_path / "t" / "checkpoints" / "best").unlink()
-    resumed = run(prepared, tmp_path / "t", **{"llm.tuning": "lora", "llm.lora.dropout": 0.2})
+    resumed = run(prepared, tmp_path / "t", **LORA)
     assert curve_of(resumed) == curve_of(record)
     for later in {max(step, BORDER), STEPS}:
         expected, actual = tensors_of(output, later), tensors_of(tmp_path / "t", later)
@@ -126,7 +129,10 @@ def test_the_best_checkpoint_the_average_and_the_model_are_of_the_main_phase(uni
     best = checkpoint.require(str(output / "checkpoints"), "best")
     assert best.step > BORDER and best.dev_loss == min(row["loss"] for row in record.facts["validation"])
     model = convert_checkpoint(str(output), str(tmp_path / "model"))
-    assert "ctc_head" not in json.loads(Path(model.file("config.json")).read_text("utf-8"))["training"]
+    head = json.loads(Path(model.file("config.json")).read_text("utf-8"))["training"]["ctc_head"]
+    # The sharpness is what the beginning learned; the main phase does not change it.
+    learned = tensors_of(output, BORDER)["weights-00000-of-00001.safetensors/head.log_sharpness"].exp()
+    assert head["sharpness"] == pytest.approx(float(learned)) and len(head["tokens"]) > 10
     with safe_open(model.file("projector.safetensors"), "pt") as file:
         assert all("head" not in name and "sharpness" not in name for name in file.keys())  # noqa: SIM118
     mean = convert_checkpoint(str(output), str(tmp_path / "mean"), which="average")
@@ -138,6 +144,24 @@ def test_the_best_checkpoint_the_average_and_the_model_are_of_the_main_phase(uni
     ) / len(mean_of)
     with safe_open(mean.file("projector.safetensors"), "pt") as file:
         torch.testing.assert_close(file.get_tensor(name), expected)
+
+
+@pytest.mark.slow
+def test_ctcs_share_changes_hypotheses_but_batches_do_not(prepared, uninterrupted, tmp_path):
+    model = convert_checkpoint(str(uninterrupted[1]), str(tmp_path / "model")).folder
+    texts = {}
+    for name, options in {
+        "llm": {},
+        "batched": {"decoding.ctc_weight": 0.7},
+        "single": {"decoding.ctc_weight": 0.7, "decoding.positions_per_batch": 1},
+        "greedy": {"decoding.ctc_weight": 0.7, "decoding.beams": 1},
+    }.items():
+        recipe = load_recipe(prepared[0], {"decoding.max_new_tokens": 12, "decoding.beams": 3} | options)
+        record = decode(recipe, model, [f"{prepared[1]}/dev.jsonl"], str(tmp_path / name), prepared[2])
+        rows = read_hypotheses(record.file("hypotheses.jsonl"))
+        texts[name] = {row.key: row.hypothesis for row in rows}
+    assert texts["batched"] == texts["single"] and len(texts["batched"]) > 1
+    assert texts["llm"] != texts["batched"] and all(texts["greedy"].values())
 
 
 @pytest.mark.slow
@@ -184,7 +208,11 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
 @pytest.mark.slow
 def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepared, tmp_path):
     # Each process draws random numbers of its own.
-    options = {"projector.beginning.dropout": 0.0, "training.learning_rate": 1e-4}
+    options = {
+        "projector.beginning.dropout": 0.0,
+        "training.learning_rate": 1e-4,
+        "projector.ctc_weight": 0.5,
+    }
     runs: dict[str, dict] = {
         "one": {},
         "two": {"training.processes": 2, "training.zero_stage": 3},
@@ -209,7 +237,7 @@ def test_a_beginning_ends_when_the_error_rate_is_low_enough_and_resumes_at_that_
     dev = read_curve(record.file("curve.jsonl"), BEGINNING)[1]
     border = dev[-1]["step"]
     assert 1 - dev[-1]["accuracy"] <= 1.0 and all(1 - row["accuracy"] > 1.0 for row in dev[:-1])
-    assert record.facts["steps"] == border + 4
+    assert record.facts["steps"] == border + 4 and "ctc_head" not in record.facts
     shutil.copytree(tmp_path / "t" / "checkpoints", tmp_path / "u" / "checkpoints")
     (tmp_path / "u" / "checkpoints" / "latest").write_text(checkpoint.folder_name(border))
     assert curve_of(run(prepared, tmp_path / "u", **options)) == curve_of(record)
@@ -217,8 +245,9 @@ def test_a_beginning_ends_when_the_error_rate_is_low_enough_and_resumes_at_that_
 
 def test_a_q_former_and_an_error_rate_without_dev_are_refused(prepared, tmp_path):
     recipe, manifests, features = prepared
-    with pytest.raises(UserError, match=r"projector\.beginning cannot train a q-former"):
-        load_recipe(recipe, {"projector.beginning.kind": "ctc", "projector.kind": "q-former"})
+    for key, value in (("projector.beginning.kind", "ctc"), ("projector.ctc_weight", 0.5)):
+        with pytest.raises(UserError, match="CTC cannot train a q-former"):
+            load_recipe(recipe, {key: value, "projector.kind": "q-former"})
     with pytest.raises(UserError, match=r"until is an error rate on dev, but this training has no dev"):
         train(
             load_recipe(recipe, OPTIONS | {"projector.beginning.until": 0.3}),
@@ -242,7 +271,8 @@ def test_without_a_beginning_the_inputs_of_a_training_are_what_they_were(prepare
     recipe = load_recipe(prepared[0])
     off = dataclasses.replace(recipe.projector.beginning, steps=7, dropout=0.5)
     changed = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, beginning=off))
-    assert "beginning" not in settings_that_affect_weights(recipe)["projector"]
+    assert {"beginning", "ctc_weight"}.isdisjoint(settings_that_affect_weights(recipe)["projector"])
+    assert "answer_prefix" not in settings_that_affect_weights(recipe)["llm"]
     assert settings_that_affect_weights(changed) == settings_that_affect_weights(recipe)
     on = load_recipe(prepared[0], OPTIONS)
     assert settings_that_affect_weights(on)["projector"]["beginning"]["steps"] == BORDER

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slam_asr.config.recipe import Projector, load_recipe
 from slam_asr.models.answer_loss import score_in_chunks
+from slam_asr.models.batch import Row, collate, pack
 from slam_asr.models.llm import checkpoint_layers
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
-from slam_asr.models.slam import Row, Slam, collate, pack
+from slam_asr.models.slam import Slam
 from slam_asr.training.inputs import settings_that_affect_weights
 from slam_asr.training.kernels import compile_layers, use_liger
 from tests.ranks import run_on_ranks

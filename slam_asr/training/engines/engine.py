@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.batch import Batch
 from slam_asr.models.ctc import CtcBatch, CtcModel
-from slam_asr.models.slam import Batch, Slam
+from slam_asr.models.slam import Slam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state tensors for each weight, by torch's names."""

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.batch import Batch
 from slam_asr.models.ctc import CtcBatch, CtcModel
 from slam_asr.models.precision import DTYPES
-from slam_asr.models.slam import Batch, Slam
+from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.engines.engine import (
     Engine,

@@ -1,0 +1,137 @@
+"""A batch: several utterances, each with its audio, prompt and answer, collated or packed for the LLM.
+
+A batch is either padded or packed. A padded batch has one row per utterance. Its rows are padded on the left
+to the longest audio and prompt, and on the right to the longest answer, so that all answers start in the same
+column. A packed batch is a single row without padding.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from slam_asr.models.answer_loss import IGNORED
+from slam_asr.models.encoders.frontend import Prepared
+
+
+@dataclass
+class Row:
+    """One utterance, ready to be collated into a batch."""
+
+    audio: torch.Tensor | Prepared
+    """Features [frames, encoder width]; or the encoder's input, if the encoder runs as part of the model."""
+    positions: int
+    """Number of LLM positions that the audio takes."""
+    before: list[int]
+    """Token ids before the audio; empty in SLAM-LLM's layout."""
+    prompt: list[int]
+    """Token ids after the audio."""
+    answer: list[int]
+    """Target token ids including the end token; empty for decoding."""
+
+    @property
+    def head(self) -> int:
+        """Number of LLM positions before the answer."""
+        return len(self.before) + self.positions + len(self.prompt)
+
+
+@dataclass
+class Batch:
+    """Collated utterances.
+
+    In a padded batch, each utterance is a row of `L` columns: padding, `before`, audio and prompt; then, from
+    column `answer_start` on, the answer with its end token, and padding. In a packed batch, all utterances
+    are in one row of `L` columns, and `answer_start` is 1.
+    """
+
+    audio: list[torch.Tensor | Prepared]
+    """One per utterance, as in `Row`; all of one kind."""
+    positions: list[int]
+    """Number of LLM positions of each utterance's audio."""
+    token_ids: torch.Tensor
+    """[rows, L] int64; the values at audio and padding positions are ignored."""
+    is_audio: torch.Tensor
+    """[rows, L] bool: True at positions that are filled with the projector's output."""
+    mask: torch.Tensor
+    """[rows, L] int64: 0 on padding, else 1."""
+    labels: torch.Tensor
+    """[rows, L - answer_start] int64: token ids at targets, `IGNORED` elsewhere."""
+    answer_start: int
+    padded: bool
+    """Whether `mask` contains a 0."""
+    lengths: list[int] | None = None
+    """Number of positions of each utterance in a packed row; None for a padded batch."""
+    spelled: list[torch.Tensor] | None = None
+    """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU."""
+
+    @property
+    def filled(self) -> int:
+        """Number of LLM positions without padding."""
+        return int(self.mask.sum())
+
+    @property
+    def cells(self) -> int:
+        """Number of LLM positions with padding."""
+        return self.mask.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
+        return replace(self, audio=[a.to(device) for a in self.audio], **moved)
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Build a padded batch with one row per utterance."""
+    # All answers begin in this column, so that one slice selects the positions that predict targets.
+    start = max(row.head for row in rows)
+    width = start + max(len(row.answer) for row in rows)
+    shape = (len(rows), width)
+    token_ids = torch.zeros(shape, dtype=torch.long)
+    is_audio = torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full((len(rows), width - start), IGNORED)
+    for i, row in enumerate(rows):
+        left, end = start - row.head, start + len(row.answer)
+        audio = left + len(row.before)
+        token_ids[i, left:audio] = torch.tensor(row.before, dtype=torch.long)
+        is_audio[i, audio : audio + row.positions] = True
+        token_ids[i, audio + row.positions : start] = torch.tensor(row.prompt, dtype=torch.long)
+        token_ids[i, start:end] = torch.tensor(row.answer, dtype=torch.long)
+        labels[i, : len(row.answer)] = torch.tensor(row.answer, dtype=torch.long)
+        mask[i, left:end] = 1
+    return Batch(
+        [row.audio for row in rows],
+        [row.positions for row in rows],
+        token_ids,
+        is_audio,
+        mask,
+        labels,
+        start,
+        padded=not bool(mask.all()),
+    )
+
+
+def pack(rows: list[Row]) -> Batch:
+    """Build a batch of a single row without padding.
+
+    The LLM must be one that `packed_attention.allow_packing` accepts.
+    """
+    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites these embeddings.
+    ids, is_audio, labels = [], [], []
+    for row in rows:
+        ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
+        is_audio += (
+            [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
+        )
+        labels += [*[IGNORED] * row.head, *row.answer]
+    return Batch(
+        [row.audio for row in rows],
+        [row.positions for row in rows],
+        torch.tensor([ids]),
+        torch.tensor([is_audio]),
+        torch.ones((1, len(ids)), dtype=torch.long),
+        # No position predicts the first token, so the labels start at the second.
+        torch.tensor([labels[1:]]),
+        answer_start=1,
+        padded=False,
+        lengths=[row.head + len(row.answer) for row in rows],
+    )
