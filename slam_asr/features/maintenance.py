@@ -15,6 +15,7 @@ from slam_asr.config.recipe import FRAMES_PER_SECOND
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
+from slam_asr.storage.failures import Damaged
 
 _PARALLEL_READS = 4
 _CHUNK_BYTES = 8 * 2**20
@@ -150,9 +151,14 @@ def verify_store(store: str, repair: bool = False) -> None:
 def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
     namespace, shard = located
     hashed = hashlib.sha256()
-    with open_stream(namespace.shard_path(shard.name)) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            hashed.update(chunk)
+    try:
+        with open_stream(namespace.shard_path(shard.name)) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                hashed.update(chunk)
+    except Damaged:
+        # An object may have a checksum of its own, which the stream compares. Any other failure of the store
+        # says nothing about the shard, and is raised.
+        return False
     return hashed.hexdigest() == shard.sha256
 
 
