@@ -196,7 +196,9 @@ def _rates(numbers: dict[str, Any]) -> str:
     names = ", ".join(name for name in numbers.get("subsets", {}) if name)
     decoding = numbers.get("decoding", {})
     beams = decoding.get("beams")
-    how = f"Test subsets: {names or 'one'}." + (f" Decoded with {beams} beams." if beams else "")
+    how = f"Test subsets: {names or 'one'}." + (
+        f" Decoded with {beams} beam{'s' * (beams > 1)}." if beams else ""
+    )
     table = "\n".join(f"| {line} |" for line in [" | ".join(heads), " | ".join("---" for _ in heads), *lines])
     return (
         f"## {'Character' if short == 'CER' else 'Word'} error rate\n\n{how} The controls are output that "

@@ -188,7 +188,7 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
 
 
 def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
-    """Build an utterance from its fields; a line that repeats a field is rejected."""
+    """Build an utterance from its fields; a line that repeats its audio or its text is rejected."""
     values = {
         name: [field[1:] for field in fields if field[0] == name]
         for name in ("audio", "text", "speaker", "recorded")

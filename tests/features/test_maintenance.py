@@ -54,7 +54,7 @@ def test_damaged_shards_are_found_removed_and_computed_again(store_of_three, dam
     if damage != "deleted":
         write_bytes(shard, bytes(content) if damage == "flipped" else bytes(content[:-5]))
     with pytest.raises(
-        UserError, match="1 shards are damaged and 0" if damage == "flipped" else "0 shards are damaged and 1"
+        UserError, match="1 damaged shard, and 0" if damage == "flipped" else "0 damaged shards, and 1"
     ):
         run("features", ["verify", store])
     with pytest.raises(UserError, match="extract-features"):
