@@ -18,6 +18,7 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+# Looks at the characters without consuming them: one may have a space on either side.
 _SPACE_NEXT_TO_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
 _ZERO_WIDTH_SPACES = re.compile("[\u200b\ufeff]")
 """Khmer, Thai and Burmese texts may mark words with U+200B, for line breaks. U+FEFF may begin a text, as its
@@ -60,6 +61,7 @@ def separates_words(texts: Iterable[str]) -> bool:
         others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
         words += len(others.split())
         unspaced += count
+    # Without any text both are 0, and words are counted.
     return unspaced <= words
 
 
@@ -82,6 +84,7 @@ def is_latin(text: str) -> bool:
     if text.isascii():
         return True
     latin = [unicodedata.name(c, "").startswith("LATIN") for c in text if c.isalpha()]
+    # A text without letters, such as a number, counts as Latin.
     return 2 * sum(latin) >= len(latin)
 
 

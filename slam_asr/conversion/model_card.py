@@ -25,7 +25,7 @@ LICENCES = {
 }
 """Licences of base models, by the beginning of their names."""
 _AUTHOR = "for its author to choose; write it here"
-# The seconds, given to a tenth, tell trainings of the same recipe apart.
+# The seconds, given to a tenth, distinguish trainings of the same recipe.
 _MATCHING_FACTS = ("recipe", "encoder", "llm", "steps", "seconds")
 
 

@@ -183,6 +183,7 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
             f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
             "a channel, counted from 0, may follow."
         )
+    # To microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
     duration = None if stop == -1 else round(stop - start, 6)
     return comparable(recording), start, duration, None if channel < 0 else channel
 
