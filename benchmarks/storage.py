@@ -1,6 +1,6 @@
 """Compare the speed of this project's verified transfers with that of bare boto3, on a local server.
 
-    python benchmarks/storage.py                         # 8 objects of 64 MiB, 5 repeats: some minutes
+    python benchmarks/storage.py              # 8 objects of 64 MiB, 5 repeats (2 of writing): some minutes
     python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
 
 Both alternate on the same server (moto's, in a separate process); only the ratios within one run are
@@ -122,14 +122,14 @@ def _run(count: int, megabytes: int, repeats: int) -> None:
 
         print(
             f"{count} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; "
-            "ratio: our speed / boto3's speed"
+            "ratio: our speed / boto3's speed (lowest to highest of a repeat)"
         )
         for threads in (1, 2, 4):
             methods = {
                 "ours": lambda n=threads: download_all(our_download, n),
                 "bare": lambda n=threads: download_all(bare_download, n),
             }
-            compare(f"download to files, {threads} threads", methods, repeats, total)
+            compare(f"download to files, {threads} thread{'s' * (threads > 1)}", methods, repeats, total)
     compare(
         "read_bytes / get_object().read()",
         {

@@ -47,7 +47,7 @@ def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
 
 
 def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generator) -> np.ndarray:
-    """Put speech into a random room, before a random microphone, and scale it to a random level.
+    """Add echo and noise to some of the speech, and give all of it a microphone's response and a level.
 
     Args:
         samples: float32 [samples] at SAMPLE_RATE Hz.
@@ -69,7 +69,7 @@ def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generato
 
 
 def _with_echo(samples: np.ndarray, seconds: float, direct: float, rng: np.random.Generator) -> np.ndarray:
-    """Convolve with a direct sound and noise that decays by 60 dB in `seconds`, `direct` dB below it."""
+    """Add an echo: noise that decays by 60 dB in `seconds`, in sum `direct` dB below the direct sound."""
     times = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     echo = rng.standard_normal(len(times)) * 10 ** (-3 * times / seconds)
     echo[: round(rng.uniform(0.001, 0.01) * SAMPLE_RATE)] = 0  # until the first reflection

@@ -308,6 +308,7 @@ them.
 
 
 def _sort_keys(comment: re.Match[str]) -> str:
+    # kfp writes the value as Python does (True, None), not as JSON.
     return f"{comment[1]}{_with_sorted_keys(ast.literal_eval(comment[2]))}]"
 
 

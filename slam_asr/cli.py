@@ -1,8 +1,7 @@
 """`slam-asr COMMAND …`: one command per stage and a few others, each built from its own function.
 
 The options are the function's parameters, spelled with dashes; their help is the function's docstring.
-If a stage takes a recipe, `--recipe` names it, and each key of the recipe is an option too, spelled as in the
-YAML file: `--training.max_steps 200`.
+`--recipe` names a stage's recipe, and each key of a recipe is an option too: `--training.max_steps 200`.
 """
 
 import importlib

@@ -9,7 +9,7 @@ from slam_asr import __version__
 from slam_asr.storage import digest
 
 COMMIT = "SLAM_ASR_COMMIT"
-"""Environment variable of the images: the commit that they were built from, with a + if files differed."""
+"""Environment variable of the images: the commit that they were built from; a + marks changed files."""
 
 
 def describe_version() -> str:
@@ -20,7 +20,8 @@ def describe_version() -> str:
         return f"{line}, no torch"
     import torch
 
-    gpus = f", {torch.cuda.device_count()} GPUs" if torch.version.cuda else ""
+    count = torch.cuda.device_count()
+    gpus = f", {count} GPU{'s' * (count != 1)}" if torch.version.cuda else ""
     return f"{line}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}{gpus}"
 
 

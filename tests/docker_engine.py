@@ -1,7 +1,8 @@
 """A Docker engine for tests, and the images on it: the machine's own engine, or one started here.
 
-No registry is needed: the base image is a Debian made on the spot. It contains torch's wheel, because pip's
-sources on this machine may be folders. An engine that is started here has a socket and a folder of its own.
+No registry is needed: the base image is a Debian made on the spot. It contains torch's wheel, because pip
+may install from folders on this machine, which no container sees. An engine that is started here has a socket
+and a folder of its own.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ PACKAGES = ["docker.io", "mmdebstrap"]
 
 
 class NoEngine(Exception):
-    """This machine cannot run one."""
+    """No Docker engine answers, and none can be started here."""
 
 
 @contextlib.contextmanager
@@ -77,11 +78,11 @@ def engine(folder: Path) -> Iterator[str]:
 
 
 def install(programs: list[str], packages: list[str]) -> None:
-    """Have Debian's packages here where a program is missing."""
+    """Install Debian's packages if one of the programs is missing."""
     if all(shutil.which(program) for program in programs):
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise NoEngine(f"{' and '.join(programs)} are missing, and cannot be installed here")
+        raise NoEngine(f"{' and '.join(programs)} cannot be installed here: that needs root and apt-get")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     # apt fails if another worker of the tests is installing; whoever waited finds the programs there.
     with open(Path(tempfile.gettempdir()) / "slam-asr-tests-apt.lock", "w", encoding="utf-8") as lock:
@@ -98,7 +99,7 @@ def _apt_get(packages: list[str], environment: dict[str, str]) -> None:
 
 
 def build_images(folder: Path, address: str) -> None:
-    """Build the images of all steps."""
+    """Build all images: those of the steps, and the server's."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DOCKER_HOST": address}
     make_base(folder, environment)

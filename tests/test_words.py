@@ -22,7 +22,7 @@ BANNED = {
     r"\bof yesterday\b": "old",
     r"\bcomes to nothing\b": "has no result",
 }
-"""Words that have no place, or several meanings, here: a pattern, and what to write instead."""
+"""Words that are vague, or mean several things here: a pattern, and what to write instead."""
 
 ALLOWED = {
     "demo/texts.py": ['("'],  # the grammar of the demo's sentences
@@ -33,7 +33,7 @@ ALLOWED = {
 """By file, pieces of lines that may contain a banned word, as quotations. An empty piece allows all."""
 
 BARE = re.compile(r"Of |Whether or not |That which |What is ")
-"""Beginnings of docstrings that are neither a sentence with a verb nor a noun phrase."""
+"""Beginnings of docstrings that name neither what the object is nor what it does."""
 
 
 def tracked(*patterns: str) -> list[str]:

@@ -201,6 +201,7 @@ def _check_pipelines(
     try:
         from pipelines.kubeflow.runs import latest
 
+        # The smallest request that needs the right to list runs.
         latest(connection, 1)
         findings.append(Finding(GOOD, subject, "you may list them"))
     except UserError as error:
@@ -215,6 +216,7 @@ def _check_version(connection: Connection) -> Finding:
         return Finding(
             UNKNOWN, subject, f"the server does not report it; {OLDEST_BACKEND} or later is needed"
         )
+    # As numbers, because 2.9 comes after 2.16 as text.
     if [int(version[1]), int(version[2])] < [int(part) for part in OLDEST_BACKEND.split(".")]:
         return Finding(
             BAD,
@@ -291,6 +293,7 @@ def _check_account(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) 
 
 def _check_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
     subject = f"secret {cluster.storage.secret}"
+    # Only the names of the keys: the values never leave this line.
     keys = set(api.read_namespaced_secret(cluster.storage.secret, namespace).data or {})
     if any(required <= keys for required in SECRET_KEYS):
         return Finding(GOOD, subject, "exists, with key id and secret key")

@@ -55,6 +55,8 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
     """
     client = connection.client
     description = _DESCRIPTIONS[pipeline]
+    # 48 bits: two of a thousand versions share them with a probability of n² / 2 / 2**48, about 2 in a
+    # billion.
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
     namespace = connection.namespace if connection.multi_user else None
     pipeline_id = _find_pipeline(connection, pipeline, namespace)

@@ -10,14 +10,15 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-# Han with its punctuation, kana and bopomofo; Thai, Lao, Tibetan, Burmese, Khmer; Tai Le, New Tai Lue,
-# Tai Tham, Balinese, Javanese and Yi. Korean is not among them: it separates words.
+# Han with its punctuation and full-width forms, kana and bopomofo; Thai, Lao, Tibetan, Burmese, Khmer;
+# Tai Le, New Tai Lue, Tai Tham, Balinese, Javanese and Yi. Korean is not among them: it separates words.
 _UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u3000-\u312f\u31a0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\ua980-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f"
     "\U00020000-\U0003ffff"
 )
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+# Looks at the characters without consuming them: one may have a space on either side.
 _SPACE_NEXT_TO_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
 _ZERO_WIDTH_SPACES = re.compile("[\u200b\ufeff]")
 """Khmer, Thai and Burmese texts may mark words with U+200B, for line breaks. U+FEFF may begin a text, as its
@@ -36,13 +37,13 @@ def comparable(text: str) -> str:
 
 
 def characters_of(text: str, all_unspaced: bool = False) -> str:
-    """Remove the spaces of a comparable text that do not count as characters.
+    """Return a comparable text as its characters are counted.
 
-    These are the spaces next to a character of a script that puts none between words.
+    The spaces next to a character of a script that puts none between words are removed.
 
     Args:
         text: a text that `comparable` returned.
-        all_unspaced: leave out all spaces, as in a test whose words are not separated.
+        all_unspaced: remove all spaces, for a test set whose words are not separated.
     """
     if all_unspaced:
         return text.replace(" ", "")
@@ -60,6 +61,7 @@ def separates_words(texts: Iterable[str]) -> bool:
         others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
         words += len(others.split())
         unspaced += count
+    # Without any text both are 0, and words are counted.
     return unspaced <= words
 
 
@@ -82,6 +84,7 @@ def is_latin(text: str) -> bool:
     if text.isascii():
         return True
     latin = [unicodedata.name(c, "").startswith("LATIN") for c in text if c.isalpha()]
+    # A text without letters, such as a number, counts as Latin.
     return 2 * sum(latin) >= len(latin)
 
 
@@ -104,7 +107,7 @@ def normalise_english(text: str) -> str:
 
 
 def normalise_any_language(text: str) -> str:
-    """Remove case and punctuation from a text of any language.
+    """Remove case, punctuation and symbols from a text of any language.
 
     Whisper's normaliser for other languages than English does it too, but removes combining marks: without
     its vowel signs, किताब would become क त ब. Here they remain, and so does the text between brackets.

@@ -29,7 +29,7 @@ _SAMPLE_BYTES = {
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
 }
 """Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
-# It does the same for an Ogg file that is cut off: https://github.com/libsndfile/libsndfile/issues/989.
+# An Ogg file that is cut off has no length either: https://github.com/libsndfile/libsndfile/issues/989.
 _NO_LENGTH = 2**62
 """libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
 _BLOCK = 2**22

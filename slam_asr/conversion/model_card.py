@@ -25,7 +25,7 @@ LICENCES = {
 }
 """Licences of base models, by the beginning of their names."""
 _AUTHOR = "for its author to choose; write it here"
-# The seconds, given to a tenth, tell trainings of the same recipe apart.
+# The seconds, given to a tenth, distinguish trainings of the same recipe.
 _MATCHING_FACTS = ("recipe", "encoder", "llm", "steps", "seconds")
 
 
@@ -196,7 +196,9 @@ def _rates(numbers: dict[str, Any]) -> str:
     names = ", ".join(name for name in numbers.get("subsets", {}) if name)
     decoding = numbers.get("decoding", {})
     beams = decoding.get("beams")
-    how = f"Test subsets: {names or 'one'}." + (f" Decoded with {beams} beams." if beams else "")
+    how = f"Test subsets: {names or 'one'}." + (
+        f" Decoded with {beams} beam{'s' * (beams > 1)}." if beams else ""
+    )
     table = "\n".join(f"| {line} |" for line in [" | ".join(heads), " | ".join("---" for _ in heads), *lines])
     return (
         f"## {'Character' if short == 'CER' else 'Word'} error rate\n\n{how} The controls are output that "

@@ -3,8 +3,8 @@
 Voxtral is a Whisper encoder, a projector and an LLM, but its projector has no biases, and its sizes follow
 from those of encoder and LLM. A linear projector is rewritten to that form without changing what it computes:
 
-- Voxtral joins as many frames per position as the encoder's feed-forward layers are wider than a frame. These
-  layers are padded with zeros from 4 to k times the width. The padding has no effect, because GELU(0) is 0.
+- Voxtral joins n frames per position if the encoder's feed-forward layers are n times as wide as a frame. So
+  these are padded from usually 4 to k times that width, with zeros on both sides of the activation.
 - The encoder ends with a LayerNorm, y = γ · n + β, whose n has mean 0. Therefore Σ (yᵢ - βᵢ) / γᵢ = 0, and
   Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (c · γᵢ) give 1 for every frame, and these
   weights times the first layer's bias replace the bias.
@@ -56,7 +56,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     """Write the folder, with all weights in fp32, and compare its logits with those of the three parts.
 
     Args:
-        folder: an existing folder; its config.json is written before the comparison, and removed if it fails.
+        folder: an existing folder; if the logits differ, its config.json is removed: then it is no model.
         parts: the weights.
         report: the measured error rates, for the model card.
 
@@ -65,7 +65,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
 
     Raises:
         ConfigurationError: the model does not meet a condition; the message names it.
-        ModelError: the tokenizer, or the written model, does not give what training used.
+        ModelError: the tokenizer gives the prompt other ids than in training, or the model other logits.
     """
     spec, recipe = _require_conditions(parts), parts.recipe
     tokenizer = load_tokenizer(locate_model(recipe.llm.name))
@@ -81,7 +81,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
         | _llm_weights(llm)
     )
     config = _config(encoder, llm, recipe, audio_id)
-    _require_names(weights, config, recipe)
+    _require_same_shapes(weights, config, recipe)
     expected = _logits(encoder, projector, llm, ids, audio_id)
     del llm
     # Copies, because tied weights must not share memory in the file.
@@ -272,8 +272,8 @@ def _config(encoder: Any, llm: PreTrainedModel, recipe: Recipe, audio_id: int) -
     )
 
 
-def _require_names(weights: Mapping[str, torch.Tensor], config: VoxtralConfig, recipe: Recipe) -> None:
-    """Require that Voxtral with this LLM has exactly these weights.
+def _require_same_shapes(weights: Mapping[str, torch.Tensor], config: VoxtralConfig, recipe: Recipe) -> None:
+    """Require that Voxtral with this LLM has weights of exactly these names and shapes.
 
     Raises:
         ConfigurationError: it has others.
@@ -284,8 +284,8 @@ def _require_names(weights: Mapping[str, torch.Tensor], config: VoxtralConfig, r
     actual = {name: tensor.shape for name, tensor in weights.items()}
     if differing := sorted(n for n in expected | actual if expected.get(n) != actual.get(n)):
         raise ConfigurationError(
-            f"{recipe.llm.name} cannot be the LLM of a Voxtral, which needs an LLM of a base model and a "
-            f"linear output layer without bias ({differing[0]} differs): use --to huggingface."
+            f"{recipe.llm.name} cannot be the LLM of a Voxtral, which needs a base model and "
+            f"a linear output layer without bias, and no more ({differing[0]} differs): use --to huggingface."
         )
 
 
@@ -326,7 +326,7 @@ def _compare(folder: Path, config: Any, ids: list[int], expected: torch.Tensor) 
             f"{folder} does not compute what the checkpoint computes: its logits differ by {difference:.1g} "
             "of the largest. Nothing is published; use --to huggingface, and please report this."
         )
-    return f"logits on random audio equal to {difference:.1g} of the largest"
+    return f"logits on random audio equal, but for {difference:.1g} of the largest"
 
 
 def _usage(recipe: Recipe) -> str:

@@ -33,7 +33,7 @@ NO_TRANSCRIPT = "audio without transcript"
 BLANK = "blank transcript"
 DUPLICATE = "duplicate key"
 TOO_SHORT = "too short"
-UNSUPPORTED = "not one channel of one recording"
+UNSUPPORTED = "mixed, multi-channel or transformed cut"
 
 
 @dataclass

@@ -183,12 +183,13 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
             f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
             "a channel, counted from 0, may follow."
         )
+    # To microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
     duration = None if stop == -1 else round(stop - start, 6)
     return comparable(recording), start, duration, None if channel < 0 else channel
 
 
 def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
-    """Build an utterance from its fields; a line that repeats a field is rejected."""
+    """Build an utterance from its fields; a line that repeats its audio or its text is rejected."""
     values = {
         name: [field[1:] for field in fields if field[0] == name]
         for name in ("audio", "text", "speaker", "recorded")

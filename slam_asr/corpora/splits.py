@@ -255,12 +255,12 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
     """Raise if the reasons for rejections show that a corpus has only transcripts or only audio."""
     if set(reasons) == {NO_AUDIO}:
         raise InputError(
-            f"{reader.root} holds transcripts but no audio ({reasons[NO_AUDIO]} files are missing, the first "
-            f"is that of {first.key}): check that it was unpacked completely and that its paths are valid."
+            f"{reader.root} holds transcripts but no audio (missing files: {reasons[NO_AUDIO]}, first that "
+            f"of {first.key}): check that it was unpacked completely and that its paths are valid."
         )
     if set(reasons) == {NO_TRANSCRIPT}:
         raise InputError(
-            f"{reader.root} holds audio but no transcripts ({reasons[NO_TRANSCRIPT]} files, the first is "
+            f"{reader.root} holds audio but no transcripts (files: {reasons[NO_TRANSCRIPT]}, first "
             f"{first.source}): put the transcripts next to the audio, as in the archive."
         )
 

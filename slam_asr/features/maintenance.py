@@ -15,6 +15,7 @@ from slam_asr.config.recipe import FRAMES_PER_SECOND
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, write_bytes
+from slam_asr.storage.failures import Damaged
 
 _PARALLEL_READS = 4
 _CHUNK_BYTES = 8 * 2**20
@@ -88,16 +89,16 @@ def list_store(store: str) -> None:
             size = sum(s.bytes for s in index.shards) / 1e6
             print(
                 f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB "
-                f"in {len(index.shards)} shards, {len(namespace.index_names())} indexes"
+                f"in {_number(len(index.shards), 'shard')}, {_number(len(namespace.index_names()), 'index')}"
             )
         for count, what in (
             (len(contents.receipts), "shards of unfinished extractions"),
             (len(contents.pieces), "pieces of shards that an unfinished extraction has begun"),
-            (len(contents.orphans), "shards that nothing refers to: `slam-asr features prune` removes them"),
-            (len(contents.lost), "shards missing or cut short: run `slam-asr extract-features` again"),
+            (len(contents.orphans), "shards that nothing refers to, which `slam-asr features prune` removes"),
+            (len(contents.lost), "shards missing or cut short, for which extract-features must run again"),
         ):
             if count:
-                print(f"  {count} {what}")
+                print(f"  {what}: {count}")
 
 
 def verify_store(store: str, repair: bool = False) -> None:
@@ -133,26 +134,38 @@ def verify_store(store: str, repair: bool = False) -> None:
     for path in (*damaged, *lost):
         log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:
-        log_line(f"{store}: {len(shards)} shards, all intact")
+        log_line(f"{store}: {_number(len(shards), 'shard')}, all intact")
         return
     if repair:
         for path in damaged:
             delete(path)
-        log_line(f"removed {len(damaged)} damaged shards")
+        log_line(f"removed {_number(len(damaged), 'damaged shard')}")
     remedy = "run `slam-asr extract-features` again over the same manifests" + (
         "" if repair or not damaged else f", after `slam-asr features verify {store} --repair true`"
     )
     raise InputError(
-        f"{store}: {len(damaged)} shards are damaged and {len(lost)} missing or cut short: {remedy}."
+        f"{store} has {_number(len(damaged), 'damaged shard')}, and {len(lost)} missing or cut short: "
+        f"{remedy}."
     )
+
+
+def _number(count: int, noun: str) -> str:
+    """Return `1 shard`, `2 shards`, `2 indexes`."""
+    plural = "" if count == 1 else "es" if noun.endswith("x") else "s"
+    return f"{count} {noun}{plural}"
 
 
 def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
     namespace, shard = located
     hashed = hashlib.sha256()
-    with open_stream(namespace.shard_path(shard.name)) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            hashed.update(chunk)
+    try:
+        with open_stream(namespace.shard_path(shard.name)) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                hashed.update(chunk)
+    except Damaged:
+        # An object may have a checksum of its own, which the stream compares. Any other failure of the store
+        # says nothing about the shard, and is raised.
+        return False
     return hashed.hexdigest() == shard.sha256
 
 
@@ -196,7 +209,7 @@ def prune_store(
             # removed shard, even after an interruption.
             for file in sorted(files, key=lambda f: "/shards/" in f):
                 delete(file)
-        log_line(f"{name_of(namespace.root)}: {len(files)} files, {size / 1e6:,.1f} MB, {verb}")
+        log_line(f"{name_of(namespace.root)}: {_number(len(files), 'file')}, {size / 1e6:,.1f} MB, {verb}")
 
 
 def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:

@@ -27,7 +27,7 @@ def processes_here(key: str, requested: int) -> int:
     gpus = torch.cuda.device_count()
     if gpus and requested > gpus:
         raise ConfigurationError(
-            f"{key} is {requested} but this machine has {gpus} GPUs: lower it, "
+            f"{key} is {requested} but this machine has {gpus} GPU{'s' * (gpus > 1)}: lower it, "
             "or leave it at 0 to use them all."
         )
     return requested or max(1, gpus)

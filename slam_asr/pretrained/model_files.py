@@ -122,7 +122,7 @@ def weights_sha256(folder: Path) -> str:
     digest_file = folder / DIGESTS
     try:
         cached = json.loads(digest_file.read_text(encoding="utf-8"))
-        # Reading 13 GB can take a minute; a size and a time in nanoseconds tell a replaced file well enough.
+        # Reading 13 GB can take a minute; a replaced file has another size or time.
         if cached["files"] == stats:
             return cached["sha256"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -113,6 +113,7 @@ def convert_original(source: Path, folder: Path) -> str:
                 f"{name}: fetch it again."
             )
     folder.mkdir(parents=True, exist_ok=True)
+    # An earlier config.json must not vouch for the new weights if the conversion is interrupted.
     (folder / "config.json").unlink(missing_ok=True)
     write_one_by_one(folder / "model.safetensors", weights, like=weights)
     write_json(folder / "preprocessor_config.json", _preprocessor(original))

@@ -70,6 +70,7 @@ def processes_of(
                 write_json(path, asdict(replace(job, process=index, processes=count, folder=folder)))
                 running.append(
                     subprocess.Popen(
+                        # Unbuffered, so that the last lines of a process that is killed are not lost.
                         [sys.executable, "-u", "-m", START, module, str(path)],
                         env=os.environ | thread_limits(count) | {PARENT: str(os.getpid())},
                         stdin=pipe,

@@ -100,7 +100,7 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
                     "start": round(segment.start, 3),
                     "end": round(segment.end, 3),
                     "text": segment.text,
-                    # OpenAI's event always has this field; speakers are not told apart here.
+                    # OpenAI's event always has this field; speakers are not distinguished here.
                     "speaker": "",
                     "cut": segment.cut,
                 }

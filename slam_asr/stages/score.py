@@ -68,6 +68,10 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
 
     if not separates_words(row.reference for row in rows):
         inputs["unit"] = "characters"  # reports of version 0.1.0 count words in any language
+    for name in (NBEST, AUDIO):
+        # Left out if no part has such a file: reports without them have the same fingerprint as before.
+        if of_parts := _files_named(records, name):
+            inputs[name] = [sha256_of_file(file) for file in of_parts]
 
     def work(folder: Path) -> Outcome:
         write_hypotheses(folder / HYPOTHESES, rows)

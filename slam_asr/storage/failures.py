@@ -32,6 +32,10 @@ class ChecksumMismatch(Exception):
     """Content differs from its checksum, because of the network or because the object is damaged."""
 
 
+class Damaged(StorageError):
+    """An object's content is not what was written, whatever the network does."""
+
+
 class CredentialsMissing(StorageError):
     """No credentials are configured, or they are incomplete."""
 

@@ -16,6 +16,7 @@ from slam_asr.storage.address import folder_prefix, split_uri
 from slam_asr.storage.client import client
 from slam_asr.storage.failures import (
     ChecksumMismatch,
+    Damaged,
     ObjectMissing,
     TemporaryFailure,
     http_status,
@@ -194,7 +195,7 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
             # A server without support for ranges sends the complete object.
             content = content if "ContentRange" in answer else content[begin:end]
             if end is not None and len(content) < end - begin:
-                raise StorageError(f"{uri} is damaged (it ends before byte {end}): write it again.")
+                raise Damaged(f"{uri} is damaged (it ends before byte {end}): write it again.")
         return content
 
     return _require(uri, "read", attempt)
@@ -283,7 +284,7 @@ class ObjectStream(io.RawIOBase):
             content = read(self.uri, self.position, end, self._known.stamp)
             self._hash.update(content)
             if content and end == self.size and self._known.sha256 not in (None, self._hash.hexdigest()):
-                raise StorageError(
+                raise Damaged(
                     f"{self.uri} is damaged (its checksum differs): "
                     "read it again, and if that fails too, write it again."
                 )

@@ -60,7 +60,7 @@ def resolve(path: PathOrUri, folder: str) -> str:
 
 
 def info(path: PathOrUri) -> Info | None:
-    """The metadata of a file, or None if it does not exist.
+    """The metadata of a file, or None if it does not exist or is a folder.
 
     Raises:
         StorageError: object storage cannot be read.
@@ -279,7 +279,7 @@ def require_writable(folder: PathOrUri) -> None:
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:
-    """Upload all files of a local folder below a prefix, except hidden ones.
+    """Upload all files of a local folder, except those whose names begin with a dot, below a prefix.
 
     Args:
         folder: local.

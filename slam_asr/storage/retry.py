@@ -19,7 +19,7 @@ from typing import TypeVar
 from slam_asr.errors import StorageError, UserError
 from slam_asr.progress import log_line
 from slam_asr.storage.client import seconds_from_environment
-from slam_asr.storage.failures import CHECKSUM_DIFFERS, ObjectMissing, reason_to_retry
+from slam_asr.storage.failures import CHECKSUM_DIFFERS, Damaged, ObjectMissing, reason_to_retry
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def call_with_retries(
         if checksum_failures >= _MAX_CHECKSUM_FAILURES:
             times = f"({reason}, {checksum_failures} times)"
             if action == "read":
-                raise StorageError(f"{uri} is damaged {times}: write it again.")
+                raise Damaged(f"{uri} is damaged {times}: write it again.")
             raise StorageError(f"{uri} arrives damaged {times}: check the network.")
         elapsed = time.monotonic() - started
         if elapsed >= limit:

@@ -38,7 +38,7 @@ PROGRAM = Path(__file__).parent / "elsewhere_program.py"
 SECONDS = (0.9, 0.31, 2.0, 1.37, 0.02, 0.7, 2.6, 0.5)
 """Lengths of the utterances. One is too short for a frame of a waveform encoder, and one is longer than the
 window of the tiny Whisper, which is 2 s."""
-ENCODERS = {
+OPTIONS_OF_KIND = {
     "whisper-all": {"encoder.frames": "all"},
     "whisper-speech": {
         "encoder.long_audio": "split",
@@ -73,7 +73,7 @@ def trained(tiny_recipe, folder: Path, kind: str, **overrides):
         model.save_pretrained(encoder)
     else:
         write_waveform_model(encoder, kind, "base" if kind == "wavlm" else "large")
-    options = {"decoding.max_new_tokens": 8, "encoder.name": str(encoder)} | ENCODERS[kind] | overrides
+    options = {"decoding.max_new_tokens": 8, "encoder.name": str(encoder)} | OPTIONS_OF_KIND[kind] | overrides
     recipe = load_recipe(str(tiny_recipe), options)
     weights = {
         f"encoder_projector.{name}": 30 * tensor
@@ -112,8 +112,8 @@ def decoded(model: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
     return found
 
 
-def exported(folder: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
-    """The same, by the exported folder."""
+def decoded_by_transformers(folder: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
+    """The same as `decoded`, by transformers with the exported folder."""
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     model = SlamAsrForConditionalGeneration.from_pretrained(folder)
     found = []
@@ -145,13 +145,15 @@ def up_to_end(ids: list[int], stops: list[int]) -> list[int]:
         *(pytest.param(k, marks=pytest.mark.slow) for k in ("whisper-all", "hubert")),
     ],
 )
-def test_it_decodes_to_the_same_token_ids(tiny_recipe, llm, tmp_path, kind):
+def test_an_exported_folder_decodes_to_the_same_token_ids(tiny_recipe, llm, tmp_path, kind):
     recipe, file = trained(tiny_recipe, tmp_path, kind, **{"llm.name": llm})
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False)
     folder = convert_checkpoint(
         model.folder, str(tmp_path / "exported"), to="huggingface", verify=False
     ).folder
-    for expected, found in zip(decoded(model.folder, *SETTINGS), exported(folder, *SETTINGS), strict=True):
+    for expected, found in zip(
+        decoded(model.folder, *SETTINGS), decoded_by_transformers(folder, *SETTINGS), strict=True
+    ):
         assert found == expected
         assert len({tuple(ids) for ids in expected}) > 1, "the texts must depend on the audio"
 
@@ -221,12 +223,12 @@ def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
         ).folder
         for everything in (False, True)
     )
-    expected = exported(small, (1, 8))
+    expected = decoded_by_transformers(small, (1, 8))
     for place in places.values():
         shutil.rmtree(place)
     with pytest.raises(OSError, match=r"The encoder .* cannot be loaded: .* give encoder_name=…"):
-        exported(small, (1, 8))
-    assert exported(complete, (1, 8)) == expected
+        decoded_by_transformers(small, (1, 8))
+    assert decoded_by_transformers(complete, (1, 8)) == expected
     model = SlamAsrForConditionalGeneration.from_pretrained(
         small, encoder_name=tiny_models["encoder"], llm_name=tiny_models["llm"]
     )
@@ -290,7 +292,7 @@ def test_options_that_have_no_effect_and_code_of_an_llm_are_refused(tiny_recipe,
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_it_runs_on_a_machine_without_slam_asr(tiny_recipe, llm, tmp_path):
+def test_an_exported_folder_runs_without_slam_asr(tiny_recipe, llm, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **{"llm.name": llm})
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe).folder
     folder = convert_checkpoint(model, str(tmp_path / "exported"), to="huggingface", complete=True).folder

@@ -21,7 +21,7 @@ def test_a_projector_for_the_demo_is_shipped():
 
 
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_is_small_and_in_half_precision(name):
+def test_a_shipped_model_is_small_and_in_half_precision(name):
     weights = fetch_model(name) / WEIGHTS
     assert weights.stat().st_size < MAX_BYTES
     with safe_open(weights, "pt") as file:
@@ -76,7 +76,7 @@ def test_its_card_describes_data_training_and_results(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_it_fits_the_base_models_that_are_fetched(demo_models, name):
+def test_a_shipped_model_fits_the_base_models_that_are_fetched(demo_models, name):
     config = read_config(fetch_model(name))
     recipe = config.typed_recipe
     spec, llm = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)

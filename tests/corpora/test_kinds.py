@@ -654,7 +654,7 @@ def test_a_cut_may_have_several_supervisions_but_must_be_part_of_one_file(tmp_pa
         "c2-1": ("part 1", 2.0, 1.0),
     }
     reasons = {r.key: r.reason for r in items if isinstance(r, Rejection)}
-    assert reasons == dict.fromkeys(("c3", "c4", "c5", "c6"), "not one channel of one recording") | {
+    assert reasons == dict.fromkeys(("c3", "c4", "c5", "c6"), "mixed, multi-channel or transformed cut") | {
         "c7": "audio without transcript"
     }
 

@@ -7,8 +7,10 @@ from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import read_manifest, write_manifest
 from slam_asr.cli import run
 from slam_asr.errors import UserError
+from slam_asr.features.maintenance import verify_store
 from slam_asr.stages.extract_features import extract_features
-from slam_asr.storage import delete, join, read_bytes, walk, write_bytes
+from slam_asr.storage import delete, exists, join, read_bytes, walk, write_bytes
+from tests.artifacts.feature_store.test_store import publish
 from tests.features.conftest import utterances_in
 from tests.features.test_extract import SMALL, contents, recipe
 
@@ -52,7 +54,7 @@ def test_damaged_shards_are_found_removed_and_computed_again(store_of_three, dam
     if damage != "deleted":
         write_bytes(shard, bytes(content) if damage == "flipped" else bytes(content[:-5]))
     with pytest.raises(
-        UserError, match="1 shards are damaged and 0" if damage == "flipped" else "0 shards are damaged and 1"
+        UserError, match="1 damaged shard, and 0" if damage == "flipped" else "0 damaged shards, and 1"
     ):
         run("features", ["verify", store])
     with pytest.raises(UserError, match="extract-features"):
@@ -60,6 +62,24 @@ def test_damaged_shards_are_found_removed_and_computed_again(store_of_three, dam
     extract()
     assert contents(store) == before
     run("features", ["verify", store])
+
+
+@pytest.mark.parametrize("rows", [5, 20_000], ids=["read at once", "read in ranges"])
+def test_an_object_that_differs_from_its_own_checksum_is_a_damaged_shard(bucket, capsys, rows):
+    features = {"a" * 64: torch.zeros(rows, 128)}
+    namespace, index = publish("s3://bucket/f", features)
+    path = namespace.shard_path(index.shards[0].name)
+    key = path.removeprefix("s3://bucket/")
+    written = bucket.Object(key).get()
+    content = bytearray(written["Body"].read())
+    content[-1] ^= 1
+    bucket.put_object(Key=key, Body=bytes(content), Metadata=written["Metadata"])
+    with pytest.raises(UserError, match=r"after `slam-asr features verify s3://bucket/f --repair true`"):
+        verify_store("s3://bucket/f")
+    assert f"{path}: damaged" in capsys.readouterr().out and exists(path)
+    with pytest.raises(UserError, match="extract-features"):
+        verify_store("s3://bucket/f", repair=True)
+    assert not exists(path)
 
 
 def test_pruning_retains_what_a_manifest_needs(store_of_three, tmp_path):

@@ -86,6 +86,15 @@ def test_joined_nbest_lists_have_one_line_per_utterance(tmp_path, model, part_of
     assert [json.loads(line) for line in lines] == lists
 
 
+def test_parts_decoded_again_with_nbest_lists_have_a_report_of_their_own(tmp_path, model, part_of):
+    output = str(tmp_path / "scores" / "{fingerprint}")
+    without = score(load_recipe("demo"), model, [part_of(1, 1, ROWS)], output)
+    lists = [{"key": "u0", "choices": []}]
+    again = score(load_recipe("demo"), model, [part_of(1, 1, ROWS, name="again", nbest=lists)], output)
+    assert json.loads(again.file(NBEST).read_text()) == lists[0]
+    assert again.folder != without.folder and again.metrics == without.metrics
+
+
 def test_a_decoding_of_version_0_1_without_a_work_shard_is_scored(tmp_path, model, part_of):
     recipe = load_recipe("demo")
     old = score(recipe, model, [part_of(1, None, ROWS)], str(tmp_path / "old"))

@@ -35,7 +35,7 @@ def _without_pauses(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_training_starts_again_and_each_new_checkpoint_allows_as_many_restarts_again(tmp_path, capfd):
+def test_only_restarts_since_the_last_checkpoint_are_counted(tmp_path, capfd):
     assert attempts_of(tmp_path, [TEMPORARY_CODE, TEMPORARY_CODE, 0], checkpoints=(1,)) == 3
     lines = [line for line in capfd.readouterr().out.splitlines() if "starts again" in line]
     assert [line.partition(". ")[2] for line in lines] == [

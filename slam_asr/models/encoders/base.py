@@ -200,6 +200,6 @@ def encode_audio(
     ]
     if saved_as is None:
         return [features for group in groups for features in encoder(group)]
-    # A frozen encoder's activations would otherwise be kept for a backward pass that never reaches them.
+    # A frozen encoder's activations would otherwise be retained for a backward pass that never reaches them.
     with torch.no_grad():
         return [round_trip(features, saved_as) for group in groups for features in encoder(group)]

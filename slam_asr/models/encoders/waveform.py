@@ -146,7 +146,7 @@ class MaskedGroupNorm(nn.Module):
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
         # In fp32, because sums over thousands of frames would be inexact in half precision. Padding is set to
         # 0 after the mean is subtracted, so that it adds nothing to the variance.
-        # What it adds otherwise: https://github.com/facebookresearch/fairseq/issues/3227.
+        # What padding does otherwise: https://github.com/facebookresearch/fairseq/issues/3227.
         x, count = hidden.float(), self.lengths[:, None, None]
         valid = torch.arange(x.shape[2], device=x.device) < count
         centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid

@@ -95,14 +95,14 @@ def test_two_nodes_are_a_trainjob_of_small_pods_that_the_pod_of_train_starts(tmp
 
 
 @pytest.mark.slow
-def test_findings_of_each_pod_are_shown_and_count(doctor, kubeflow):
+def test_findings_of_each_pod_are_shown_and_change_the_exit_code(doctor, kubeflow):
     fine = "✓ image: was pulled, and has your version of slam_asr\nanother line"
     code, out = doctor(dict.fromkeys(CHECKED, fine) | {"decode": f"{fine}\n{FAULT}"})
     for step in CHECKED:
         assert f"✓ {step}: image: was pulled, and has your version of slam_asr" in out.splitlines(), out
     assert "✗ decode: " + FAULT.removeprefix("✗ ") in out.splitlines()
     assert "another line" not in out and f"{kubeflow.address}/#/runs/details/run-1" in out
-    # The images, which are nowhere, are the other problems.
+    # doctor itself finds more, such as images that no registry has; none of it is about a pod.
     assert code == 1 and out.count("✗ decode: ") == 1 and "pod: " not in out
     assert kubeflow.terminated == [] and len(kubeflow.runs) == 1
     [package] = kubeflow.packages.values()
