@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save
 from transformers import (
     AutoModel,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Wav2Vec2FeatureExtractor,
@@ -39,6 +38,7 @@ from slam_asr.models.llm import load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
+from slam_asr.models.searcher import generation_of
 from slam_asr.pretrained.lazy_tensors import lazy_tensors, rename_tensors
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import locate_model
@@ -99,7 +99,7 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     processor.save_pretrained(folder)
     _require_same_prompt(folder, spec, prompt, recipe)
     _name_code(folder / "processor_config.json")
-    generation_of(recipe, prompt).save_pretrained(folder)
+    generation_of(recipe.decoding, prompt).save_pretrained(folder)
     card = model_card(parts.content, usage(names), report)
     write_atomically(folder / CARD, card.encode())
     _config(parts, names, processor.audio_token_id).save_pretrained(folder)
@@ -188,20 +188,6 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
         architectures=["SlamAsrForConditionalGeneration"],
         auto_map=AUTO_MAP,
         custom_pipelines={"automatic-speech-recognition": PIPELINE},
-    )
-
-
-def generation_of(recipe: Recipe, prompt: Prompt) -> GenerationConfig:
-    """Return how the recipe decodes."""
-    options = recipe.decoding
-    return GenerationConfig(
-        num_beams=options.beams,
-        do_sample=False,
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty,
-        length_penalty=options.length_penalty,
-        eos_token_id=prompt.stops,
-        pad_token_id=prompt.end,
     )
 
 

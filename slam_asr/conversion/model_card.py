@@ -103,6 +103,11 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         # The hub reads these rates from the front matter and shows them beside the card.
         front["model-index"] = _model_index(recipe.name, report.numbers)
     sections = [use]
+    if recipe.decoding.ctc_weight:
+        sections.append(
+            "This folder decodes with the LLM alone. slam-asr adds CTC's scores to the LLM's "
+            f"(`decoding.ctc_weight: {recipe.decoding.ctc_weight}`), and makes fewer errors."
+        )
     if report:
         sections.append(_rates(report.numbers))
     elif not text:

@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from slam_asr.artifacts.model_folder import CONFIG, projector_from_weights, replace_weights
 from slam_asr.config.recipe import Recipe
-from slam_asr.conversion.huggingface_folder import add_audio_token, generation_of
+from slam_asr.conversion.huggingface_folder import add_audio_token
 from slam_asr.conversion.model_card import CARD, Report, model_card
 from slam_asr.conversion.parts import Parts
 from slam_asr.conversion.tuned import load_merged_llm
@@ -40,6 +40,7 @@ from slam_asr.models.encoders.whisper import WhisperSpec
 from slam_asr.models.llm import describe_llm, load_llm, load_tokenizer
 from slam_asr.models.projector import LinearProjector
 from slam_asr.models.prompt import Prompt
+from slam_asr.models.searcher import generation_of
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
@@ -92,7 +93,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     WhisperFeatureExtractor(
         feature_size=spec.config.num_mel_bins, chunk_length=spec.window_samples // 16_000
     ).save_pretrained(folder)
-    generation = generation_of(recipe, prompt)
+    generation = generation_of(recipe.decoding, prompt)
     if generation.repetition_penalty != 1.0:
         log_line(
             f"decoding.repetition_penalty ({generation.repetition_penalty}) is left out: with Voxtral, "

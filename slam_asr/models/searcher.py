@@ -79,18 +79,10 @@ class Searcher:
         self.model, self.prompt, self.inference_only = model, prompt, inference_only
         # Samples during training are decoded by the LLM alone.
         self.ctc_weight = options.ctc_weight if inference_only else 0.0
-        # This configuration also replaces the LLM's own, from which `generate` would fill in unset options:
-        # sampling options in the LLM's generation_config.json must not affect a measurement.
-        self.generation = GenerationConfig(
-            num_beams=options.beams,
-            num_return_sequences=options.nbest,
-            do_sample=False,
-            max_new_tokens=options.max_new_tokens,
-            repetition_penalty=options.repetition_penalty,
-            length_penalty=options.length_penalty,
-            eos_token_id=prompt.stops,
-            pad_token_id=prompt.end,
-        )
+        self.generation = generation_of(options, prompt)
+        self.generation.num_return_sequences = options.nbest
+        # It also replaces the LLM's own, from which `generate` would fill in unset options: sampling options
+        # in the LLM's generation_config.json must not affect a measurement.
         model.llm.generation_config = self.generation
 
     def decode(self, audio: Sequence[torch.Tensor | Prepared], positions: Sequence[int]) -> list[Answer]:
@@ -147,6 +139,19 @@ class Searcher:
         # cut.
         cut = not set(self.prompt.stops) & set(ids) and len(ids) >= self.generation.max_new_tokens
         return Answer(self.prompt.answer_of(ids), cut, ids)
+
+
+def generation_of(options: Decoding, prompt: Prompt) -> GenerationConfig:
+    """Return transformers' configuration of a search for the best answer."""
+    return GenerationConfig(
+        num_beams=options.beams,
+        do_sample=False,
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        length_penalty=options.length_penalty,
+        eos_token_id=prompt.stops,
+        pad_token_id=prompt.end,
+    )
 
 
 def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: int) -> Iterator[list[int]]:

@@ -367,7 +367,8 @@ def test_the_error_for_a_folder_that_is_not_a_corpus_has_the_cause(tmp_path):
 def test_a_corpus_without_any_audio_is_refused(corpus, tmp_path):
     for path in corpus.rglob("*.wav"):
         path.unlink()
-    assert "holds transcripts but no audio (missing files: 25," in refusal(recipe(), str(corpus), str(tmp_path / "out"))
+    refused = refusal(recipe(), str(corpus), str(tmp_path / "out"))
+    assert "holds transcripts but no audio (missing files: 25," in refused
     assert_no_manifest(tmp_path / "out")
 
 
