@@ -5,6 +5,7 @@ jsonargparse makes the parser, the help and the typed values. This module adds l
 """
 
 import inspect
+import itertools
 import re
 import sys
 from argparse import Action, ArgumentError
@@ -278,8 +279,11 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
         return f"{valueless[1]} lacks a value{help_hint}"
     missing = re.search(r"arguments are required: (.*)", text)
     if missing:
+        # What a command takes by position is named as its usage line does.
+        words = itertools.takewhile(lambda word: "-" not in word[:2], (parser.usage or "").split())
+        shown = options | {w.strip("[]…").lower(): w.strip("[]") for w in words if w.strip("[]…").isupper()}
         names = [name.strip(" -") for name in missing[1].split(",")]
-        return f"Missing: {', '.join(options.get(name, f'--{name}') for name in names)}{help_hint}"
+        return f"Missing: {', '.join(shown.get(name, f'--{name}') for name in names)}{help_hint}"
     sentence = one_sentence(error)
     key = sentence.partition(":")[0]
     return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"

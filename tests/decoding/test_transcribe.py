@@ -173,7 +173,7 @@ def test_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["{model}"], "No file to transcribe|Missing: --files"),
+        (["{model}"], "No file to transcribe|Missing: FILES…"),
         (["{model}", "nowhere.wav"], "There is no audio file nowhere.wav: check the path\\.$"),
         (["{model}", "{text}"], "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual"),
         (["{model}", "{wav}", "--longest", "0"], "--longest is 0 s but must be at least 1"),

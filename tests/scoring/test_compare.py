@@ -124,7 +124,7 @@ def test_different_references_are_refused(outputs, tmp_path):
     ("arguments", "message"),
     [
         (["/no/such", "/no/such"], "/no/such contains no hypotheses"),
-        (["one"], "Missing: --second"),
+        (["one"], "Missing: SECOND"),
         (["a", "b", "c"], "c follows no option"),
     ],
 )
