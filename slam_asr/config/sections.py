@@ -219,6 +219,9 @@ class Projector:
     which must have the same kind and sizes, and with `llm.tuning: lora` also from its adapter, if it has one.
     Empty: random weights, drawn with the seed."""
     beginning: Beginning = field(default_factory=Beginning)
+    dropout: float = bounded(0.0, at_least=0.0, at_most=0.9)
+    """Share of the encoder's values that is zeroed in training, except in the beginning, which has its own
+    (`beginning.dropout`). It makes up for a part of the variety that a few hours of speech lack."""
     ctc_weight: float = bounded(0.0, at_least=0.0)
     """Weight of CTC's loss beside the LLM's, after the beginning or without one. Above 0, the projector's
     outputs also have to spell the transcript, as in `beginning`, and decoding can use what they spell

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from slam_asr.errors import ConfigurationError, ModelError
@@ -35,6 +36,7 @@ class Slam(nn.Module):
             it has its own precision, and no optimiser, checkpoint or sharding must include it.
         feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
             are the same whether or not they come from a feature store.
+        dropout: share of the encoder's values that is zeroed in training.
 
     Raises:
         ModelError: the LLM has no output layer of its own.
@@ -46,9 +48,10 @@ class Slam(nn.Module):
         llm: PreTrainedModel,
         encoder: SpeechEncoder | None = None,
         feature_dtype: str = "fp32",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.projector, self.llm = projector, llm
+        self.projector, self.llm, self.dropout = projector, llm, dropout
         self.encoder: SpeechEncoder | None
         if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
             self.encoder = encoder
@@ -119,7 +122,10 @@ class Slam(nn.Module):
         # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
-        self._projected = self.projector(self.encode(batch.audio), batch.positions)
+        features = self.encode(batch.audio)
+        if self.training and self.dropout:
+            features = [functional.dropout(f, self.dropout) for f in features]
+        self._projected = self.projector(features, batch.positions)
         audio = self._projected.to(embeddings.dtype)
         # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)

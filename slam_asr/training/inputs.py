@@ -273,7 +273,12 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     # These keys are newer than the first training runs, which must still match their inputs: keys whose
     # feature is not used are left out.
-    for section, key in (("llm", "trust_remote_code"), ("llm", "answer_prefix"), ("projector", "ctc_weight")):
+    for section, key in (
+        ("llm", "trust_remote_code"),
+        ("llm", "answer_prefix"),
+        ("projector", "dropout"),
+        ("projector", "ctc_weight"),
+    ):
         if not values[section][key]:
             del values[section][key]
     if not recipe.projector.beginning.active:

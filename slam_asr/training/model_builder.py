@@ -119,7 +119,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
             # `Recipe.caches_features` is false for a trained encoder, so there is no feature store.
             assert encoder is not None
             checkpoint_layers(encoder)
-    return Slam(projector, llm, encoder, recipe.features.dtype), lazy_weights
+    return Slam(projector, llm, encoder, recipe.features.dtype, recipe.projector.dropout), lazy_weights
 
 
 def _load_llm(

@@ -91,6 +91,23 @@ def test_ctcs_loss_is_added_for_batches_that_are_spelled(joined):
         model.ctc = model.scorer = None
 
 
+def test_dropout_is_active_in_training_alone(joined):
+    model, batch = joined[0], make_batch(joined, [1])
+    model.dropout = 0.5
+    try:
+        model.eval()
+        evaluated = model.embed(batch)
+        model.train()
+        # Two random draws differ from each other, and only at the audio's positions.
+        first, second = model.embed(batch), model.embed(batch)
+    finally:
+        model.dropout = 0.0
+        model.eval()
+    torch.testing.assert_close(evaluated, model.embed(batch), rtol=0, atol=0)
+    assert not torch.equal(first[batch.is_audio], second[batch.is_audio])
+    assert torch.equal(first[~batch.is_audio], evaluated[~batch.is_audio])
+
+
 def test_a_prefix_gives_the_first_word_the_tokens_of_any_other(tiny_models):
     tokenizer = load_tokenizer(tiny_models["llm"])
     without, with_space = (Prompt(tokenizer, Llm(answer_prefix=prefix)) for prefix in ("", " "))

@@ -43,7 +43,12 @@ OPTIONS = {
     "training.checkpoint_every": 1,
     "training.checkpoints": STEPS,
 }
-LORA = {"llm.tuning": "lora", "llm.lora.dropout": 0.2, "projector.ctc_weight": 0.5}
+LORA = {
+    "llm.tuning": "lora",
+    "llm.lora.dropout": 0.2,
+    "projector.dropout": 0.1,
+    "projector.ctc_weight": 0.5,
+}
 
 
 def run(prepared, output: Path, **options):
@@ -271,7 +276,9 @@ def test_without_a_beginning_the_inputs_of_a_training_are_what_they_were(prepare
     recipe = load_recipe(prepared[0])
     off = dataclasses.replace(recipe.projector.beginning, steps=7, dropout=0.5)
     changed = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, beginning=off))
-    assert {"beginning", "ctc_weight"}.isdisjoint(settings_that_affect_weights(recipe)["projector"])
+    assert {"beginning", "ctc_weight", "dropout"}.isdisjoint(
+        settings_that_affect_weights(recipe)["projector"]
+    )
     assert "answer_prefix" not in settings_that_affect_weights(recipe)["llm"]
     assert settings_that_affect_weights(changed) == settings_that_affect_weights(recipe)
     on = load_recipe(prepared[0], OPTIONS)
