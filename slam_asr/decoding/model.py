@@ -20,9 +20,11 @@ from slam_asr.artifacts.model_folder import (
     read_config,
     read_projector,
     replace_weights,
+    shipped_models,
 )
 from slam_asr.config.recipe import Decoding, Recipe, value_of, with_base_models_of
 from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.progress import log_line
 
 if TYPE_CHECKING:
     import torch
@@ -148,11 +150,12 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
 
     Raises:
         ConfigurationError: the recipe names an encoder or LLM that the model replaces by its own.
-        ModelError: a base model is not the one that the model was trained with, or cannot be used.
+        ModelError: a base model is not the one that the model was trained with (of a shipped model, it may
+            have been converted in another way), or cannot be used.
         UserError: the model or a base model does not exist.
     """
     from slam_asr.models.encoders.registry import describe_encoder
-    from slam_asr.models.llm import describe_llm
+    from slam_asr.models.llm import describe_llm, llm_width
     from slam_asr.pretrained.model_files import weights_sha256
     from slam_asr.pretrained.weight_checks import require_sound_files
 
@@ -164,13 +167,13 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
         for part, key in ((ENCODER, "encoder.name"), (LLM, "llm.name"))
     )
     spec = describe_encoder(replace(trained.encoder, name=str(encoder_folder)))
-    describe_llm(llm_folder, trained.llm.trust_remote_code)  # raises if it cannot be used
+    llm = describe_llm(llm_folder, trained.llm.trust_remote_code)  # raises if it cannot be used
     for place, part in ((spec.folder, "encoder"), (llm_folder, "LLM")):
         require_sound_files(place, part)
     if encoder_folder != folder / ENCODER and spec.fingerprint() != config.encoder:
-        raise ModelError(_mismatch("encoder", trained.encoder.name, name))
+        _report_other_weights("encoder", trained.encoder.name, name, spec.width == config.encoder_width)
     if llm_folder != folder / LLM and weights_sha256(llm_folder) != config.llm_sha256:
-        raise ModelError(_mismatch("LLM", trained.llm.name, name))
+        _report_other_weights("LLM", trained.llm.name, name, llm_width(llm) == config.llm_width)
     return Model(folder, config, trained, spec, llm_folder)
 
 
@@ -197,8 +200,19 @@ def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: s
     return locate_base_model(name, key, model)
 
 
-def _mismatch(part: str, name: str, model: str) -> str:
-    return (
+def _report_other_weights(part: str, name: str, model: str, fits: bool) -> None:
+    """Refuse a base model with other weights than those of the training; for a shipped model, warn.
+
+    Shipped models were trained with base models from wheels, in fp16 or converted from 4 bits. Most users
+    have the same models from the hub, in the original precision, with which a shipped model works as well.
+    """
+    if fits and model in shipped_models():
+        log_line(
+            f"warning: {name} has other weights here than the {part} that {model} was trained with, perhaps "
+            "in another precision: the word error rate may differ from that in its card"
+        )
+        return
+    raise ModelError(
         f"{name} is not the {part} that {model} was trained with: the weights' sha256 differs. (It also "
         "differs between a model from the hub and the same model from a wheel.) Put the original weights in "
         f"the cache folder, or name their folder with --{part.lower()}.name."
