@@ -124,10 +124,8 @@ def _search(
     result = SearchState.start(utterances, generation, device)
     with shared_prefix_attention(llm) if share else contextlib.nullcontext():
         for step in range(max_new_tokens):
-            log_probabilities = _penalised(logits, state, step, processors)
-            if scorer:
-                log_probabilities = scorer.add(log_probabilities)
-            state, continued_rows = choose(state, log_probabilities, step, stops, generation)
+            scores = _scores(logits, state, step, processors, scorer)
+            state, continued_rows = choose(state, scores, step, stops, generation)
             is_last = step + 1 == max_new_tokens
             settled = torch.ones_like(state.improvable) if is_last else ~state.improvable
             # Settled utterances may stay in the batch until it shrinks. Their answers no longer change, so
@@ -161,10 +159,16 @@ def _search(
     return _answers(result, generation)
 
 
-def _penalised(
-    logits: torch.Tensor, state: SearchState, step: int, processors: LogitsProcessorList
+def _scores(
+    logits: torch.Tensor,
+    state: SearchState,
+    step: int,
+    processors: LogitsProcessorList,
+    scorer: CtcScorer | None,
 ) -> torch.Tensor:
-    """Return log probabilities [utterances, beams, vocabulary] from logits [utterances · beams, vocabulary].
+    """Return the next token's scores [utterances, beams, vocabulary]: log probabilities, and CTC's share.
+
+    The logits are [utterances · beams, vocabulary].
 
     As in transformers, greedy search penalises logits, and beam search penalises log probabilities.
     """
@@ -174,7 +178,8 @@ def _penalised(
         log_probabilities = processors(generated, cast(torch.FloatTensor, logits)).log_softmax(-1)
     else:
         log_probabilities = processors(generated, cast(torch.FloatTensor, logits.log_softmax(-1)))
-    return log_probabilities.unflatten(0, (-1, beams))
+    log_probabilities = log_probabilities.unflatten(0, (-1, beams))
+    return scorer.add(log_probabilities) if scorer else log_probabilities
 
 
 def _answers(result: SearchState, generation: GenerationConfig) -> Answers:
