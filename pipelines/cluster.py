@@ -67,6 +67,18 @@ class Models:
 
 
 @dataclass
+class Registry:
+    """The model registry, for recipes with `publish.registry`. `environment` has its address."""
+
+    secret: str = ""
+    """Name of the secret with MODEL_REGISTRY_TOKEN, or with what MLflow's server needs of MLFLOW_TRACKING_TOKEN,
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+
+    If empty, Kubeflow's registry gets the token of the pod's service account.
+    """
+
+
+@dataclass
 class Queue:
     """Job queueing with Kueue."""
 
@@ -196,6 +208,7 @@ class Cluster:
     images: Images = field(default_factory=Images)
     storage: Storage = field(default_factory=Storage)
     models: Models = field(default_factory=Models)
+    registry: Registry = field(default_factory=Registry)
     queue: Queue = field(default_factory=Queue)
     trainer: Trainer = field(default_factory=Trainer)
     steps: Steps = field(default_factory=Steps)
@@ -217,7 +230,7 @@ class Cluster:
                 raise ConfigurationError(
                     f"Cluster {self.name}: environment.{name} looks like a credential, and would be "
                     "readable in the compiled pipeline: put it into a secret (storage.secret, "
-                    "models.token_secret) instead."
+                    "models.token_secret, registry.secret) instead."
                 )
         self._require("trainer.timeout_hours", lambda hours: hours >= 0, "0 or more")
         for name in STEPS:
