@@ -71,8 +71,8 @@ class Registry:
     """The model registry, for recipes with `publish.registry`. `environment` has its address."""
 
     secret: str = ""
-    """Name of the secret with MODEL_REGISTRY_TOKEN, or with what MLflow's server needs of MLFLOW_TRACKING_TOKEN,
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    """Name of the secret with MODEL_REGISTRY_TOKEN, or with what MLflow's server needs:
+    MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
     If empty, Kubeflow's registry gets the token of the pod's service account.
     """

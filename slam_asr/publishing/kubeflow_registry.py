@@ -1,7 +1,7 @@
 """Kubeflow's Model Registry, through its own client.
 
-The client's version decides which API it uses. 0.3.14 is the last one with v1alpha3, the only API of servers from
-before the summer of 2026; newer servers have it next to v1 for a time
+The client's version decides which API it uses. 0.3.14 is the last one with v1alpha3, the only API of servers
+from before the summer of 2026; newer servers have it next to v1 for a time
 (https://github.com/kubeflow/hub/issues/2992).
 """
 
@@ -120,7 +120,7 @@ class KubeflowRegistry:
             ) from None
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
             raise ClusterError(
-                f"{server} does not answer ({error or 'no answer in time'}): start it, or check {ADDRESS}."
+                f"{server} does not answer ({str(error) or 'no answer in time'}): start it, or check {ADDRESS}."
             ) from None
         except api.ServiceException as error:
             raise ClusterError(

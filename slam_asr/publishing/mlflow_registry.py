@@ -35,8 +35,7 @@ class MlflowRegistry:
         # Imported by name: images contain every package in an import statement, but this one is optional.
         self.mlflow = importlib.import_module("mlflow")
         self.name = name
-        # The address may contain a password.
-        self.address = re.sub(r"//[^/]*@", "//…@", self.mlflow.get_registry_uri())
+        self.address = _without_password(self.mlflow.get_registry_uri())
         with self._explained():
             self.client = self.mlflow.MlflowClient()
             self.client.search_registered_models(max_results=1)
@@ -84,13 +83,18 @@ class MlflowRegistry:
         try:
             yield
         except self.mlflow.MlflowException as error:
-            why = " ".join(str(error).split())[:200]
+            why = _without_password(" ".join(str(error).split()))[:200]
             if " 401 " in why or " 403 " in why or error.get_http_status_code() in (401, 403):
                 remedy = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 raise ClusterError(f"{server} refuses access ({why}): {remedy}.") from None
             raise ClusterError(
                 f"{server} does not answer or refuses ({why}): check {_ADDRESSES[0]} or {_ADDRESSES[1]}."
             ) from None
+
+
+def _without_password(text: str) -> str:
+    """Replace name and password in an address."""
+    return re.sub(r"//[^/]*@", "//…@", text)
 
 
 def _version(found: Any) -> Version:
