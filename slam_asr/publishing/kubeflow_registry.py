@@ -119,9 +119,8 @@ class KubeflowRegistry:
                 "its secret in registry.secret)."
             ) from None
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
-            raise ClusterError(
-                f"{server} does not answer ({str(error) or 'no answer in time'}): start it, or check {ADDRESS}."
-            ) from None
+            why = str(error) or "no answer in time"
+            raise ClusterError(f"{server} does not answer ({why}): start it, or check {ADDRESS}.") from None
         except api.ServiceException as error:
             raise ClusterError(
                 f"{server} reports an error of its own ({error.status} {error.reason}): see its log, then "

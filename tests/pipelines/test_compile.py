@@ -317,15 +317,7 @@ GOLDEN_OPTIONS = {
     "two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"],
     "evaluate": ["demo", "--model", "s3://speech/models/demo", "--cluster", "one-gpu-node"],
     "sweep": ["demo", "--sweep", "demo/sweep.yaml", "--parallel", "2", "--cluster", "one-gpu-node"],
-    "publish": [
-        "demo",
-        "--publish.registry",
-        "kubeflow",
-        "--gate.max_wer",
-        "25",
-        "--cluster",
-        "one-gpu-node",
-    ],
+    "publish": ["demo", "--publish.registry", "kubeflow", "--gate.max_wer", "25", "--cluster", "cpu"],
 }
 """Options of `compile` for each golden file."""
 

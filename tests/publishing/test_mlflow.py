@@ -1,4 +1,4 @@
-"""MLflow's registry behaves as Kubeflow's does: one version per model, with what the next comparison needs."""
+"""MLflow's registry behaves as Kubeflow's does: one version per model, which the next is compared with."""
 
 import pytest
 
