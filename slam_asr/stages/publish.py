@@ -10,7 +10,8 @@ from slam_asr import __version__
 from slam_asr.artifacts.stage_record import Outcome, Record, read_record, require_record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
-from slam_asr.publishing.registry import FINGERPRINT, SCORES, Registry, open_registry
+from slam_asr.publishing.connection import open_registry
+from slam_asr.publishing.registry import FINGERPRINT, SCORES, Registry
 from slam_asr.scoring.gate import Verdict, check_better, check_limit
 from slam_asr.storage import digest, exists, join, read_bytes, sha256_of_bytes, write_atomically, write_json
 

@@ -3,7 +3,8 @@
 import pytest
 
 from slam_asr.errors import ClusterError, ConfigurationError
-from slam_asr.publishing.registry import Version, open_registry
+from slam_asr.publishing.connection import open_registry
+from slam_asr.publishing.registry import Version
 from slam_asr.stages.publish import check_registry, publish
 
 mlflow = pytest.importorskip(

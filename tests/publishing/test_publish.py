@@ -9,8 +9,8 @@ from slam_asr import cli
 from slam_asr.artifacts import model_folder
 from slam_asr.artifacts.stage_record import read_record
 from slam_asr.errors import ClusterError, ConfigurationError, InputError, UserError
-from slam_asr.publishing import kubeflow_registry
-from slam_asr.publishing import registry as registries
+from slam_asr.publishing import connection, kubeflow_registry
+from slam_asr.publishing.registry import Version
 from slam_asr.stages.publish import DECISION, PAGE, check_registry, publish
 from slam_asr.storage import sha256_of_bytes
 from tests.publishing.server import TOKEN
@@ -116,14 +116,14 @@ def test_only_a_significantly_better_model_replaces_the_registered_one(
 
 
 def test_newest_version_is_found_on_the_first_page_of_many(registry):
-    opened = registries.open_registry("kubeflow", "many")
+    opened = connection.open_registry("kubeflow", "many")
     assert opened.newest() is None
     for number in range(5):
         opened.register(f"v{number}", "s3://b/m", "", {"scores": f"s3://b/{number}"})
-    assert opened.newest() == registries.Version("v4", "s3://b/4")
+    assert opened.newest() == Version("v4", "s3://b/4")
     for version in registry.versions[1:]:
         version.state = ModelVersionState.ARCHIVED
-    assert opened.newest() == registries.Version("v0", "s3://b/0")
+    assert opened.newest() == Version("v0", "s3://b/0")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_model_that_cannot_be_compared_is_not_published(
     change, reason, registry, trained, recipe_with, tmp_path
 ):
     scores = {"none": "", "gone": "/nowhere", "other": trained("other", 2, utterances=30)[1]}[change]
-    registries.open_registry("kubeflow", "demo").register("v1", "s3://b/m", "", {"scores": scores})
+    connection.open_registry("kubeflow", "demo").register("v1", "s3://b/m", "", {"scores": scores})
     record = publish(recipe_with(**BETTER), *trained("new", wrong=30), str(tmp_path / "out"))
     assert record.summary.startswith("not published: ") and reason in record.summary
     assert len(registry.versions) == 1
@@ -218,7 +218,7 @@ def test_address_that_the_client_cannot_use_is_refused(address, recipe_with, tmp
 
 
 def test_registry_whose_package_is_not_installed_is_refused(recipe_with, tmp_path, monkeypatch):
-    monkeypatch.setattr(registries.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(connection.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'slam-asr\[registry\]'"):
         check_registry(recipe_with(), str(tmp_path / "out"))
     with pytest.raises(ConfigurationError, match="pip install 'mlflow-skinny'"):
