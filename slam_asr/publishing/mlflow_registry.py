@@ -9,6 +9,7 @@ from typing import Any
 
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.publishing.registry import FINGERPRINT, SCORES, Properties, Version
+from slam_asr.storage import is_s3
 
 _ADDRESSES = ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -54,6 +55,11 @@ class MlflowRegistry:
         """Register a model, unless it is registered already, and return its version."""
         if known := self.find(fingerprint):
             return known
+        if self.address.startswith("http") and not is_s3(uri):
+            raise ConfigurationError(
+                f"MLflow's registry at {self.address} takes only models in object storage, not {uri}: run "
+                "with an s3:// prefix as the store."
+            )
         with self._explained():
             try:
                 self.client.get_registered_model(self.name)
@@ -63,7 +69,9 @@ class MlflowRegistry:
                 self.client.create_registered_model(self.name)
             tags = {key: str(value) for key, value in properties.items()}
             return _version(
-                self.client.create_model_version(self.name, uri, tags=tags, description=description)
+                self.client.create_model_version(
+                    self.name, uri, tags=tags, description=description, await_creation_for=0
+                )
             )
 
     def _versions(self) -> list[Any]:
@@ -87,8 +95,9 @@ class MlflowRegistry:
             if " 401 " in why or " 403 " in why or error.get_http_status_code() in (401, 403):
                 remedy = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 raise ClusterError(f"{server} refuses access ({why}): {remedy}.") from None
+            fault = "does not answer" if "failed with exception" in why else "refuses"
             raise ClusterError(
-                f"{server} does not answer or refuses ({why}): check {_ADDRESSES[0]} or {_ADDRESSES[1]}."
+                f"{server} {fault} ({why}): check {_ADDRESSES[0]} or {_ADDRESSES[1]}."
             ) from None
 
 
