@@ -24,7 +24,7 @@ def check_registry(recipe: Recipe, output: str) -> Record:
 
     Args:
         recipe: names the registry and the model.
-        output: folder for decision.json; {fingerprint} in it is replaced by a digest of the inputs.
+        output: folder for the record; {fingerprint} in it is replaced by a digest of the inputs.
 
     Raises:
         UserError: the registry is not configured, does not answer, or refuses.
@@ -69,7 +69,8 @@ def publish(
     if scores.inputs["training"] != config.get("training", {}):
         raise InputError(f"{report} is the report of another model than {model}: name this model's report.")
     fingerprint = digest(model_record.inputs)[:16]
-    properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint, "run": run}
+    properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint}
+    properties |= {"run": run} if run else {}
     # The run's id is left out: the same model in another run is the same version.
     inputs = _place(registry) | {
         "model": fingerprint,
@@ -167,6 +168,6 @@ def _properties(model: Record, config: Mapping[str, Any], scores: Record) -> dic
 def _page(facts: Mapping[str, Any]) -> str:
     """The decision in Markdown, for the dashboard."""
     place = {key: facts[key] for key in ("registry", "name", "version", "model") if facts[key]}
-    lines = [f"- {key}: `{value}`" for key, value in (place | facts["properties"]).items() if value != ""]
+    lines = [f"- {key}: `{value}`" for key, value in (place | facts["properties"]).items()]
     decision: str = facts["decision"]
     return "\n".join([f"**{decision[0].upper()}{decision[1:]}.**", "", *lines]) + "\n"

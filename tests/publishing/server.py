@@ -55,8 +55,8 @@ class ModelRegistryServer:
                 found = [v for v in self.versions if v.registered_model_id == parent]
                 return 200, _page(mr.ModelVersionList, found, query)
             case ["GET", "model_version"]:
-                wanted = (query["name"], query["parentResourceId"])
-                return _one([v for v in self.versions if (v.name, v.registered_model_id) == wanted])
+                requested = (query["name"], query["parentResourceId"])
+                return _one([v for v in self.versions if (v.name, v.registered_model_id) == requested])
             case ["POST", "model_versions"]:
                 sent = mr.ModelVersionCreate.from_json(body)
                 return self._add(self.versions, mr.ModelVersion, sent.to_dict())
