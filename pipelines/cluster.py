@@ -213,6 +213,12 @@ class Cluster:
     trainer: Trainer = field(default_factory=Trainer)
     steps: Steps = field(default_factory=Steps)
 
+    @property
+    def names_registry(self) -> bool:
+        """Whether runs may publish models, for which the step `publish` needs its image."""
+        variables = {"MODEL_REGISTRY_URL", "MLFLOW_REGISTRY_URI"}
+        return bool(self.registry.secret or variables & self.environment.keys())
+
     def __post_init__(self) -> None:
         for key in ("namespace", "kubeflow_namespace", "service_account"):
             self._require(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
