@@ -120,11 +120,16 @@ def _read_model(model: str) -> tuple[Record, dict[str, Any]]:
     `read_config` would need torch's packages, which are not in this stage's image.
     """
     record, path = read_record(model), join(model, "config.json")
-    if record is None or not exists(path):
+    try:
+        config = json.loads(read_bytes(path)) if record and exists(path) else {}
+    except ValueError:
+        config = {}
+    # A folder for transformers has a config.json too, but no recipe in it.
+    if record is None or not isinstance(config.get("recipe"), str):
         raise InputError(
-            f"{model} holds no model with a record: give the folder that convert-checkpoint wrote."
+            f"{model} holds no model folder with a record: give the one that convert-checkpoint wrote."
         )
-    return record, json.loads(read_bytes(path))
+    return record, config
 
 
 def _verdicts(recipe: Recipe, registry: Registry, fingerprint: str, scores: Record) -> list[Verdict]:

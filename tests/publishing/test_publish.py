@@ -231,8 +231,12 @@ def test_report_of_another_model_and_a_folder_without_a_model_are_refused(
     (model, scores), (_, others) = trained("a", wrong=10), trained("bb", wrong=10)
     with pytest.raises(InputError, match="is the report of another model than"):
         publish(recipe_with(), model, others, str(tmp_path / "out"))
-    with pytest.raises(InputError, match="holds no model with a record"):
-        publish(recipe_with(), scores, scores, str(tmp_path / "out"))
+    for damaged in (None, "{", '{"model_type": "slam_asr"}'):
+        folder = scores if damaged is None else model
+        if damaged:
+            (tmp_path / "a" / "model" / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match="holds no model folder with a record"):
+            publish(recipe_with(), folder, scores, str(tmp_path / "out"))
     assert registry.versions == []
 
 
