@@ -571,7 +571,9 @@ def test_image_list_sets_the_images(tmp_path):
     digests = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in OWN_IMAGE}
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(digests))
     cli.main(["compile", "--images", str(tmp_path / "images.yaml"), "--output", str(tmp_path / "all")])
-    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == digests | {"score": digests["decode"]}
+    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == {
+        step: digests[STEPS[step].image or step] for step in RESULTS
+    }
     assert images_of(spec_of(tmp_path / "all" / "components" / "train.yaml")) == {"train": digests["train"]}
 
 
