@@ -10,8 +10,10 @@ from components.convert_checkpoint.component import convert_checkpoint
 from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
+from components.publish.component import publish
+from components.publish.open_registry import open_registry
 from components.train.component import train
-from slam_asr.steps import TRAINING
+from slam_asr.steps import PUBLISHING, TRAINING
 
 DESCRIPTION = (
     "Train a SLAM-ASR speech recogniser and measure it: a frozen speech encoder, a frozen LLM, "
@@ -20,7 +22,9 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None, trainjob: str = ""
+    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    trainjob: str = "",
+    publishes: bool = False,
 ) -> BaseComponent:
     """Build the training pipeline.
 
@@ -28,9 +32,14 @@ def build_pipeline(
         place: function that is called with each step's name and task, and assigns the cluster's resources to
             the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
+        publishes: whether the pipeline ends with the step `publish`, which registers the model.
     """
 
-    @dsl.pipeline(name=TRAINING, display_name="SLAM-ASR", description=DESCRIPTION)
+    @dsl.pipeline(
+        name=PUBLISHING if publishes else TRAINING,
+        display_name="SLAM-ASR: train and publish" if publishes else "SLAM-ASR",
+        description=DESCRIPTION,
+    )
     def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train a SLAM-ASR speech recogniser and measure it.
 
@@ -43,6 +52,12 @@ def build_pipeline(
         manifest = build_manifest(
             recipe=recipe, recipe_overrides=recipe_overrides, corpus=corpus, store=store
         )
+        publication: list[dsl.PipelineTask] = []
+        if publishes:
+            # The registry is tried first, so that a registry that is down ends the run before the training.
+            opened = open_registry(recipe=recipe, recipe_overrides=recipe_overrides, store=store)
+            manifest.after(opened)
+            publication.append(opened)
         manifests = manifest.outputs["manifests"]
         # kfp's local runner can only loop over the single return value of a step, which kfp names `Output`.
         # Each list of work shards is therefore returned by the step before the loop.
@@ -55,7 +70,10 @@ def build_pipeline(
         with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
             decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
         scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
-        for task in (manifest, extraction, training, conversion, decoding, scoring):
+        if publishes:
+            run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+            publication.append(publish(store=store, model=model, scores=scoring.outputs["scores"], run=run))
+        for task in (manifest, extraction, training, conversion, decoding, scoring, *publication):
             # Kubeflow's cache knows neither the corpus' content nor an unfinished training, and would return
             # pointers to folders that have been deleted. Each stage checks the store for results itself.
             task.set_caching_options(False)
@@ -66,3 +84,5 @@ def build_pipeline(
 
 asr = build_pipeline()
 """The pipeline as it runs on this machine."""
+asr_publishing = build_pipeline(publishes=True)
+"""The pipeline for recipes whose `publish.registry` names a registry."""

@@ -67,6 +67,18 @@ class Models:
 
 
 @dataclass
+class Registry:
+    """The model registry, for recipes with `publish.registry`. `environment` has its address."""
+
+    secret: str = ""
+    """Name of the secret with MODEL_REGISTRY_TOKEN, or with what MLflow's server needs:
+    MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+
+    If empty, Kubeflow's registry gets the token of the pod's service account.
+    """
+
+
+@dataclass
 class Queue:
     """Job queueing with Kueue."""
 
@@ -197,9 +209,16 @@ class Cluster:
     images: Images = field(default_factory=Images)
     storage: Storage = field(default_factory=Storage)
     models: Models = field(default_factory=Models)
+    registry: Registry = field(default_factory=Registry)
     queue: Queue = field(default_factory=Queue)
     trainer: Trainer = field(default_factory=Trainer)
     steps: Steps = field(default_factory=Steps)
+
+    @property
+    def names_registry(self) -> bool:
+        """Whether runs may publish models, for which the step `publish` needs its image."""
+        variables = {"MODEL_REGISTRY_URL", "MLFLOW_REGISTRY_URI"}
+        return bool(self.registry.secret or variables & self.environment.keys())
 
     def __post_init__(self) -> None:
         for key in ("namespace", "kubeflow_namespace", "service_account"):
@@ -218,7 +237,7 @@ class Cluster:
                 raise ConfigurationError(
                     f"Cluster {self.name}: environment.{name} looks like a credential, and would be "
                     "readable in the compiled pipeline: put it into a secret (storage.secret, "
-                    "models.token_secret) instead."
+                    "models.token_secret, registry.secret) instead."
                 )
         self._require("trainer.timeout_hours", lambda hours: hours >= 0, "0 or more")
         for name in STEPS:

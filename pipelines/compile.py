@@ -25,7 +25,7 @@ from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_rec
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import refuse_empty
-from slam_asr.steps import EVALUATION, STEPS, SWEEP
+from slam_asr.steps import EVALUATION, PUBLISHING, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
     trainjob = placement(cluster, images["train"]) if nodes > 1 else ""
     if request.pipeline == SWEEP:
         return sweep.build_pipeline(place_step, trainjob, request.parallel)
-    return asr.build_pipeline(place_step, trainjob)
+    return asr.build_pipeline(place_step, trainjob, publishes=request.pipeline == PUBLISHING)
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:

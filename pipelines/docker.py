@@ -34,7 +34,7 @@ GRACE = 15
 
 _KILLED = 137
 """Exit code of a container that was killed: 128 plus SIGKILL."""
-_PASSED_PREFIXES = ("AWS_", "HF_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
+_PASSED_PREFIXES = ("AWS_", "HF_", "MLFLOW_", "MODEL_REGISTRY_", "NCCL_", "OMP_", "SLAM_ASR_S3_")
 """Prefixes of the environment variables that containers get from this process."""
 _CREDENTIAL_FILES = {
     "AWS_SHARED_CREDENTIALS_FILE": ("~/.aws/credentials", "/run/aws/credentials"),

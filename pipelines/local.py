@@ -30,7 +30,7 @@ from slam_asr.artifacts.stage_record import Record, follow_pointer, read_record
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
-from slam_asr.steps import EVALUATION, STEPS, SWEEP, TRAINING
+from slam_asr.steps import EVALUATION, PUBLISHING, STEPS, SWEEP, TRAINING
 from slam_asr.storage import is_s3, local_path
 from slam_asr.storage.locks import exclusive_if_free
 
@@ -108,12 +108,13 @@ class LocalRun:
             # `use_venv` would make kfp create an environment for each step, and install packages into it.
             runner = local.DockerRunner() if self.containers else local.SubprocessRunner(use_venv=False)
             local.init(runner, pipeline_root=str(self.output / "steps"))
-            from pipelines.asr import asr
+            from pipelines.asr import asr, asr_publishing
             from pipelines.evaluate import evaluate
             from pipelines.sweep import sweep
 
+            pipelines = {TRAINING: asr, PUBLISHING: asr_publishing, EVALUATION: evaluate, SWEEP: sweep}
             try:
-                {TRAINING: asr, EVALUATION: evaluate, SWEEP: sweep}[request.pipeline](
+                pipelines[request.pipeline](
                     # The resolved recipe contains all overrides already.
                     recipe=dump_recipe(request.resolved_recipe),
                     recipe_overrides={},

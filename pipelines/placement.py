@@ -15,12 +15,21 @@ from kfp.dsl import PipelineTask
 from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
 from slam_asr import __version__
+from slam_asr.steps import STEPS
 from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import NO_LIMIT, Placement
 
 _KUEUE = "kueue.x-k8s.io"
 _TEN_YEARS = 10 * 365 * 24 * 3600
 """Seconds that bound the retries of a step whose attempts have no time limit."""
+
+REGISTRY_KEYS = (
+    "MODEL_REGISTRY_TOKEN",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+"""Keys of the secret `registry.secret`, which the steps that publish get as environment variables."""
 
 COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
@@ -45,7 +54,7 @@ def place(
     task.set_display_name(step)
     pod = _coordinator(cluster) if by_trainjob else settings
     _resources(task, pod)
-    _storage(task, cluster, pod)
+    _storage(task, cluster, pod, publishes="publish" in (step, STEPS[step].image))
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(
@@ -170,7 +179,7 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
 
 
-def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
+def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings, publishes: bool) -> None:
     if step.scratch:
         kubernetes.empty_dir_mount(task, "scratch", CACHE, size_limit=step.scratch)
     if cluster.models.claim:
@@ -181,6 +190,10 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
+    if cluster.registry.secret and publishes:
+        # Optional: the secret has the keys of one registry only.
+        keys = {key: key for key in REGISTRY_KEYS}
+        kubernetes.use_secret_as_env(task, cluster.registry.secret, keys, optional=True)
 
 
 def _retry_seconds(step: StepSettings) -> int:

@@ -18,7 +18,7 @@ from slam_asr.config.variations import (
 )
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import parse_options, refuse_empty
-from slam_asr.steps import EVALUATION, SWEEP, TRAINING, outputs_of
+from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
 
 
@@ -44,7 +44,11 @@ class RunRequest:
     @property
     def pipeline(self) -> str:
         """Name of the pipeline in Kubeflow."""
-        return SWEEP if self.variations else TRAINING if self.model is None else EVALUATION
+        if self.variations:
+            return SWEEP
+        if self.model is not None:
+            return EVALUATION
+        return PUBLISHING if self.recipe and self.recipe.publish.registry != "none" else TRAINING
 
     @property
     def results(self) -> dict[str, str]:

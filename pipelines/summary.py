@@ -16,7 +16,7 @@ They must be far higher: one scores the hypotheses for another utterance's audio
 
 
 def summary(steps: list[LocalStep], seconds: float) -> str:
-    """Format a table of the steps, the word error rate with its controls, and the path of the report.
+    """Format a table of the steps, the error rate with its controls, the report's path, and the publication.
 
     Args:
         steps: the finished steps of a run.
@@ -28,7 +28,9 @@ def summary(steps: list[LocalStep], seconds: float) -> str:
     rows.append(("this run", clock(seconds), ""))
     name, time = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{a:<{name}}  {b:>{time}}  {c}".rstrip() for a, b, c in rows]
-    return "\n".join([*lines, "", *_result(records[-1])])
+    *_, last = (record for record in records if record.stage != "publish")
+    published = [record.summary for record in records if record.stage == "publish"]
+    return "\n".join([*lines, "", *_result(last), *published])
 
 
 def _time(step: LocalStep, record: Record) -> str:

@@ -1,6 +1,7 @@
 """Write the lock files: they list every package that slam-asr needs, in the version installed here.
 
-    pip install -e '.[pipelines,small-models,media,serve,test]' 'torch==2.13.0' 'kfp==2.17.0'
+    pip install -e '.[pipelines,small-models,media,serve,registry,test]' 'torch==2.13.0' 'kfp==2.17.0' \
+        'model-registry==0.3.14'
     python requirements/lock.py
 
 Run it in an environment with all of these, in which the tests have passed. It uses kfp 2.17.0 instead of
@@ -39,15 +40,22 @@ LAYERS = {
         ["slam-asr[pipelines,small-models,media,serve]"],
         "stages.txt",
     ),
-    "test.txt": ("All of that, and the tests.", ["slam-asr[test]"], "run.txt"),
+    "test.txt": (
+        "All of that, the registry's client, and the tests.",
+        ["slam-asr[registry,test]"],
+        "run.txt",
+    ),
 }
 """Each file's purpose, the requirements whose dependencies it lists, and the file that it extends."""
 
 ALSO_STARTED = {"train": ["slam_asr.training.loop"], "serve": ["slam_asr.stages.serve"]}
 """Modules that start as programs of their own, so that no import of a component leads to them."""
 
-ALSO_INCLUDED = {"serve": {"python-multipart", "kfp"}}
-"""What no import of ours leads to: an optional dependency of starlette, and a package of the layer that all
+ALSO_INCLUDED = {
+    "serve": {"python-multipart", "kfp"},
+    "publish": {"soundfile", "soxr", "jinja2"},
+}
+"""What no import of ours leads to: an optional dependency of starlette, and packages of the layer that all
 images share."""
 
 STAGES = {

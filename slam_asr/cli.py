@@ -84,6 +84,7 @@ EFFECTIVE_KEYS = {
     "serve": ("decoding", *MODEL_KEYS),
     "convert-checkpoint": MODEL_KEYS,
     "score": ("decoding", "published_wer"),
+    "publish": ("publish", "gate"),
 }
 """By command, the keys of a recipe that have an effect on a model that is already trained. The recipe in the
 model decides all others."""
@@ -188,7 +189,7 @@ def _description(command: str, function: Callable[..., Any]) -> str:
 
 def positionals_of(command: str) -> str:
     """Return the parameters that a command takes by position, as its usage shows them."""
-    return OTHER_COMMANDS[command].positionals if command in OTHER_COMMANDS else ""
+    return (OTHER_COMMANDS | STEPS)[command].positionals if command in COMMANDS else ""
 
 
 def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
@@ -281,8 +282,8 @@ def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
         The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
     """
     model = _value_of("--model", arguments) if command in EFFECTIVE_KEYS else None
-    # `score` takes its settings from any recipe that is named.
-    if command == "score" and _value_of("--recipe", arguments):
+    # These two take their settings from any recipe that is named.
+    if command in ("score", "publish") and _value_of("--recipe", arguments):
         return None
     if model is not None:
         from slam_asr.artifacts.model_folder import read_config

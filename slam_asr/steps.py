@@ -11,9 +11,11 @@ installed.
 from dataclasses import dataclass, field
 
 TRAINING = "slam-asr"
+PUBLISHING = "slam-asr-publish"
+"""Trains like `TRAINING`, and then publishes the model."""
 EVALUATION = "slam-asr-evaluate"
 SWEEP = "slam-asr-sweep"
-EVERY_PIPELINE = (TRAINING, EVALUATION, SWEEP)
+EVERY_PIPELINE = (TRAINING, PUBLISHING, EVALUATION, SWEEP)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Step:
     """
     settings_of: str = ""
     """The step whose settings in the cluster profile also apply to this one. Empty if it has its own."""
+    positionals: str = ""
+    """The parameters that its command takes by position, in capitals. Empty: the recipe."""
     options: dict[str, str] = field(default_factory=dict)
     """The options of its command when it runs alone, with `--only`. Empty if it cannot run alone.
 
@@ -66,6 +70,14 @@ class Step:
 STEPS = {
     step.name: step
     for step in (
+        Step(
+            "open-registry",
+            "check that the model registry answers",
+            output="registry",
+            pipelines=(PUBLISHING,),
+            image="publish",
+            settings_of="score",
+        ),
         Step(
             "open-model",
             "check a model and copy it to the store",
@@ -112,7 +124,7 @@ STEPS = {
             "train",
             "train the projector",
             output="checkpoint",
-            pipelines=(TRAINING, SWEEP),
+            pipelines=(TRAINING, PUBLISHING, SWEEP),
             processes="training.processes",
             function="slam_asr.stages.train:train",
             torch="cuda",
@@ -127,7 +139,7 @@ STEPS = {
             "convert-checkpoint",
             "turn a checkpoint into a model folder",
             output="model",
-            pipelines=(TRAINING, SWEEP),
+            pipelines=(TRAINING, PUBLISHING, SWEEP),
             function="slam_asr.stages.convert_checkpoint:convert_checkpoint",
             torch="cpu",
             options={"checkpoint": "{train}", "which": "{which}"},
@@ -155,6 +167,16 @@ STEPS = {
             function="slam_asr.stages.score:score",
             image="decode",
             options={"recipe": "{recipe}", "model": "{model}", "parts": "{decode*}"},
+        ),
+        Step(
+            "publish",
+            "register the model in a model registry, if it is good enough",
+            output="publication",
+            pipelines=(PUBLISHING,),
+            function="slam_asr.stages.publish:publish",
+            settings_of="score",
+            positionals="MODEL",
+            options={"recipe": "{recipe}", "model": "{model}", "report": "{score}"},
         ),
         Step(
             "compare-runs",

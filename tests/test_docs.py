@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.cli import COMMANDS, resolve_command
+from slam_asr.cli import COMMANDS, positionals_of, resolve_command
 from slam_asr.cli import run as run_stage_command
 from slam_asr.config.recipe import recipe_keys, recipe_values, shipped_recipes
 
@@ -188,6 +188,8 @@ def test_every_command_of_a_stage_has_real_options_and_all_that_it_needs(page, w
     if "--model" in words:
         model = words.index("--model") + 1
         words = [*words[:model], SHIPPED_MODEL, *words[model + 1 :]]
+    elif positionals_of(command) == "MODEL":
+        words = [*words[:2], SHIPPED_MODEL, *words[3:]]
     redirected = words.index(">") if ">" in words else len(words)
     run_stage_command(words[1], words[2:redirected])
     assert calls

@@ -19,6 +19,7 @@ TRADES = {
     "serving",
     "scoring",
     "planning",
+    "publishing",
     "trainjob",
 }
 FLOORS = (

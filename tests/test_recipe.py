@@ -165,6 +165,16 @@ def test_a_q_former_has_positions_for_the_shortest_utterance():
             {"training.engine": "fsdp", "training.zero_stage": 3},
             "training.zero_stage is DeepSpeed's, but training.engine is fsdp",
         ),
+        (
+            {"gate.max_wer": 25},
+            "gate decides whether a model is published, but publish.registry is none: choose kubeflow or",
+        ),
+        ({"gate.max_wer": -1, "publish.registry": "mlflow"}, "gate.max_wer is -1.0 but must be at least 0"),
+        ({"publish.name": "a/b"}, "publish.name is 'a/b', but a registered model's name has only letters"),
+        (
+            {"name": "demo: mine", "publish.registry": "mlflow"},
+            "'demo: mine' cannot be the name of a registered model: set publish.name.",
+        ),
         ({"decoding.nbest": 9}, "decoding.nbest is 9 but decoding.beams is"),
         ({"data.max_rejected": float("nan")}, "data.max_rejected is nan"),
         (

@@ -149,10 +149,10 @@ def examine(
     try:
         api = core_api()
     except UserError as error:
-        yield from _check_images(images, None)
+        yield from _check_images(cluster, images, None)
         yield Finding(UNKNOWN, "Kubernetes", f"{error} Account, secrets, volume and nodes were not checked.")
         return
-    yield from _check_images(images, loaded_images(api))
+    yield from _check_images(cluster, images, loaded_images(api))
     for subject, check in _cluster_checks(api, cluster, namespace, connection, nodes):
         yield _finding_of(subject, namespace, check)
 
@@ -255,13 +255,15 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
                 os.environ.pop(name, None)
 
 
-def _check_images(source: str, loaded: list[str] | None) -> Iterator[Finding]:
+def _check_images(cluster: Cluster, source: str, loaded: list[str] | None) -> Iterator[Finding]:
     try:
         image_of = images_of(source)
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
     for step in OWN_IMAGE:
+        if step == "publish" and not cluster.names_registry:
+            continue
         yield check_image(step, image_of[step], loaded)
 
 

@@ -23,11 +23,12 @@ from slam_asr import __version__
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
-from slam_asr.steps import EVALUATION, SWEEP, TRAINING
+from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING
 from slam_asr.storage import digest
 
 _DESCRIPTIONS = {
     TRAINING: asr.DESCRIPTION,
+    PUBLISHING: asr.DESCRIPTION,
     EVALUATION: evaluate.DESCRIPTION,
     SWEEP: sweep.DESCRIPTION,
     check_pipeline.NAME: check_pipeline.DESCRIPTION,

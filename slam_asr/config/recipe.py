@@ -1,10 +1,10 @@
 """Recipes: everything that decides what is trained and measured, typed and documented.
 
 A recipe is a YAML file. The ones that ship are in `slam_asr/recipes/` and are named by their file name
-without `.yaml`; any other is named by its path. The dataclasses of `sections` and `training` are the schema,
-and the docstring below each field is its help text. An unknown key, a wrong value and a combination that
-cannot work are refused before any data or model is loaded, in a sentence that names the key. The command line
-can override every key: `--training.max_steps 200`.
+without `.yaml`; any other is named by its path. The dataclasses of `sections`, `training` and `publication`
+are the schema, and the docstring below each field is its help text. An unknown key, a wrong value and a
+combination that cannot work are refused before any data or model is loaded, in a sentence that names the key.
+The command line can override every key: `--training.max_steps 200`.
 """
 
 import math
@@ -18,6 +18,9 @@ from typing import Any
 import yaml
 
 from slam_asr.config.deepspeed import adopt
+from slam_asr.config.publication import Gate as Gate
+from slam_asr.config.publication import Publish as Publish
+from slam_asr.config.publication import valid_name
 from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problems, typed
 from slam_asr.config.sections import Beginning as Beginning
 from slam_asr.config.sections import Columns as Columns
@@ -56,11 +59,18 @@ class Recipe:
     llm: Llm = field(default_factory=Llm)
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
+    gate: Gate = field(default_factory=Gate)
+    publish: Publish = field(default_factory=Publish)
 
     @property
     def caches_features(self) -> bool:
         """Whether encoder outputs are computed once and cached, rather than on the fly."""
         return self.encoder.tuning == "frozen" and self.features.cache == "store"
+
+    @property
+    def registered_name(self) -> str:
+        """Name of the registered model to which a trained model is added as a version."""
+        return self.publish.name or self.name
 
     def __post_init__(self) -> None:
         for problem in problems(self):
@@ -77,6 +87,13 @@ class Recipe:
                 f"{self.projector.downsampling}: raise data.min_duration to "
                 f"{self.projector.downsampling / FRAMES_PER_SECOND} or more."
             )
+        if self.gate.active and self.publish.registry == "none":
+            yield (
+                "gate decides whether a model is published, but publish.registry is none: "
+                "choose kubeflow or mlflow, or leave out gate."
+            )
+        if self.publish.registry != "none" and not valid_name(self.registered_name):
+            yield f"{self.name!r} cannot be the name of a registered model: set publish.name."
         # load_recipe() has already moved DeepSpeed's settings, from a file or from its `overrides`, into the
         # recipe's own keys. An option on the command line does not go through load_recipe(): if adopt() would
         # still move something here, it is refused.

@@ -80,9 +80,12 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
             # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
-        return _report(
+        outcome = _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
         )
+        # For `publish`; the report has no place for digests.
+        outcome.facts["manifests"] = records[0].inputs.get("manifests", [])
+        return outcome
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 

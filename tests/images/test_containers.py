@@ -386,7 +386,7 @@ def test_image_reports_its_version_and_contains_all_its_imports(stage, inside, i
     assert re.fullmatch(
         rf"slam-asr {__version__} \(commit [0-9a-f]+\+?\), (no torch|torch 2[\d.]+\+cpu, CUDA none)\n", line
     )
-    assert ("no torch" in line) == (stage == WITHOUT_TORCH)
+    assert ("no torch" in line) == (stage in WITHOUT_TORCH)
     packages = sorted(third_party(lock.STAGES[stage]).keys() - lock.OURS)
     inside(stage, "python3", "-c", f"import {', '.join(packages)}")
     about = json.loads(

@@ -19,7 +19,7 @@ import build  # noqa: E402 - images/ is not a package
 import lock  # noqa: E402 - requirements/ is not a package
 from imports import third_party  # noqa: E402
 
-WITHOUT_TORCH = "build-manifest"
+WITHOUT_TORCH = ("build-manifest", "publish")
 
 
 DOCKERFILE = (CHECKOUT / "images" / "Dockerfile").read_text()
@@ -27,7 +27,7 @@ DOCKERFILE = (CHECKOUT / "images" / "Dockerfile").read_text()
 
 def layers_of(stage: str, torch: str = "cpu") -> list[str]:
     """The lists of packages that are installed in a stage's image, in the order of its layers."""
-    torch = "none" if stage == WITHOUT_TORCH else torch
+    torch = "none" if stage in WITHOUT_TORCH else torch
     installs = re.findall(r"^RUN pip install .* -r requirements/images/(\S+)$", DOCKERFILE, re.MULTILINE)
     return [name.replace("${TORCH}", torch).replace("${STAGE}", stage) for name in installs]
 
@@ -65,13 +65,14 @@ def test_image_contains_what_the_stage_imports_and_its_dependencies(stage):
     names = packages_of(stage)
     assert set(names) == lock.of_stage(stage), "run requirements/lock.py again"
     assert len(set(names)) == len(names), "a package is installed by two layers"
-    assert ("torch" in names) == (stage != WITHOUT_TORCH)
+    assert ("torch" in names) == (stage not in WITHOUT_TORCH)
 
 
-def test_only_training_has_deepspeed_and_only_tables_have_pyarrow():
+def test_packages_of_one_purpose_are_in_one_image():
     assert [stage for stage in IMAGES if "deepspeed" in packages_of(stage)] == ["train"]
     assert [stage for stage in IMAGES if "pyarrow" in packages_of(stage)] == ["build-manifest"]
     assert [stage for stage in IMAGES if "kubeflow" in packages_of(stage)] == ["train"]
+    assert [stage for stage in IMAGES if "model-registry" in packages_of(stage)] == ["publish"]
     optional = {"pytest", "av", "liger-kernel", "mlflow-skinny", "wandb"}
     assert not any(optional & set(packages_of(stage)) for stage in IMAGES)
 

@@ -27,11 +27,11 @@ from pipelines import cli
 from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
 from pipelines.compile import compile_package
 from pipelines.package_check import PackageDefect, check_package, read_package
-from pipelines.placement import place
+from pipelines.placement import REGISTRY_KEYS, place
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.config.recipe import load_recipe
-from slam_asr.steps import EVALUATION, OWN_IMAGE, STEPS, SWEEP, TRAINING, outputs_of
+from slam_asr.steps import EVALUATION, OWN_IMAGE, PUBLISHING, STEPS, SWEEP, TRAINING, outputs_of
 from slam_asr.trainjob.placement import Placement
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -119,6 +119,47 @@ def test_evaluation_pipeline_opens_the_model_first_and_trains_nothing():
         [],
         load_recipe("demo").data.test,
     )
+
+
+def test_publishing_pipeline_tries_the_registry_first_and_publishes_last():
+    spec = spec_of(GOLDEN / "publish.yaml")
+    assert spec.pipeline_info.name == PUBLISHING
+    assert images_of(spec) == {step: IMAGES[step] for step in outputs_of(PUBLISHING)}
+    training, publishing = (
+        {name: sorted(task.dependent_tasks) for name, task in graph.root.dag.tasks.items()}
+        for graph in (spec_of(GOLDEN / "cpu.yaml"), spec)
+    )
+    assert publishing == training | {
+        "open-registry": [],
+        "build-manifest": ["open-registry"],
+        "publish": ["convert-checkpoint", "score"],
+    }
+    tasks = spec.root.dag.tasks
+    assert not tasks["publish"].caching_options.enable_cache
+    run = tasks["publish"].inputs.parameters["run"].runtime_value.constant.string_value
+    assert run == dsl.PIPELINE_JOB_ID_PLACEHOLDER
+
+
+def test_only_the_steps_that_publish_get_the_secret_of_the_registry(tmp_path):
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("registry: {secret: registry-token}\nenvironment: {MODEL_REGISTRY_URL: http://r:8080}")
+    recipe = load_recipe("demo", {"publish.registry": "kubeflow"})
+    package = compile_package(load_cluster(str(profile)), tmp_path / "p.yaml", request=RunRequest(recipe))
+    spec, settings = read_package(package)
+    secrets = {
+        label.removeprefix("exec-"): [
+            (secret.secret_name, [pair.env_var for pair in secret.key_to_env], secret.optional)
+            for secret in pod.secret_as_env
+        ]
+        for label, pod in settings.items()
+    }
+    expected = [("registry-token", list(REGISTRY_KEYS), True)]
+    assert secrets == {name: [] for name in outputs_of(PUBLISHING)} | {
+        "open-registry": expected,
+        "publish": expected,
+    }
+    container = spec.deployment_spec["executors"]["exec-publish"]["container"]
+    assert {"name": "MODEL_REGISTRY_URL", "value": "http://r:8080"} in [dict(e) for e in container["env"]]
 
 
 def test_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
@@ -217,7 +258,7 @@ def test_build_manifest_hands_on_a_single_artifact(compiled):
     }
 
 
-@pytest.mark.parametrize("name", ["one-gpu-node", "evaluate", "sweep"])
+@pytest.mark.parametrize("name", ["one-gpu-node", "publish", "evaluate", "sweep"])
 def test_graph_in_the_dashboard_has_the_names_of_the_steps(name):
     spec = spec_of(GOLDEN / f"{name}.yaml")
     for graph in graphs_of(spec).values():
@@ -317,6 +358,7 @@ GOLDEN_OPTIONS = {
     "two-nodes": ["demo", "--cluster", "several-nodes", "--training.nodes", "2"],
     "evaluate": ["demo", "--model", "s3://speech/models/demo", "--cluster", "one-gpu-node"],
     "sweep": ["demo", "--sweep", "demo/sweep.yaml", "--parallel", "2", "--cluster", "one-gpu-node"],
+    "publish": ["demo", "--publish.registry", "kubeflow", "--gate.max_wer", "25", "--cluster", "cpu"],
 }
 """Options of `compile` for each golden file."""
 
@@ -529,7 +571,9 @@ def test_image_list_sets_the_images(tmp_path):
     digests = {stage: f"registry.example/{stage}@sha256:{'0' * 64}" for stage in OWN_IMAGE}
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(digests))
     cli.main(["compile", "--images", str(tmp_path / "images.yaml"), "--output", str(tmp_path / "all")])
-    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == digests | {"score": digests["decode"]}
+    assert images_of(spec_of(tmp_path / "all" / "slam-asr.yaml")) == {
+        step: digests[STEPS[step].image or step] for step in RESULTS
+    }
     assert images_of(spec_of(tmp_path / "all" / "components" / "train.yaml")) == {"train": digests["train"]}
 
 

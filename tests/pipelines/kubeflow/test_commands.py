@@ -338,7 +338,7 @@ def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
     ]
     assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
     assert program("logs", "run-1", "--step", "trian")[2].startswith(
-        "There is no step trian: --step may be open-model, plan-sweep, build-manifest, "
+        "There is no step trian: --step may be open-registry, open-model, plan-sweep, build-manifest, "
     )
     assert program("logs", "run-1", "--step", "decode")[2].startswith(
         "Run run-1 has no pods for step decode in namespace slam-asr: "

@@ -340,3 +340,9 @@ def test_several_nodes_need_the_rights_that_the_trainer_component_grants():
         ("get", "", "pods"),
         ("get", "trainer.kubeflow.org", "trainingruntimes"),
     }
+
+
+def test_image_of_publish_is_checked_only_for_a_profile_that_names_a_registry(doctor):
+    assert "team/publish:7" not in doctor()[1]
+    code, out = doctor(profile=PROFILE + "registry: {{secret: token}}\n")
+    assert code == 1 and "publish:7: does not exist" in out

@@ -1,0 +1,1 @@
+"""Kubeflow components that run in the image of `publish`."""

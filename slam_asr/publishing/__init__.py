@@ -1,0 +1,1 @@
+"""Registers trained models in a model registry."""

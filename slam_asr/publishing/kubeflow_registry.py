@@ -1,0 +1,153 @@
+"""Kubeflow's Model Registry, through its own client.
+
+The client's version decides which API it uses. 0.3.14 is the last one with v1alpha3, the only API of servers
+from before the summer of 2026; newer servers have it next to v1 for a time
+(https://github.com/kubeflow/hub/issues/2992).
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import re
+import warnings
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+import aiohttp
+from model_registry import ModelRegistry
+from model_registry.exceptions import StoreError
+from model_registry.types import ModelVersion
+from mr_openapi import ModelVersionState
+from mr_openapi import exceptions as api
+
+from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.publishing.registry import SCORES, Properties, Version
+
+ADDRESS, TOKEN = "MODEL_REGISTRY_URL", "MODEL_REGISTRY_TOKEN"
+"""Environment variables of the server's address and of its token. Without a token, the client reads the file
+that KF_PIPELINES_SA_TOKEN_PATH names, or the pod's own token."""
+_AUTHOR, _FORMAT, _FORMAT_VERSION = "slam-asr", "slam-asr", "2"
+_PATIENCE = 60.0
+"""Seconds for which a request may take. The client itself would wait for five minutes."""
+
+T = TypeVar("T")
+
+
+class KubeflowRegistry:
+    """A registered model in Kubeflow's Model Registry. The name of a version is the model's fingerprint.
+
+    Raises:
+        ConfigurationError: MODEL_REGISTRY_URL names no address.
+        ClusterError: the server does not answer, or refuses.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.address = os.environ.get(ADDRESS, "").rstrip("/")
+        # The client takes an address without a path only.
+        if not re.fullmatch(r"https?://[^/@\s]+", self.address):
+            raise ConfigurationError(
+                f"publish.registry is kubeflow, but {ADDRESS} is {self.address!r}: set it to the registry's "
+                "address, such as http://model-registry-service.kubeflow:8080 (in a cluster profile, below "
+                "`environment`)."
+            )
+        with self._explained(), warnings.catch_warnings():
+            # It warns of a missing token, which a server inside the cluster may do without.
+            warnings.simplefilter("ignore")
+            self.client = ModelRegistry(
+                self.address,
+                author=_AUTHOR,
+                user_token=os.environ.get(TOKEN),
+                log_level=logging.ERROR,
+                async_runner=_run,
+            )
+
+    def find(self, fingerprint: str) -> Version | None:
+        """Return the version of the model with a fingerprint, or None if it is not registered."""
+        with self._explained():
+            found = self._find(fingerprint)
+        return found and _version(found)
+
+    def newest(self) -> Version | None:
+        """Return the newest version that is not archived, or None if there is none."""
+        with self._explained():
+            if self.client.get_registered_model(self.name) is None:
+                return None
+            versions = self.client.get_model_versions(self.name).order_by_creation_time().descending()
+            live = next((v for v in versions if v.state == ModelVersionState.LIVE), None)
+        return live and _version(live)
+
+    def register(self, fingerprint: str, uri: str, description: str, properties: Properties) -> Version:
+        """Register a model, unless it is registered already, and return its version."""
+        model_format = {"model_format_name": _FORMAT, "model_format_version": _FORMAT_VERSION}
+        with self._explained():
+            known = self._find(fingerprint)
+            if known is None:
+                self.client.register_model(
+                    self.name,
+                    uri,
+                    version=fingerprint,
+                    version_description=description,
+                    metadata=properties,
+                    **model_format,
+                )
+            elif self.client.get_model_artifact(self.name, fingerprint) is None:
+                # An earlier attempt ended between the requests for the version and for its artifact. No
+                # public method adds an artifact to a version that exists.
+                self.client.async_runner(
+                    self.client._register_model_artifact(known, self.name, uri, **model_format)
+                )
+        return _version(known) if known else Version(fingerprint, str(properties[SCORES]))
+
+    def _find(self, fingerprint: str) -> ModelVersion | None:
+        if self.client.get_registered_model(self.name) is None:
+            return None
+        return self.client.get_model_version(self.name, fingerprint)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the client's exceptions into one sentence each."""
+        server = f"The Model Registry at {self.address}"
+        try:
+            yield
+        except (api.UnauthorizedException, api.ForbiddenException, StoreError) as error:
+            why = f"{error.status} {error.reason}" if isinstance(error, api.ApiException) else error
+            raise ClusterError(
+                f"{server} refuses access ({why}): put a valid token into {TOKEN} (a cluster profile names "
+                "its secret in registry.secret)."
+            ) from None
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            why = str(error) or "no answer in time"
+            raise ClusterError(f"{server} does not answer ({why}): start it, or check {ADDRESS}.") from None
+        except api.ServiceException as error:
+            raise ClusterError(
+                f"{server} reports an error of its own ({error.status} {error.reason}): see its log, then "
+                "run the same command again."
+            ) from None
+        except api.NotFoundException:
+            client = importlib.metadata.version("model-registry")
+            raise ClusterError(
+                f"{server} does not know the requests of the client model-registry {client} (404): check "
+                f"{ADDRESS}; versions up to 0.3.14 use the API v1alpha3, and newer ones the API v1."
+            ) from None
+        except (api.OpenApiException, aiohttp.ClientError, ValueError) as error:
+            why = f"{error.status} {error.reason}" if isinstance(error, api.ApiException) else error
+            raise ClusterError(
+                f"{server} does not answer like a Model Registry ({' '.join(str(why).split())[:200]}): "
+                f"check {ADDRESS}."
+            ) from None
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(found.name, str((found.custom_properties or {}).get(SCORES, "")))
+
+
+def _run(request: Coroutine[Any, Any, T]) -> T:
+    """Run one request. The client's own runner would patch asyncio for the complete process."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(request, _PATIENCE)
+
+    return asyncio.run(bounded())
