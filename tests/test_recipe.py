@@ -30,6 +30,8 @@ PUBLISHED = [
 SMALL = {
     "demo",
     "librispeech",
+    "whisper-base-smollm2-135m",
+    "whisper-base-smollm2-135m-from-nothing",
     "whisper-tiny.en-smollm2-135m",
     "whisper-tiny.en-smollm2-135m-from-nothing",
 }

@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slam_asr.artifacts.model_folder import WEIGHTS, fetch_model, read_config, read_projector, shipped_models
+from slam_asr.artifacts.model_folder import (
+    ADAPTER,
+    WEIGHTS,
+    fetch_model,
+    read_config,
+    read_projector,
+    shipped_models,
+)
 from slam_asr.config.recipe import load_recipe, shipped_recipes
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import describe_llm, llm_width
@@ -22,10 +29,13 @@ def test_a_projector_for_the_demo_is_shipped():
 
 @pytest.mark.parametrize("name", shipped_models())
 def test_a_shipped_model_is_small_and_in_half_precision(name):
-    weights = fetch_model(name) / WEIGHTS
-    assert weights.stat().st_size < MAX_BYTES
-    with safe_open(weights, "pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    folder = fetch_model(name)
+    files = [folder / WEIGHTS, *folder.glob(f"{ADAPTER}/*.safetensors")]
+    assert sum(file.stat().st_size for file in files) < MAX_BYTES
+    for weights in files:
+        with safe_open(weights, "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    assert (len(files) == 2) == (read_config(folder).typed_recipe.llm.tuning == "lora")
 
 
 @pytest.mark.slow
@@ -39,12 +49,20 @@ def test_its_recipe_starts_from_it(name):
         recipe.llm.name,
         recipe.llm.template,
         recipe.llm.prompt,
+        recipe.llm.answer_prefix,
+        recipe.llm.tuning,
+        recipe.llm.lora.targets,
+        recipe.llm.lora.rank,
     ) == (
         trained.encoder.name,
         trained.encoder.frames,
         trained.llm.name,
         trained.llm.template,
         trained.llm.prompt,
+        trained.llm.answer_prefix,
+        trained.llm.tuning,
+        trained.llm.lora.targets,
+        trained.llm.lora.rank,
     )
     assert (recipe.projector.kind, recipe.projector.downsampling, recipe.projector.hidden) == (
         trained.projector.kind,
