@@ -11,6 +11,7 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
+from pipelines.notice import Steps, without_notice
 from slam_asr.steps import TRAINING
 
 DESCRIPTION = (
@@ -20,7 +21,9 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None, trainjob: str = ""
+    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    trainjob: str = "",
+    ending: Callable[[Steps], Steps] = without_notice,
 ) -> BaseComponent:
     """Build the training pipeline.
 
@@ -28,9 +31,11 @@ def build_pipeline(
         place: function that is called with each step's name and task, and assigns the cluster's resources to
             the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
+        ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
 
     @dsl.pipeline(name=TRAINING, display_name="SLAM-ASR", description=DESCRIPTION)
+    @ending
     def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train a SLAM-ASR speech recogniser and measure it.
 

@@ -24,7 +24,7 @@ COMMANDS = {
         "pipelines.compile:compile_command", "[RECIPE]", "write the pipeline as YAML for Kubeflow Pipelines"
     ),
     "submit": Command(
-        "pipelines.kubeflow.commands:submit",
+        "pipelines.kubeflow.submit:submit",
         "RECIPE",
         "compile, upload and start a run in a cluster; --wait follows it",
     ),

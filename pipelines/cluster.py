@@ -90,6 +90,23 @@ class Trainer:
 
 
 @dataclass
+class OnExit:
+    """A message to a webhook when a run has ended, also if it failed."""
+
+    format: Literal["", "slack", "cloudevents"] = ""
+    """`slack`: JSON that Slack and other chat services accept. `cloudevents`: a CloudEvent 1.0 in JSON.
+
+    If empty, no message is sent.
+    """
+    secret: str = "slam-asr-webhook"
+    """Name of the secret with the webhook's URL, in the namespace of the runs."""
+    key: str = "url"
+    """Key of the URL in that secret."""
+    dashboard: str = ""
+    """Address of the dashboard, for the link in the message. If empty, `endpoint`."""
+
+
+@dataclass
 class StepSettings:
     """Resources, placement and retries of one step's pod."""
 
@@ -198,6 +215,7 @@ class Cluster:
     models: Models = field(default_factory=Models)
     queue: Queue = field(default_factory=Queue)
     trainer: Trainer = field(default_factory=Trainer)
+    on_exit: OnExit = field(default_factory=OnExit)
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -212,6 +230,8 @@ class Cluster:
             lambda address: not address or _ADDRESS.fullmatch(address),
             "http://host:port or https://host, without a name or password in it",
         )
+        for key in ("on_exit.secret", "on_exit.key"):
+            self._require(key, _SECRET.fullmatch, "a name of letters, digits, dots and dashes, not a URL")
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
                 raise ConfigurationError(
@@ -270,6 +290,7 @@ class Cluster:
 
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_SECRET = re.compile(r"[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?")
 _ADDRESS = re.compile(r"https?://[^/@\s]+/?")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
 _SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")

@@ -251,6 +251,7 @@ def compile_all(
 
 def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> "BaseComponent":
     from pipelines import asr, evaluate, sweep
+    from pipelines.notice import with_notice, without_notice
     from pipelines.placement import place, placement
 
     nodes = request.nodes
@@ -258,12 +259,13 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
     def place_step(step: str, task: "PipelineTask") -> None:
         place(cluster, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
+    ending = with_notice(cluster, place_step) if cluster.on_exit.format else without_notice
     if request.pipeline == EVALUATION:
-        return evaluate.build_pipeline(place_step)
+        return evaluate.build_pipeline(place_step, ending)
     trainjob = placement(cluster, images["train"]) if nodes > 1 else ""
     if request.pipeline == SWEEP:
-        return sweep.build_pipeline(place_step, trainjob, request.parallel)
-    return asr.build_pipeline(place_step, trainjob)
+        return sweep.build_pipeline(place_step, trainjob, request.parallel, ending)
+    return asr.build_pipeline(place_step, trainjob, ending)
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:

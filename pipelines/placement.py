@@ -15,6 +15,8 @@ from kfp.dsl import PipelineTask
 from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
 from slam_asr import __version__
+from slam_asr.artifacts.run_records import RUN
+from slam_asr.notices.notice import URL_FILE
 from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import NO_LIMIT, Placement
 
@@ -24,6 +26,11 @@ _TEN_YEARS = 10 * 365 * 24 * 3600
 
 COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
+NOTIFIER = StepSettings(
+    cpu="100m", cpu_limit="1", memory="512Mi", scratch="", retries=1, retry_after="10s", timeout_hours=0.25
+)
+"""Settings of the task `notify`, which sends one message."""
+_WEBHOOK_FOLDER = "/var/run/secrets/slam-asr/webhook"
 _EXTRA_HOURS = 1.0
 """Hours that the watching step may run longer than its TrainJob, so that it can report why that one ended."""
 
@@ -43,9 +50,13 @@ def place(
     settings = cluster.steps[step]
     task.set_container_image(images[step])
     task.set_display_name(step)
-    pod = _coordinator(cluster) if by_trainjob else settings
+    pod = _coordinator(cluster) if by_trainjob else NOTIFIER if step == "notify" else settings
     _resources(task, pod)
     _storage(task, cluster, pod)
+    if step == "notify":
+        _webhook(task, cluster)
+    # Kubeflow labels every pod with the id of its run.
+    kubernetes.use_field_path_as_env(task, RUN, "metadata.labels['pipeline/runid']")
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(
@@ -61,8 +72,9 @@ def place(
             kubernetes.add_node_selector(task, label, value)
         for taint in settings.tolerations:
             kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
-    # A step that only watches its TrainJob must not compete with that job for the quota of the queue.
-    for label, value in labels(cluster, step, queued=not by_trainjob).items():
+    # A step that only watches its TrainJob must not compete with that job for the quota of the queue, and a
+    # notice must not wait in the queue.
+    for label, value in labels(cluster, step, queued=not by_trainjob and step != "notify").items():
         kubernetes.add_pod_label(task, label, value)
     for name, value in settings.annotations.items():
         kubernetes.add_pod_annotation(task, name, value)
@@ -179,6 +191,12 @@ def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
+
+
+def _webhook(task: PipelineTask, cluster: Cluster) -> None:
+    # Optional, since a pod waits for a missing secret for ever, and with it the run.
+    kubernetes.use_secret_as_volume(task, cluster.on_exit.secret, _WEBHOOK_FOLDER, optional=True)
+    task.set_env_variable(URL_FILE, f"{_WEBHOOK_FOLDER}/{cluster.on_exit.key}")
 
 
 def _retry_seconds(step: StepSettings) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components import IMAGES_VARIABLE, image
 from pipelines import processes
 from pipelines.cli import command_parser
+from pipelines.notice import require_url
 from pipelines.run_request import (
     RunRequest,
     Settings,
@@ -23,6 +24,7 @@ from pipelines.run_request import (
 from pipelines.single import CORPUS_READER, RUN_ALONE, command_of_stage, corpus_of, require_stage
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
+from slam_asr.notices.notice import Notice, send
 from slam_asr.options import add_options
 from slam_asr.storage import is_s3, local_path, write_atomically
 
@@ -50,6 +52,8 @@ class Options:
     images: str | None = None
     """docker: images of the steps, a template with {stage} and {version} or the file that `make images`
     writes (default: SLAM_ASR_IMAGES)"""
+    on_exit: Literal["slack", "cloudevents"] | None = None
+    """format of a message to the webhook in SLAM_ASR_WEBHOOK when the run has ended (default: no message)"""
 
 
 def run(arguments: list[str]) -> int:
@@ -75,6 +79,7 @@ def run(arguments: list[str]) -> int:
     if options["images"]:
         # Components read this variable when they are imported, which has not happened yet.
         os.environ[IMAGES_VARIABLE] = options["images"]
+    webhook = require_url(options["on_exit"]) if options["on_exit"] else ""
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         containers = (
@@ -95,10 +100,19 @@ def run(arguments: list[str]) -> int:
                 return 0
             local_run.execute(request, corpus)
         except StepFailed as error:
-            print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
+            why = failure(error.step, output)
+            print(f"slam-asr: {why}", file=sys.stderr)
+            if webhook and not only:
+                reason = error.step.error or why.rstrip(".")
+                notice = Notice(Path(source).stem, local_run.run_id, "failed", error.step.name, reason)
+                send(notice, options["on_exit"], webhook)
             # The code for a mistake that the user can fix is passed on; any other code means a failure.
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
     print("\n" + summary(local_run.steps, time.monotonic() - started))
+    if webhook:
+        result = local_run.steps[-1].record().summary
+        notice = Notice(Path(source).stem, local_run.run_id, "succeeded", result=result)
+        send(notice, options["on_exit"], webhook)
     return 0
 
 

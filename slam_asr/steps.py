@@ -25,7 +25,7 @@ class Step:
     summary: str
     """What the step does, in half a line."""
     output: str
-    """The Kubeflow output that points to the step's result."""
+    """The Kubeflow output that points to the step's result; empty if it has none."""
     pipelines: tuple[str, ...]
     """The pipelines that contain the step."""
     function: str = ""
@@ -163,6 +163,15 @@ STEPS = {
             pipelines=(SWEEP,),
             function="slam_asr.stages.compare_runs:compare_runs",
             image="decode",
+            settings_of="score",
+        ),
+        # The exit task of every pipeline whose cluster profile requests notices.
+        Step(
+            "notify",
+            "send a message that the run has ended",
+            output="",
+            pipelines=(),
+            image="build-manifest",
             settings_of="score",
         ),
     )

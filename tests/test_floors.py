@@ -20,9 +20,10 @@ TRADES = {
     "scoring",
     "planning",
     "trainjob",
+    "notices",
 }
 FLOORS = (
-    {"cli", "options", "__main__", "steps"},
+    {"cli", "options", "__main__"},
     {"stages"},
     TRADES,
     {"artifacts"},
@@ -35,6 +36,7 @@ FLOORS = (
         "audio",
         "cores",
         "progress",
+        "steps",
         "findings",
         "errors",
         "version",

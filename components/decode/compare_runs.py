@@ -44,7 +44,7 @@ def compare_runs(
             title=recipe_of(planned.path).name,
             variations=variations,
         )
-        write_pointer(record, comparison.path)
+        write_pointer(record, comparison.path, None, store)
         shutil.copyfile(record.file(PAGE), report.path)
         shutil.copyfile(record.file(MARKDOWN), summary.path)
         log_metrics(record, word_error_rates.log_metric)

@@ -41,7 +41,7 @@ def score(
             [follow_pointer(part.path) for part in hypotheses],
             f"{store}/score/{{fingerprint}}",
         )
-        write_pointer(record, scores.path, recipe)
+        write_pointer(record, scores.path, recipe, store)
         shutil.copyfile(record.file("report.html"), report.path)
         shutil.copyfile(record.file("report.md"), summary.path)
         log_metrics(record, word_error_rates.log_metric)

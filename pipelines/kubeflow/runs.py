@@ -18,11 +18,12 @@ from pipelines import asr, evaluate, sweep
 from pipelines.kubeflow import check_pipeline
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
-from pipelines.kubeflow.workflow import Workflow, read_workflow
+from pipelines.kubeflow.workflow import read_workflow
 from slam_asr import __version__
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.notices.workflow import Workflow
 from slam_asr.steps import EVALUATION, SWEEP, TRAINING
 from slam_asr.storage import digest
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.kubeflow.reasons import explain, waits_for
-from pipelines.kubeflow.workflow import parse_workflow
+from slam_asr.notices.reasons import explain, waits_for
+from slam_asr.notices.workflow import parse_workflow
 from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
