@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pipelines.quantities import CPU, DURATION, SIZE, cores, size_in_bytes
 from slam_asr.config.schema import nearest, parse_yaml, problems_of_address, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
@@ -230,8 +231,13 @@ class Cluster:
             lambda address: not address or _ADDRESS.fullmatch(address),
             "http://host:port or https://host, without a name or password in it",
         )
-        for key in ("on_exit.secret", "on_exit.key"):
-            self._require(key, _SECRET.fullmatch, "a name of letters, digits, dots and dashes, not a URL")
+        for key in ("secret", "key"):
+            if not _SECRET.fullmatch(getattr(self.on_exit, key)):
+                # The value may be the URL itself, so it is not shown.
+                raise ConfigurationError(
+                    f"Cluster {self.name}: on_exit.{key} must be a name of letters, digits, dots and dashes: "
+                    "put the webhook's URL into a secret, and name that secret and its key here."
+                )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
                 raise ConfigurationError(
@@ -246,20 +252,20 @@ class Cluster:
 
     def _check_step(self, name: str) -> None:
         step, prefix = self.steps[name], f"steps.{_key(name)}"
-        self._require(f"{prefix}.cpu", _CPU.fullmatch, "cores such as 2 or 500m")
+        self._require(f"{prefix}.cpu", CPU.fullmatch, "cores such as 2 or 500m")
         self._require(
             f"{prefix}.cpu_limit",
             lambda limit: (
-                limit in ("", NO_LIMIT) or (_CPU.fullmatch(limit) and _cores(limit) >= _cores(step.cpu))
+                limit in ("", NO_LIMIT) or (CPU.fullmatch(limit) and cores(limit) >= cores(step.cpu))
             ),
             f"{NO_LIMIT}, or cores such as 2 or 500m, not fewer than {prefix}.cpu ({step.cpu})",
         )
-        self._require(f"{prefix}.memory", _SIZE.fullmatch, "a size such as 16Gi")
+        self._require(f"{prefix}.memory", SIZE.fullmatch, "a size such as 16Gi")
         for key in ("shared_memory", "scratch"):
             self._require(
-                f"{prefix}.{key}", lambda size: not size or _SIZE.fullmatch(size), "a size such as 16Gi"
+                f"{prefix}.{key}", lambda size: not size or SIZE.fullmatch(size), "a size such as 16Gi"
             )
-        self._require(f"{prefix}.retry_after", _DURATION.fullmatch, "a time such as 30s, 5m or 1h")
+        self._require(f"{prefix}.retry_after", DURATION.fullmatch, "a time such as 30s, 5m or 1h")
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
             self._require(f"{prefix}.{key}", lambda number: number >= 0, "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
@@ -292,31 +298,7 @@ class Cluster:
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SECRET = re.compile(r"[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?")
 _ADDRESS = re.compile(r"https?://[^/@\s]+/?")
-_CPU = re.compile(r"\d+(\.\d+)?|\d+m")
-_SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")
-_DURATION = re.compile(r"\d+[smh]")
 _TOLERATION_KEYS = ["key", "operator", "value", "effect"]
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def size_in_bytes(size: str) -> float:
-    """Convert a size in Kubernetes notation to bytes: `16Gi` → 17179869184.
-
-    Args:
-        size: a size that the profile's check accepts, such as `16Gi`, `500M` or `1024`.
-
-    Returns:
-        The size in bytes.
-    """
-    number = size.rstrip("kKMGTi")
-    unit = size.removeprefix(number)
-    return float(number) * _UNITS[unit]
-
-
-def _cores(cpu: str) -> float:
-    """Convert cores in Kubernetes notation to a number: `500m` → 0.5."""
-    return float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)
 
 
 def shipped_clusters() -> dict[str, Path]:

@@ -43,7 +43,6 @@ def with_notice(
             from components.build_manifest.notify import notify
 
             task = notify(
-                run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
                 store=inspect.signature(steps).bind(*args, **kwargs).arguments["store"],
                 form=cluster.on_exit.format,
                 api=f"http://ml-pipeline.{cluster.kubeflow_namespace}:8888",

@@ -14,6 +14,7 @@ from kfp.dsl import PipelineTask
 
 from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
+from pipelines.quantities import seconds
 from slam_asr import __version__
 from slam_asr.artifacts.run_records import RUN
 from slam_asr.notices.notice import URL_FILE
@@ -55,13 +56,15 @@ def place(
     _storage(task, cluster, pod)
     if step == "notify":
         _webhook(task, cluster)
+    else:
+        _models(task, cluster)
     # Kubeflow labels every pod with the id of its run.
     kubernetes.use_field_path_as_env(task, RUN, "metadata.labels['pipeline/runid']")
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(
         pod.retries,
-        backoff_duration=f"{_seconds(pod.retry_after)}s",
+        backoff_duration=f"{seconds(pod.retry_after)}s",
         backoff_factor=2.0,
         backoff_max_duration=f"{_retry_seconds(pod)}s",
     )
@@ -183,12 +186,15 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
 def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
     if step.scratch:
         kubernetes.empty_dir_mount(task, "scratch", CACHE, size_limit=step.scratch)
-    if cluster.models.claim:
-        kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.storage.secret:
         # The secret is mounted as files, so that a running step sees a rotated secret, and so that it never
         # appears in the environment.
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
+
+
+def _models(task: PipelineTask, cluster: Cluster) -> None:
+    if cluster.models.claim:
+        kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
 
@@ -208,10 +214,5 @@ def _retry_seconds(step: StepSettings) -> int:
     if not step.timeout_hours:
         return _TEN_YEARS
     # The waits double: first, 2 × first, 4 × first …, one before each retry.
-    waits = _seconds(step.retry_after) * (2**step.retries - 1)
+    waits = seconds(step.retry_after) * (2**step.retries - 1)
     return round((step.retries + 1) * step.timeout_hours * 3600) + waits
-
-
-def _seconds(time: str) -> int:
-    """Convert `5m` to 300."""
-    return int(time[:-1]) * {"s": 1, "m": 60, "h": 3600}[time[-1]]

@@ -6,13 +6,10 @@ from components import image
 
 
 @dsl.component(base_image=image("notify"), install_kfp_package=False)
-def notify(
-    run_id: str, store: str, form: str, api: str, dashboard: str, status: dsl.PipelineTaskFinalStatus
-) -> None:
+def notify(store: str, form: str, api: str, dashboard: str, status: dsl.PipelineTaskFinalStatus) -> None:
     """Send a message to a webhook that the run has ended, successfully or not.
 
     Args:
-        run_id: Id of the run.
         store: Folder or s3:// prefix for the results of all stages.
         form: Format of the message, slack or cloudevents.
         api: Address of the API of Kubeflow Pipelines inside the cluster.
@@ -22,7 +19,7 @@ def notify(
     try:
         from slam_asr.stages.notify import notify as run
 
-        run(run_id, store, form, api, dashboard, status.state)
+        run(store, form, api, dashboard, status.state)
     # A message must never change the state of the run. The text of an error could contain the URL.
     except Exception as error:
         print(f"warning: no notice was sent ({type(error).__name__})")

@@ -5,13 +5,14 @@ for a failure comes from the API of Kubeflow Pipelines, if that answers.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import urllib3
 
-from slam_asr.artifacts.run_records import read_steps
+from slam_asr.artifacts.run_records import RUN, read_steps
 from slam_asr.errors import UserError
 from slam_asr.notices.notice import Notice, send, webhook_url
 from slam_asr.notices.reasons import failure_of
@@ -26,18 +27,17 @@ RESULTS = ("compare-runs", "score")
 """The stages whose result is the run's, the last one of the pipeline first."""
 
 
-def notify(run_id: str, store: str, form: str, api: str, dashboard: str, state: str) -> None:
-    """Send a notice that a run has ended. Problems are logged, and never fail the run.
+def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
+    """Send a notice that the run of this pod has ended. Problems are logged, and never fail the run.
 
     Args:
-        run_id: id of the run.
         store: store of the run.
         form: format of the message, slack or cloudevents.
         api: address of the API of Kubeflow Pipelines inside the cluster.
         dashboard: address of the dashboard for the link; empty for a message without one.
         state: state of the steps as Kubeflow reports it: SUCCEEDED, FAILED or CANCELLED.
     """
-    url = webhook_url()
+    run_id, url = os.environ[RUN], webhook_url()
     if not url:
         log_line("warning: no notice is sent: the secret with the webhook's URL, or its key, is missing")
         return
@@ -64,7 +64,7 @@ def _from_api(api: str, run_id: str, state: str) -> tuple[str, str, str]:
         name = (answer.get("run") or {}).get("name") or name
         if (workflow := workflow_of(answer)) is not None:
             step, reason = failure_of(workflow, run_id)
-        if step or (name and state == "SUCCEEDED") or pause is None:
+        if step or state == "SUCCEEDED" or pause is None:
             break
         time.sleep(pause)
     return name, step, reason

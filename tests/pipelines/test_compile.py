@@ -24,10 +24,11 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 from components import images
 from docs.dashboard_graph import draw
 from pipelines import cli
-from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
+from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.compile import compile_package
 from pipelines.package_check import PackageDefect, check_package, read_package
 from pipelines.placement import place
+from pipelines.quantities import size_in_bytes
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.config.recipe import load_recipe

@@ -14,22 +14,6 @@ RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
 
 
-@pytest.fixture
-def recording(kubeflow, kubernetes_at):
-    """Serve a recorded run, and return its id. Kubernetes does not answer."""
-    kubernetes_at("http://127.0.0.1:9")
-
-    def serve(name: str) -> str:
-        v2, v1 = (
-            json.loads((RECORDINGS / f"run-{name}.{api}.json").read_text()) for api in ("v2beta1", "v1beta1")
-        )
-        kubeflow.multi_user = False
-        kubeflow.recorded[v2["run_id"]] = (v2, v1)
-        return v2["run_id"]
-
-    return serve
-
-
 @recorded
 @pytest.mark.parametrize(
     ("name", "lines"),
