@@ -27,7 +27,7 @@ POLL = 5.0
 
 def runs(arguments: list[str]) -> int:
     """Print the latest runs, and return the exit code."""
-    parser = _run_parser("runs", "List the latest runs.")
+    parser = run_parser("runs", "List the latest runs.")
     parser.add_argument("--mine", type=bool, default=False, help="only runs that you submitted")
     parser.add_argument("--recipe", type=str, default="", help="only runs of this recipe")
     parser.add_argument("--count", type=int, default=10, help="maximum number of runs")
@@ -95,7 +95,7 @@ def status(arguments: list[str]) -> int:
 
 def logs(arguments: list[str]) -> int:
     """Print the logs of a run's steps, and return the exit code."""
-    parser = _run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
+    parser = run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
     parser.add_argument("--step", type=str, help="only the logs of this step")
     parser.add_argument(
         "--all", type=bool, default=False, help="also the lines of Kubeflow and Argo, and the drivers' logs"
@@ -125,7 +125,7 @@ def logs(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """Restart a failed run from the steps that failed, or start another one, and return the exit code."""
-    parser = _run_parser("resume", "Restart a failed run from the steps that failed.")
+    parser = run_parser("resume", "Restart a failed run from the steps that failed.")
     add_wait(parser)
     parser.add_argument(
         "--new",
@@ -165,7 +165,7 @@ def resume(arguments: list[str]) -> int:
 
 def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
-    parser = _run_parser(command, description)
+    parser = run_parser(command, description)
     add_wait(parser)
     return _parse(parser, arguments)
 
@@ -202,7 +202,8 @@ def _run_line(run: "kfp_server_api.V2beta1Run") -> str:
     return f"{run.run_id}  {state:<10} {run.display_name}"
 
 
-def _run_parser(command: str, description: str) -> ArgumentParser:
+def run_parser(command: str, description: str) -> ArgumentParser:
+    """Return a parser for a command that only needs to connect to Kubeflow Pipelines."""
     parser = command_parser(command, description)
     parser.add_argument(
         "--cluster",
@@ -225,7 +226,8 @@ def flags(arguments: list[str]) -> list[str]:
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true"
-        if argument in ("--wait", "--follow", "--mine", "--all", "--new") and following.startswith("--")
+        if argument in ("--wait", "--follow", "--mine", "--all", "--new", "--catch-up")
+        and following.startswith("--")
         else argument
         for argument, following in zip(arguments, followers, strict=False)
     ]
