@@ -5,6 +5,7 @@ any other profile is selected by its path. Keys are checked like those of a reci
 credentials: it names the Kubernetes secrets that contain them.
 """
 
+import math
 import operator
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipelines.quantities import CPU, DURATION, SIZE, cores, size_in_bytes
+from slam_asr.artifacts.costs import Prices
 from slam_asr.config.schema import nearest, parse_yaml, problems_of_address, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
@@ -217,6 +219,7 @@ class Cluster:
     queue: Queue = field(default_factory=Queue)
     trainer: Trainer = field(default_factory=Trainer)
     on_exit: OnExit = field(default_factory=OnExit)
+    prices: Prices = field(default_factory=Prices)
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -231,6 +234,8 @@ class Cluster:
             lambda address: not address or _ADDRESS.fullmatch(address),
             "http://host:port or https://host, without a name or password in it",
         )
+        for key in ("prices.gpu_hour", "prices.cpu_hour"):
+            self._require(key, lambda price: 0 <= price < math.inf, "0 or more")
         for key in ("secret", "key"):
             if not _SECRET.fullmatch(getattr(self.on_exit, key)):
                 # The value may be the URL itself, so it is not shown.

@@ -16,6 +16,7 @@ from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
 from pipelines.quantities import seconds
 from slam_asr import __version__
+from slam_asr.artifacts.costs import PRICES
 from slam_asr.artifacts.run_records import RUN
 from slam_asr.notices.notice import URL_FILE
 from slam_asr.storage.client import SECRET_FOLDER
@@ -156,6 +157,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
         **({"AWS_ENDPOINT_URL": cluster.storage.endpoint} if cluster.storage.endpoint else {}),
         **({"AWS_REGION": cluster.storage.region} if cluster.storage.region else {}),
         **({"HF_HUB_OFFLINE": "1"} if cluster.models.offline else {}),
+        **({PRICES: json.dumps(asdict(cluster.prices))} if cluster.prices else {}),
         **cluster.environment,
     }
 

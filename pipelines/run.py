@@ -22,6 +22,8 @@ from pipelines.run_request import (
     request_from_options,
 )
 from pipelines.single import CORPUS_READER, RUN_ALONE, command_of_stage, corpus_of, require_stage
+from slam_asr.artifacts.costs import describe_costs, prices_from_environment
+from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
 from slam_asr.notices.notice import Notice, send
@@ -79,6 +81,7 @@ def run(arguments: list[str]) -> int:
     if options["images"]:
         # Components read this variable when they are imported, which has not happened yet.
         os.environ[IMAGES_VARIABLE] = options["images"]
+    prices = prices_from_environment()
     webhook = require_url(options["on_exit"]) if options["on_exit"] else ""
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -102,18 +105,34 @@ def run(arguments: list[str]) -> int:
         except StepFailed as error:
             why = failure(error.step, output)
             print(f"slam-asr: {why}", file=sys.stderr)
-            if webhook and not only:
-                reason = error.step.error or why.rstrip(".")
-                notice = Notice(Path(source).stem, local_run.run_id, "failed", error.step.name, reason)
-                send(notice, options["on_exit"], webhook)
+            if not only:
+                _notify(options, local_run, webhook, error.step.name, error.step.error or why.rstrip("."))
             # The code for a mistake that the user can fix is passed on; any other code means a failure.
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
     print("\n" + summary(local_run.steps, time.monotonic() - started))
-    if webhook:
-        result = local_run.steps[-1].record().summary
-        notice = Notice(Path(source).stem, local_run.run_id, "succeeded", result=result)
-        send(notice, options["on_exit"], webhook)
+    if costs := describe_costs(read_steps(local_run.store, local_run.run_id), prices):
+        print(f"\n{costs}")
+    _notify(options, local_run, webhook)
     return 0
+
+
+def _notify(
+    options: dict[str, Any], local_run: "LocalRun", webhook: str, step: str = "", reason: str = ""
+) -> None:
+    """Send the notice of a run that has ended, if there is a webhook.
+
+    Args:
+        options: parsed options, with the format in `on_exit`.
+        local_run: the run.
+        webhook: URL of the webhook; empty if no notice is requested.
+        step: the step that failed; empty after a success.
+        reason: why it failed.
+    """
+    if webhook:
+        result = "" if step else local_run.steps[-1].record().summary
+        state = "failed" if step else "succeeded"
+        notice = Notice(Path(options["source"]).stem, local_run.run_id, state, step, reason, result)
+        send(notice, options["on_exit"], webhook)
 
 
 def _run_only(stage: str, local_run: "LocalRun", request: RunRequest, corpus: str) -> None:

@@ -1,5 +1,6 @@
 """The commands of `python -m pipelines` that deal with runs in a cluster, from `status` to `stop`."""
 
+import contextlib
 import os
 import sys
 import webbrowser
@@ -12,14 +13,19 @@ from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER
 from pipelines.kubeflow.connection import add_connection_options, connect, require_seconds
+from slam_asr.artifacts.costs import describe_costs
+from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import shipped_recipes
-from slam_asr.errors import ConfigurationError
+from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.options import parse_options
+from slam_asr.storage.client import TIMEOUT
+from slam_asr.storage.retry import PATIENCE
 
 if TYPE_CHECKING:
     import kfp_server_api
 
     from pipelines.kubeflow.connection import Connection
+    from pipelines.kubeflow.run_view import RunView
 
 POLL = 5.0
 """Default seconds between two requests while following a run."""
@@ -90,6 +96,7 @@ def status(arguments: list[str]) -> int:
         print(step.line())
     if now.ended:
         print(now.outcome())
+        _print_costs(now, cluster)
     return 0
 
 
@@ -271,6 +278,7 @@ def follow_run(
 
     def watch() -> int:
         run = follow(connection, run_id, cluster, _print_line, poll)
+        _print_costs(run, cluster)
         if with_notice:
             send_if_missing(run, cluster, connection.link(run_id), _print_line)
         return 0 if run.state == "succeeded" else 1
@@ -288,6 +296,18 @@ def _watch(watch: Callable[[], int], run_id: str) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _print_costs(run: "RunView", cluster: Cluster) -> None:
+    """Print what the steps of a run took, if its store can be read from here."""
+    settings = run.run.runtime_config
+    store = ((settings and settings.parameters) or {}).get("store")
+    # The store may be in the cluster's own network, so this must not wait for long.
+    for limit in (PATIENCE, TIMEOUT):
+        os.environ.setdefault(limit, "5")
+    with contextlib.suppress(UserError):
+        if store and (costs := describe_costs(read_steps(store, run.run.run_id), cluster.prices)):
+            print(f"\n{costs}", flush=True)
 
 
 def _print_line(line: str) -> None:

@@ -79,7 +79,7 @@ class Record(Outcome):
     version: str = __version__
     cores: int | None = None
     """Number of CPU cores that were usable; None in records of earlier versions."""
-    reused: bool = False
+    reused: bool = field(default=False, compare=False)
     """Whether this call of `run_stage` found the result. It is not saved."""
 
     def file(self, name: str) -> Path:
