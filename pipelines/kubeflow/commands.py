@@ -303,11 +303,15 @@ def _print_costs(run: "RunView", cluster: Cluster) -> None:
     settings = run.run.runtime_config
     store = ((settings and settings.parameters) or {}).get("store")
     # The store may be in the cluster's own network, so this must not wait for long.
-    for limit in (PATIENCE, TIMEOUT):
-        os.environ.setdefault(limit, "5")
-    with contextlib.suppress(UserError):
-        if store and (costs := describe_costs(read_steps(store, run.run.run_id), cluster.prices)):
-            print(f"\n{costs}", flush=True)
+    limits = {name: "5" for name in (PATIENCE, TIMEOUT) if name not in os.environ}
+    os.environ.update(limits)
+    try:
+        with contextlib.suppress(UserError):
+            if store and (costs := describe_costs(read_steps(store, run.run.run_id), cluster.prices)):
+                print(f"\n{costs}", flush=True)
+    finally:
+        for name in limits:
+            del os.environ[name]
 
 
 def _print_line(line: str) -> None:

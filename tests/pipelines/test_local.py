@@ -115,6 +115,7 @@ def test_webhook_gets_the_result_of_a_run_or_the_step_and_reason_of_its_failure(
     output, first = finished
     with webhook() as hook:
         monkeypatch.setenv("SLAM_ASR_WEBHOOK", hook.url)
+        monkeypatch.setenv("SLAM_ASR_PRICES", '{"cpu_hour": 360.0}')
         done = run(tiny_recipe, tiny_corpus, output, "--on-exit", "slack")
         (tmp_path / "empty").mkdir()
         failed = run(tiny_recipe, tmp_path / "empty", tmp_path / "run", "--on-exit", "cloudevents")
@@ -126,6 +127,14 @@ def test_webhook_gets_the_result_of_a_run_or_the_step_and_reason_of_its_failure(
     )
     assert (event["data"]["state"], event["data"]["step"]) == ("failed", "build-manifest")
     assert event["data"]["reason"] and f"slam-asr: error: {event['data']['reason']}." in failed.stdout
+    # Everything was reused, so the run costs nothing; the page of the run has the table too.
+    reused = re.search(
+        r"^train +0:00 +0\.00 +0\.00 USD +\S+, 0\.00 GPU-hours, (\S+) USD when made$", done.stdout, re.M
+    )
+    assert float(reused[1]) > 0 and re.search(r"^this run +0:00 +0\.00 +0\.00 USD$", done.stdout, re.M)
+    pages = sorted((output / "steps").rglob("score/report"), key=lambda page: page.stat().st_mtime)
+    assert f"{reused[1]} USD when made" in pages[-1].read_text()
+    assert "What the run took" in pages[0].read_text() and "USD" not in pages[0].read_text()
     assert SECRET not in done.stdout + done.stderr + failed.stdout + failed.stderr
 
 
