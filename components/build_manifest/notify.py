@@ -19,7 +19,7 @@ def notify(store: str, form: str, api: str, dashboard: str, status: dsl.Pipeline
     try:
         from slam_asr.stages.notify import notify as run
 
-        run(store, form, api, dashboard, status.state)
+        run(store, form, api, dashboard, status.state or "")
     # A message must never change the state of the run. The text of an error could contain the URL.
     except Exception as error:
         print(f"warning: no notice was sent ({type(error).__name__})")

@@ -33,7 +33,7 @@ class Notice:
     """The run's display name; empty if unknown."""
     run_id: str
     state: str
-    """succeeded, failed, stopped or lost."""
+    """succeeded, failed, stopped, lost, or ended if nothing else is known."""
     step: str = ""
     """The step that failed; empty if none did, or if it is unknown."""
     reason: str = ""

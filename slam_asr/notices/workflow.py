@@ -131,6 +131,12 @@ class Workflow:
         """Whether a step has succeeded."""
         return any(nodes[-1].phase == "Succeeded" for nodes in self.attempts().values())
 
+    def phase_of(self, task: str) -> str:
+        """The phase of a task that is a group of steps; empty if the workflow has no such task."""
+        # The node of kind Retry has the outcome of all attempts, each of which is a DAG.
+        phases = {node.kind: node.phase for node in self.nodes if node.path[-1] == task}
+        return phases.get("Retry") or phases.get("DAG", "")
+
     def omitted(self) -> set[str]:
         """Names of steps that were never reached, because an earlier step failed."""
         return {node.task for node in self.nodes if node.phase == "Omitted" and node.task in STEPS}

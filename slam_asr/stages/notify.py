@@ -7,6 +7,7 @@ for a failure comes from the API of Kubeflow Pipelines, if that answers.
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +36,64 @@ def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
         form: format of the message, slack or cloudevents.
         api: address of the API of Kubeflow Pipelines inside the cluster.
         dashboard: address of the dashboard for the link; empty for a message without one.
-        state: state of the steps as Kubeflow reports it: SUCCEEDED, FAILED or CANCELLED.
+        state: state of the steps as Kubeflow passes it: SUCCEEDED, FAILED or CANCELLED, or still RUNNING.
     """
     run_id, url = os.environ[RUN], webhook_url()
     if not url:
         log_line("warning: no notice is sent: the secret with the webhook's URL, or its key, is missing")
         return
-    name, step, reason = _from_api(api, run_id, state)
-    # Kubeflow may not have updated its state yet, but a step that failed for good is certain.
-    succeeded = state == "SUCCEEDED" and not step
+    seen = _from_api(api, run_id, state)
+    ended = _state(state, seen)
     notice = Notice(
-        name=name,
+        name=seen.name,
         run_id=run_id,
-        state="succeeded" if succeeded else "failed" if step else (state or "failed").lower(),
-        step=step,
-        reason=reason,
-        result=_result(store, run_id) if succeeded else "",
+        state=ended,
+        step=seen.step,
+        reason=seen.reason,
+        result=_result(store, run_id) if ended == "succeeded" else "",
         link=f"{dashboard.rstrip('/')}/#/runs/details/{run_id}" if dashboard else "",
     )
     send(notice, form, url)
 
 
-def _from_api(api: str, run_id: str, state: str) -> tuple[str, str, str]:
-    """Return the run's name, the step that failed, and why; what the API does not answer is empty."""
-    name = step = reason = ""
+@dataclass
+class _Seen:
+    """What the API says about the run; all are empty if it does not answer."""
+
+    name: str = ""
+    phase: str = ""
+    """Argo's phase of all steps together."""
+    step: str = ""
+    """The step that failed."""
+    reason: str = ""
+
+
+def _from_api(api: str, run_id: str, state: str) -> _Seen:
+    """Ask until the API shows how the steps ended, a few times at most."""
+    seen = _Seen()
     for pause in (*PAUSES, None):
         answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
-        name = (answer.get("run") or {}).get("name") or name
+        seen.name = (answer.get("run") or {}).get("name") or seen.name
         if (workflow := workflow_of(answer)) is not None:
-            step, reason = failure_of(workflow, run_id)
-        if step or state == "SUCCEEDED" or pause is None:
+            seen.phase = workflow.phase_of("exit-handler-1")
+            seen.step, seen.reason = failure_of(workflow, run_id)
+        if seen.step or "Succeeded" in (seen.phase, state.capitalize()) or pause is None:
             break
         time.sleep(pause)
-    return name, step, reason
+    return seen
+
+
+def _state(state: str, seen: _Seen) -> str:
+    """Return how the run ended.
+
+    Some versions of Kubeflow start the exit task before they update the state of the steps, which is then
+    RUNNING. Argo's phase is final by then.
+    """
+    if seen.step or state == "FAILED" or seen.phase in ("Failed", "Error"):
+        return "failed"
+    if state == "SUCCEEDED" or seen.phase == "Succeeded":
+        return "succeeded"
+    return "stopped" if state in ("CANCELED", "CANCELLED") else "ended"
 
 
 def _ask(address: str) -> dict[str, Any]:

@@ -136,6 +136,35 @@ def test_exit_task_without_the_api_reports_state_and_link(kubeflow, hook, monkey
     assert hook.messages[0][1]["text"] == "The run run-1 failed.\nhttps://ui/#/runs/details/run-1"
 
 
+@pytest.mark.parametrize(
+    ("phases", "state", "expected"),
+    [
+        (("Succeeded", "Succeeded"), "RUNNING", "succeeded"),
+        (("Failed", "Failed"), "RUNNING", "failed"),
+        (("Running", "Failed"), "RUNNING", "ended"),
+        (("Running",), "SUCCEEDED", "succeeded"),
+        ((), "CANCELLED", "stopped"),
+        ((), "RUNNING", "ended"),
+    ],
+)
+def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
+    kubeflow, hook, monkeypatch, tmp_path, phases, state, expected
+):
+    monkeypatch.setenv(RUN, "run-1")
+    nodes = {
+        str(number): {"name": f"x(0).root(0).exit-handler-1{attempt}", "type": kind, "phase": phase}
+        for number, (attempt, kind, phase) in enumerate(
+            zip(("", "(0)"), ("Retry", "DAG"), phases, strict=False)
+        )
+    }
+    manifest = {"metadata": {"name": "slam-asr-x"}, "status": {"nodes": nodes}}
+    kubeflow.multi_user = False
+    kubeflow.recorded["run-1"] = ({}, {"run": {}, "pipeline_runtime": {"workflow_manifest": manifest}})
+    stage.notify(str(tmp_path), "slack", kubeflow.address, "", state)
+    verb = "was stopped" if expected == "stopped" else expected
+    assert hook.messages[0][1]["text"] == f"The run run-1 {verb}."
+
+
 @pytest.mark.slow
 def test_exit_task_runs_in_kfps_own_runner_after_success_and_failure(
     hook, tiny_recipe, tiny_corpus, tmp_path
