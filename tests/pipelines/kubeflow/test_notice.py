@@ -165,6 +165,8 @@ def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
     assert hook.messages[0][1]["text"] == f"The run run-1 {verb}."
 
 
+# Cold, because a fork server that a step starts would import kfp as kfp's executor does, without its compiler.
+@pytest.mark.cold
 @pytest.mark.slow
 def test_exit_task_runs_in_kfps_own_runner_after_success_and_failure(
     hook, tiny_recipe, tiny_corpus, tmp_path
