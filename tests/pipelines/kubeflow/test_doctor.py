@@ -18,6 +18,7 @@ images: {{names: "{registry}/team/{{stage}}:7"}}
 storage: {{store: "s3://bucket/store", secret: bucket-secret}}
 models: {{claim: models, token_secret: hub}}
 queue: {{name: research}}
+on_exit: {{format: slack, secret: hooks}}
 steps:
   train:
     gpus: 4
@@ -46,6 +47,10 @@ def objects() -> dict:
         f"{NAMESPACE}/secrets/hub": (
             200,
             {"metadata": {"name": "hub"}, "data": {"HF_TOKEN": encoded["accesskey"]}},
+        ),
+        f"{NAMESPACE}/secrets/hooks": (
+            200,
+            {"metadata": {"name": "hooks"}, "data": {"url": encoded["accesskey"]}},
         ),
         f"{NAMESPACE}/configmaps/kfp-launcher": (
             200,
@@ -146,6 +151,10 @@ def changed(path, **values):
             "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey",
         ),
         (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
+        (
+            changed(f"{NAMESPACE}/secrets/hooks", data={"URL": ""}),
+            "✗ secret hooks: has no key url: store the webhook's URL under that name.",
+        ),
         (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
         (
             lambda served, manifests: served.update(denied=["get secrets bucket-secret", "get pods"]),

@@ -10,7 +10,7 @@ import pytest
 from kfp import dsl, local
 from kfp_server_api import V2beta1Run
 
-from components.build_manifest.component import build_manifest
+from pipelines import asr
 from pipelines.cluster import Cluster, OnExit, load_cluster
 from pipelines.compile import compile_package
 from pipelines.notice import with_notice
@@ -165,35 +165,29 @@ def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
     assert hook.messages[0][1]["text"] == f"The run run-1 {verb}."
 
 
-# Cold, because a fork server that a step starts would import kfp as kfp's executor does, without its compiler.
+# Cold: a fork server that a step starts would import kfp as kfp's executor does, without the compiler.
 @pytest.mark.cold
 @pytest.mark.slow
-def test_exit_task_runs_in_kfps_own_runner_after_success_and_failure(
+def test_training_pipeline_with_the_exit_task_runs_in_kfps_own_runner(
     hook, tiny_recipe, tiny_corpus, tmp_path
 ):
-    """The decorator of the pipelines and the component itself, in the processes that kfp starts."""
+    """All steps and both loops are in the group before the exit task, which runs after a failure too."""
 
     def place(step: str, task: dsl.PipelineTask) -> None:
         task.set_env_variable(RUN, "run-7")
         task.set_env_variable("SLAM_ASR_WEBHOOK", hook.url)
 
     cluster = Cluster(on_exit=OnExit("slack", dashboard="https://ui"), kubeflow_namespace="nowhere")
-
-    @dsl.pipeline
-    @with_notice(cluster, place)
-    def first_step(recipe: str, corpus: str, store: str):
-        build_manifest(recipe=recipe, corpus=corpus, store=store)
-
+    pipeline = asr.build_pipeline(place, ending=with_notice(cluster, place))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "steps"))
     values = {"recipe": dump_recipe(load_recipe(str(tiny_recipe))), "store": str(tmp_path / "store")}
-    first_step(corpus=str(tiny_corpus), **values)
+    pipeline(corpus=str(tiny_corpus), **values)
     with pytest.raises(RuntimeError):
-        first_step(corpus=str(tmp_path / "no corpus"), **values)
+        pipeline(corpus=str(tmp_path / "no corpus"), **values)
     link = "https://ui/#/runs/details/run-7"
-    assert [message["text"] for _, message in hook.messages] == [
-        f"The run run-7 succeeded.\n{link}",
-        f"The run run-7 failed.\n{link}",
-    ]
+    succeeded, failed = (message["text"] for _, message in hook.messages)
+    assert re.fullmatch(rf"The run run-7 succeeded: WER [\d.]+ % on \d+ utterances\.\n{link}", succeeded)
+    assert failed == f"The run run-7 failed.\n{link}"
 
 
 @recorded
