@@ -679,8 +679,8 @@ def test_what_cannot_run_is_rejected_at_compile_time(error_of, tmp_path, argv, s
         ),
         (
             "on_exit: {format: slack, secret: 'https://hooks.example/T0'}",
-            "Cluster mine: on_exit.secret must be a name of letters, digits, dots and dashes: put the webhook's "
-            "URL into a secret, and name that secret and its key here.",
+            "Cluster mine: on_exit.secret must be a name of letters, digits, dots and dashes: put the "
+            "webhook's URL into a secret, and name that secret and its key here.",
         ),
         ("prices: {gpu_hour: -1}", "Cluster mine: prices.gpu_hour is -1.0 but must be 0 or more."),
         ("storage: {store: /data}", "Cluster mine: storage.store is '/data' but must be an s3:// prefix."),

@@ -123,7 +123,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 23 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
@@ -293,7 +293,7 @@ def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor
 
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you are not allowed to read it (403)") == 12, out
+    assert code == 0 and out.count("you are not allowed to read it (403)") == 13, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0
     assert (
