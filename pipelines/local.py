@@ -27,6 +27,7 @@ from kfp.local import docker_task_handler, subprocess_task_handler
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
+from slam_asr.artifacts.costs import PRICES
 from slam_asr.artifacts.run_records import RUN
 from slam_asr.artifacts.stage_record import Record, follow_pointer, read_record
 from slam_asr.config.recipe import dump_recipe
@@ -193,7 +194,8 @@ class LocalRun:
     ) -> int:
         """Run a step's command in a container of `image` or as a process, and record its exit code."""
         lines = LogFilter(self.terminal, log)
-        environment = {RUN: self.run_id} | environment
+        # A container does not inherit the environment of this process.
+        environment = {RUN: self.run_id, PRICES: os.environ.get(PRICES, "")} | environment
         if self.containers:
             step.exit_code = self.containers.run(step.name, image, command, lines.write, environment)
         else:

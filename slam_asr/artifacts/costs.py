@@ -6,7 +6,7 @@ A result that the store had already costs the run nothing. What it took when it 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slam_asr.artifacts.run_records import StepRecord
 from slam_asr.errors import ConfigurationError
@@ -52,7 +52,8 @@ def prices_from_environment() -> Prices:
         ConfigurationError: the variable is not valid.
     """
     try:
-        return Prices(**json.loads(os.environ.get(PRICES) or "{}"))
+        prices = Prices(**json.loads(os.environ.get(PRICES) or "{}"))
+        return replace(prices, gpu_hour=float(prices.gpu_hour), cpu_hour=float(prices.cpu_hour))
     except (ValueError, TypeError):
         raise ConfigurationError(
             f'{PRICES} is not valid: write it as {{"gpu_hour": 2.5, "cpu_hour": 0.05, "currency": "USD"}}.'

@@ -100,7 +100,7 @@ def test_damaged_record_or_prices_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "run-records" / "r" / "train.json").write_text("{}")
     with pytest.raises(InputError, match=r"train\.json is not a step's record: remove it\."):
         read_steps(str(tmp_path), "r")
-    for text in ("2.5", '{"gpu": 1}', "{"):
+    for text in ("2.5", '{"gpu": 1}', "{", '{"gpu_hour": "much"}', '{"cpu_hour": null}'):
         monkeypatch.setenv(PRICES, text)
         with pytest.raises(ConfigurationError, match=f"{PRICES} is not valid"):
             prices_from_environment()
