@@ -135,15 +135,8 @@ def run_stage(
         started = time.monotonic()
         outcome = work(work_folder)
         seconds = round(time.monotonic() - started, 3)
-        record = Record(
-            **vars(outcome),
-            stage=stage,
-            folder=folder,
-            inputs=inputs,
-            seconds=seconds,
-            finished=time.time(),
-            cores=usable_cores(),
-        )
+        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds)
+        record.finished, record.cores = time.time(), usable_cores()
         write_json(work_folder / RECORD, {k: v for k, v in asdict(record).items() if k != "reused"})
         if remote:
             log_line(f"{stage}: uploading to {folder}")

@@ -77,7 +77,7 @@ def _from_api(api: str, run_id: str, state: str) -> _Seen:
         if (workflow := workflow_of(answer)) is not None:
             seen.phase = workflow.phase_of("exit-handler-1")
             seen.step, seen.reason = failure_of(workflow, run_id)
-        if seen.step or "Succeeded" in (seen.phase, state.capitalize()) or pause is None:
+        if seen.step or state == "SUCCEEDED" or seen.phase == "Succeeded" or pause is None:
             break
         time.sleep(pause)
     return seen
