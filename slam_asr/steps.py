@@ -27,7 +27,7 @@ class Step:
     output: str
     """The Kubeflow output that points to the step's result; empty if it has none."""
     pipelines: tuple[str, ...]
-    """The pipelines that contain the step."""
+    """The pipelines that always contain the step."""
     function: str = ""
     """`module:function` that the step runs. Empty if it has no command of its own."""
     image: str = ""
