@@ -13,6 +13,7 @@ from components.extract_features.component import extract_features
 from components.publish.component import publish
 from components.publish.open_registry import open_registry
 from components.train.component import train
+from pipelines.notice import Steps, without_notice
 from slam_asr.steps import PUBLISHING, TRAINING
 
 DESCRIPTION = (
@@ -25,6 +26,7 @@ def build_pipeline(
     place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
     trainjob: str = "",
     publishes: bool = False,
+    ending: Callable[[Steps], Steps] = without_notice,
 ) -> BaseComponent:
     """Build the training pipeline.
 
@@ -33,6 +35,7 @@ def build_pipeline(
             the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
         publishes: whether the pipeline ends with the step `publish`, which registers the model.
+        ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
 
     @dsl.pipeline(
@@ -40,6 +43,7 @@ def build_pipeline(
         display_name="SLAM-ASR: train and publish" if publishes else "SLAM-ASR",
         description=DESCRIPTION,
     )
+    @ending
     def asr(corpus: str, recipe: str, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train a SLAM-ASR speech recogniser and measure it.
 

@@ -24,7 +24,7 @@ COMMANDS = {
         "pipelines.compile:compile_command", "[RECIPE]", "write the pipeline as YAML for Kubeflow Pipelines"
     ),
     "submit": Command(
-        "pipelines.kubeflow.commands:submit",
+        "pipelines.kubeflow.submit:submit",
         "RECIPE",
         "compile, upload and start a run in a cluster; --wait follows it",
     ),
@@ -42,6 +42,13 @@ COMMANDS = {
     "runs": Command(
         "pipelines.kubeflow.commands:runs", "", "list the latest runs, your own or those of a recipe"
     ),
+    "schedule create": Command(
+        "pipelines.kubeflow.schedules:create", "RECIPE", "start runs in a cluster again and again; --cron"
+    ),
+    "schedule list": Command("pipelines.kubeflow.schedules:list_all", "", "list the schedules"),
+    "schedule pause": Command("pipelines.kubeflow.schedules:pause", "NAME", "pause a schedule"),
+    "schedule resume": Command("pipelines.kubeflow.schedules:resume", "NAME", "resume a schedule"),
+    "schedule delete": Command("pipelines.kubeflow.schedules:delete", "NAME", "delete a schedule"),
     "doctor": Command(
         "pipelines.kubeflow.doctor:doctor",
         "",
@@ -85,11 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     with processes.interruptible(), exit_on_user_error():
-        if arguments[0] not in COMMANDS:
-            hint = nearest(arguments[0], list(COMMANDS)) or "."
-            raise UserError(f"Unknown command {arguments[0]}{hint} Commands: {', '.join(COMMANDS)}.")
-        module, function = COMMANDS[arguments[0]].function.split(":")
-        return getattr(importlib.import_module(module), function)(arguments[1:])
+        # Some names consist of two words.
+        words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+        command = " ".join(arguments[:words])
+        if command not in COMMANDS:
+            hint = nearest(command, list(COMMANDS)) or "."
+            raise UserError(f"Unknown command {command}{hint} Commands: {', '.join(COMMANDS)}.")
+        module, function = COMMANDS[command].function.split(":")
+        return getattr(importlib.import_module(module), function)(arguments[words:])
 
 
 def command_parser(command: str, description: str) -> ArgumentParser:

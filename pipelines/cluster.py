@@ -5,6 +5,7 @@ any other profile is selected by its path. Keys are checked like those of a reci
 credentials: it names the Kubernetes secrets that contain them.
 """
 
+import math
 import operator
 import os
 import re
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pipelines.quantities import CPU, DURATION, SIZE, cores, size_in_bytes
+from slam_asr.artifacts.costs import Prices
 from slam_asr.config.schema import nearest, parse_yaml, problems_of_address, typed
 from slam_asr.errors import ConfigurationError
 from slam_asr.steps import STEPS
@@ -95,10 +98,23 @@ class Trainer:
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime that starts one launcher per node."""
     timeout_hours: float = 24.0 * 14
-    """Hours after which one attempt at a multi-node training is stopped, including its time in a queue.
+    """Hours after which one attempt at a multi-node training is stopped, including its time in a queue. It
+    replaces steps.train.timeout_hours there. 0: never."""
 
-    It replaces steps.train.timeout_hours there. 0: never.
-    """
+
+@dataclass
+class OnExit:
+    """A message to a webhook when a run has ended, also if it failed."""
+
+    format: Literal["", "slack", "cloudevents"] = ""
+    """`slack`: JSON that Slack and other chat services accept. `cloudevents`: a CloudEvent 1.0 in JSON. If
+    empty, no message is sent."""
+    secret: str = "slam-asr-webhook"
+    """Name of the secret with the webhook's URL, in the namespace of the runs."""
+    key: str = "url"
+    """Key of the URL in that secret."""
+    dashboard: str = ""
+    """Address of the dashboard, for the link in the message. If empty, `endpoint`."""
 
 
 @dataclass
@@ -108,10 +124,8 @@ class StepSettings:
     cpu: str = "2"
     """CPU cores that a node reserves for the step, in Kubernetes notation: 2 or 500m."""
     cpu_limit: str = ""
-    """CPU cores that the step may use at most. Empty: as many as `cpu`. `none`: all free ones of its node.
-
-    `none` suits clusters that forbid throttling, and namespaces whose LimitRange sets no default limit.
-    """
+    """CPU cores that the step may use at most. Empty: as many as `cpu`. `none`: all free ones of its node,
+    for clusters that forbid throttling, and namespaces whose LimitRange sets no default limit."""
     memory: str = "8Gi"
     """Memory, both request and limit. shared_memory counts against it."""
     gpus: int = 0
@@ -212,6 +226,8 @@ class Cluster:
     registry: Registry = field(default_factory=Registry)
     queue: Queue = field(default_factory=Queue)
     trainer: Trainer = field(default_factory=Trainer)
+    on_exit: OnExit = field(default_factory=OnExit)
+    prices: Prices = field(default_factory=Prices)
     steps: Steps = field(default_factory=Steps)
 
     @property
@@ -232,6 +248,15 @@ class Cluster:
             lambda address: not address or _ADDRESS.fullmatch(address),
             "http://host:port or https://host, without a name or password in it",
         )
+        for key in ("prices.gpu_hour", "prices.cpu_hour"):
+            self._require(key, lambda price: 0 <= price < math.inf, "0 or more")
+        for key in ("secret", "key"):
+            if not _SECRET.fullmatch(getattr(self.on_exit, key)):
+                # The value may be the URL itself, so it is not shown.
+                raise ConfigurationError(
+                    f"Cluster {self.name}: on_exit.{key} must be a name of letters, digits, dots and dashes: "
+                    "put the webhook's URL into a secret, and name that secret and its key here."
+                )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
                 raise ConfigurationError(
@@ -246,21 +271,21 @@ class Cluster:
 
     def _check_step(self, name: str) -> None:
         step, prefix = self.steps[name], f"steps.{_key(name)}"
-        self._require(f"{prefix}.cpu", _CPU.fullmatch, "cores such as 2 or 500m")
+        self._require(f"{prefix}.cpu", CPU.fullmatch, "cores such as 2 or 500m")
         self._require(
             f"{prefix}.cpu_limit",
             lambda limit: (
                 # Kubernetes refuses a limit below the request.
-                limit in ("", NO_LIMIT) or (_CPU.fullmatch(limit) and _cores(limit) >= _cores(step.cpu))
+                limit in ("", NO_LIMIT) or (CPU.fullmatch(limit) and cores(limit) >= cores(step.cpu))
             ),
             f"{NO_LIMIT}, or cores such as 2 or 500m, not fewer than {prefix}.cpu ({step.cpu})",
         )
-        self._require(f"{prefix}.memory", _SIZE.fullmatch, "a size such as 16Gi")
+        self._require(f"{prefix}.memory", SIZE.fullmatch, "a size such as 16Gi")
         for key in ("shared_memory", "scratch"):
             self._require(
-                f"{prefix}.{key}", lambda size: not size or _SIZE.fullmatch(size), "a size such as 16Gi"
+                f"{prefix}.{key}", lambda size: not size or SIZE.fullmatch(size), "a size such as 16Gi"
             )
-        self._require(f"{prefix}.retry_after", _DURATION.fullmatch, "a time such as 30s, 5m or 1h")
+        self._require(f"{prefix}.retry_after", DURATION.fullmatch, "a time such as 30s, 5m or 1h")
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
             self._require(f"{prefix}.{key}", lambda number: number >= 0, "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
@@ -291,32 +316,9 @@ class Cluster:
 
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_SECRET = re.compile(r"[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?")
 _ADDRESS = re.compile(r"https?://[^/@\s]+/?")
-_CPU = re.compile(r"\d+(\.\d+)?|\d+m")
-_SIZE = re.compile(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|K|M|G|T)?")
-_DURATION = re.compile(r"\d+[smh]")
 _TOLERATION_KEYS = ["key", "operator", "value", "effect"]
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def size_in_bytes(size: str) -> float:
-    """Convert a size in Kubernetes notation to bytes: `16Gi` → 17179869184.
-
-    Args:
-        size: a size that the profile's check accepts, such as `16Gi`, `500M` or `1024`.
-
-    Returns:
-        The size in bytes.
-    """
-    number = size.rstrip("kKMGTi")
-    unit = size.removeprefix(number)
-    return float(number) * _UNITS[unit]
-
-
-def _cores(cpu: str) -> float:
-    """Convert cores in Kubernetes notation to a number: `500m` → 0.5."""
-    return float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)
 
 
 def shipped_clusters() -> dict[str, Path]:

@@ -252,6 +252,7 @@ def compile_all(
 def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> "BaseComponent":
     # Imported here, because they import kfp, which is slow.
     from pipelines import asr, evaluate, sweep
+    from pipelines.notice import with_notice, without_notice
     from pipelines.placement import place, placement
 
     nodes = request.nodes
@@ -259,12 +260,13 @@ def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> 
     def place_step(step: str, task: "PipelineTask") -> None:
         place(cluster, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
+    ending = with_notice(cluster, place_step) if cluster.on_exit.format else without_notice
     if request.pipeline == EVALUATION:
-        return evaluate.build_pipeline(place_step)
+        return evaluate.build_pipeline(place_step, ending)
     trainjob = placement(cluster, images["train"]) if nodes > 1 else ""
     if request.pipeline == SWEEP:
-        return sweep.build_pipeline(place_step, trainjob, request.parallel)
-    return asr.build_pipeline(place_step, trainjob, publishes=request.pipeline == PUBLISHING)
+        return sweep.build_pipeline(place_step, trainjob, request.parallel, ending)
+    return asr.build_pipeline(place_step, trainjob, request.pipeline == PUBLISHING, ending)
 
 
 def images_source(cluster: Cluster, images: str | None) -> str:

@@ -10,6 +10,7 @@ from components.convert_checkpoint.open_model import open_model
 from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
+from pipelines.notice import Steps, without_notice
 from slam_asr.steps import EVALUATION
 
 DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report their word error rates."
@@ -17,15 +18,18 @@ DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report the
 
 def build_pipeline(
     place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    ending: Callable[[Steps], Steps] = without_notice,
 ) -> BaseComponent:
     """Build the evaluation pipeline.
 
     Args:
         place: function that is called with each step's name and task, and assigns the cluster's resources to
             the task.
+        ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
 
     @dsl.pipeline(name=EVALUATION, display_name="SLAM-ASR: evaluate", description=DESCRIPTION)
+    @ending
     def evaluate(
         corpus: str,
         recipe: str,

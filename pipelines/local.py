@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -26,9 +27,11 @@ from kfp.local import docker_task_handler, subprocess_task_handler
 from pipelines import processes
 from pipelines.docker import Containers
 from pipelines.run_request import RunRequest
+from slam_asr.artifacts.costs import PRICES
+from slam_asr.artifacts.run_records import RUN
 from slam_asr.artifacts.stage_record import Record, follow_pointer, read_record
 from slam_asr.config.recipe import dump_recipe
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ERROR_PREFIX, ConfigurationError, UserError
 from slam_asr.progress import BAR_COLUMNS
 from slam_asr.steps import EVALUATION, PUBLISHING, STEPS, SWEEP, TRAINING
 from slam_asr.storage import is_s3, local_path
@@ -58,6 +61,8 @@ class LocalStep:
     """Unix time in seconds."""
     exit_code: int | None = None
     """None while the step runs."""
+    error: str = ""
+    """The step's own error message, without a full stop; empty if it printed none."""
 
     def record(self) -> Record:
         """Read the record of the result folder that the step's output points to."""
@@ -88,6 +93,7 @@ class LocalRun:
         # Saved now, because `sys.stdout` is redirected to kfp's log while kfp runs.
         self.terminal = sys.stdout
         self.steps: list[LocalStep] = []
+        self.run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
     def execute(self, request: RunRequest, corpus: str) -> None:
         """Run all steps; `steps` then lists them in the order in which they ran.
@@ -188,15 +194,18 @@ class LocalRun:
         self, step: LocalStep, image: str, command: list[str], environment: dict[str, str], log: TextIO
     ) -> int:
         """Run a step's command in a container of `image` or as a process, and record its exit code."""
-        on_line = LogFilter(self.terminal, log).write
+        lines = LogFilter(self.terminal, log)
+        # A container does not inherit the environment of this process.
+        environment = {RUN: self.run_id, PRICES: os.environ.get(PRICES, "")} | environment
         if self.containers:
-            step.exit_code = self.containers.run(step.name, image, command, on_line, environment)
+            step.exit_code = self.containers.run(step.name, image, command, lines.write, environment)
         else:
             environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
             if self.terminal.isatty():
                 # The step itself writes to a pipe, so the width for its progress bars is passed on.
                 environment[BAR_COLUMNS] = str(shutil.get_terminal_size().columns)
-            step.exit_code = processes.run(command, on_line, environment)
+            step.exit_code = processes.run(command, lines.write, environment)
+        step.error = lines.error
         return step.exit_code
 
     @contextlib.contextmanager
@@ -231,10 +240,14 @@ class LogFilter:
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
         self.in_dump = False
+        self.error = ""
+        """The latest error message of the step, without a full stop."""
 
     def write(self, line: str) -> None:
         """Write a line of the step to the terminal, or a line of the executor to the log."""
         ours = not self.in_dump and not (line.startswith(_EXECUTOR_PREFIX) and " INFO]: " in line)
+        if ours and line.startswith(ERROR_PREFIX):
+            self.error = line.removeprefix(ERROR_PREFIX).strip().rstrip(".")
         target = self.terminal if ours else self.log
         target.write(line)
         target.flush()

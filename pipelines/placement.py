@@ -14,7 +14,11 @@ from kfp.dsl import PipelineTask
 
 from components import CACHE
 from pipelines.cluster import Cluster, StepSettings
+from pipelines.quantities import seconds
 from slam_asr import __version__
+from slam_asr.artifacts.costs import PRICES
+from slam_asr.artifacts.run_records import RUN
+from slam_asr.notices.notice import URL_FILE
 from slam_asr.steps import STEPS
 from slam_asr.storage.client import SECRET_FOLDER
 from slam_asr.trainjob.placement import NO_LIMIT, Placement
@@ -33,6 +37,11 @@ REGISTRY_KEYS = (
 
 COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""
+NOTIFIER = StepSettings(
+    cpu="100m", cpu_limit="1", memory="512Mi", scratch="", retries=1, retry_after="10s", timeout_hours=0.25
+)
+"""Settings of the task `notify`, which sends one message."""
+_WEBHOOK_FOLDER = "/var/run/secrets/slam-asr/webhook"
 _EXTRA_HOURS = 1.0
 """Hours that the watching step may run longer than its TrainJob, so that it can report why that one ended."""
 
@@ -52,14 +61,20 @@ def place(
     settings = cluster.steps[step]
     task.set_container_image(images[step])
     task.set_display_name(step)
-    pod = _coordinator(cluster) if by_trainjob else settings
+    pod = _coordinator(cluster) if by_trainjob else NOTIFIER if step == "notify" else settings
     _resources(task, pod)
-    _storage(task, cluster, pod, publishes="publish" in (step, STEPS[step].image))
+    _storage(task, cluster, pod)
+    if step == "notify":
+        _webhook(task, cluster)
+    else:
+        _models(task, cluster, publishes="publish" in (step, STEPS[step].image))
+    # Kubeflow labels every pod with the id of its run.
+    kubernetes.use_field_path_as_env(task, RUN, "metadata.labels['pipeline/runid']")
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
     task.set_retry(
         pod.retries,
-        backoff_duration=f"{_seconds(pod.retry_after)}s",
+        backoff_duration=f"{seconds(pod.retry_after)}s",
         backoff_factor=2.0,
         backoff_max_duration=f"{_retry_seconds(pod)}s",
     )
@@ -70,8 +85,9 @@ def place(
             kubernetes.add_node_selector(task, label, value)
         for taint in settings.tolerations:
             kubernetes.add_toleration(task, **{"operator": "Equal", **taint})
-    # A step that only watches its TrainJob must not compete with that job for the quota of the queue.
-    for label, value in labels(cluster, step, queued=not by_trainjob).items():
+    # A step that only watches its TrainJob must not compete with that job for the quota of the queue, and a
+    # notice must not wait in the queue.
+    for label, value in labels(cluster, step, queued=not by_trainjob and step != "notify").items():
         kubernetes.add_pod_label(task, label, value)
     for name, value in settings.annotations.items():
         kubernetes.add_pod_annotation(task, name, value)
@@ -151,6 +167,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
         **({"AWS_ENDPOINT_URL": cluster.storage.endpoint} if cluster.storage.endpoint else {}),
         **({"AWS_REGION": cluster.storage.region} if cluster.storage.region else {}),
         **({"HF_HUB_OFFLINE": "1"} if cluster.models.offline else {}),
+        **({PRICES: json.dumps(asdict(cluster.prices))} if cluster.prices else {}),
         **cluster.environment,
     }
 
@@ -179,21 +196,30 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
 
 
-def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings, publishes: bool) -> None:
+def _storage(task: PipelineTask, cluster: Cluster, step: StepSettings) -> None:
     if step.scratch:
         kubernetes.empty_dir_mount(task, "scratch", CACHE, size_limit=step.scratch)
-    if cluster.models.claim:
-        kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.storage.secret:
         # The secret is mounted as files, so that a running step sees a rotated secret, and so that it never
         # appears in the environment.
         kubernetes.use_secret_as_volume(task, cluster.storage.secret, SECRET_FOLDER)
+
+
+def _models(task: PipelineTask, cluster: Cluster, publishes: bool) -> None:
+    if cluster.models.claim:
+        kubernetes.mount_pvc(task, cluster.models.claim, f"{CACHE}/models")
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
     if cluster.registry.secret and publishes:
         # Optional: the secret has the keys of one registry only.
         keys = {key: key for key in REGISTRY_KEYS}
         kubernetes.use_secret_as_env(task, cluster.registry.secret, keys, optional=True)
+
+
+def _webhook(task: PipelineTask, cluster: Cluster) -> None:
+    # Optional, since a pod waits for a missing secret for ever, and with it the run.
+    kubernetes.use_secret_as_volume(task, cluster.on_exit.secret, _WEBHOOK_FOLDER, optional=True)
+    task.set_env_variable(URL_FILE, f"{_WEBHOOK_FOLDER}/{cluster.on_exit.key}")
 
 
 def _retry_seconds(step: StepSettings) -> int:
@@ -206,10 +232,5 @@ def _retry_seconds(step: StepSettings) -> int:
         return _TEN_YEARS
     # The waits double: first, 2 × first, 4 × first …, one before each retry.
     # https://github.com/kubeflow/pipelines/issues/14245 is about this meaning of the bound.
-    waits = _seconds(step.retry_after) * (2**step.retries - 1)
+    waits = seconds(step.retry_after) * (2**step.retries - 1)
     return round((step.retries + 1) * step.timeout_hours * 3600) + waits
-
-
-def _seconds(time: str) -> int:
-    """Convert `5m` to 300."""
-    return int(time[:-1]) * {"s": 1, "m": 60, "h": 3600}[time[-1]]

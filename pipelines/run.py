@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components import IMAGES_VARIABLE, image
 from pipelines import processes
 from pipelines.cli import command_parser
+from pipelines.notice import require_url
 from pipelines.run_request import (
     RunRequest,
     Settings,
@@ -21,8 +22,11 @@ from pipelines.run_request import (
     request_from_options,
 )
 from pipelines.single import CORPUS_READER, RUN_ALONE, command_of_stage, corpus_of, require_stage
+from slam_asr.artifacts.costs import describe_costs, prices_from_environment
+from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.errors import EXIT_CODE, ConfigurationError, InputError
+from slam_asr.notices.notice import Notice, send
 from slam_asr.options import add_options
 from slam_asr.storage import is_s3, local_path, write_atomically
 
@@ -50,6 +54,8 @@ class Options:
     images: str | None = None
     """docker: images of the steps, a template with {stage} and {version} or the file that `make images`
     writes (default: SLAM_ASR_IMAGES)"""
+    on_exit: Literal["slack", "cloudevents"] | None = None
+    """format of a message to the webhook in SLAM_ASR_WEBHOOK when the run has ended (default: no message)"""
 
 
 def run(arguments: list[str]) -> int:
@@ -75,6 +81,8 @@ def run(arguments: list[str]) -> int:
     if options["images"]:
         # Components read this variable when they are imported, which has not happened yet.
         os.environ[IMAGES_VARIABLE] = options["images"]
+    prices = prices_from_environment()
+    webhook = require_url(options["on_exit"]) if options["on_exit"] else ""
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         containers = (
@@ -95,11 +103,36 @@ def run(arguments: list[str]) -> int:
                 return 0
             local_run.execute(request, corpus)
         except StepFailed as error:
-            print(f"slam-asr: {failure(error.step, output)}", file=sys.stderr)
+            why = failure(error.step, output)
+            print(f"slam-asr: {why}", file=sys.stderr)
+            if not only:
+                _notify(options, local_run, webhook, error.step.name, error.step.error or why.rstrip("."))
             # The code for a mistake that the user can fix is passed on; any other code means a failure.
             return EXIT_CODE if error.step.exit_code == EXIT_CODE else 1
     print("\n" + summary(local_run.steps, time.monotonic() - started))
+    if costs := describe_costs(read_steps(local_run.store, local_run.run_id), prices):
+        print(f"\n{costs}")
+    _notify(options, local_run, webhook)
     return 0
+
+
+def _notify(
+    options: dict[str, Any], local_run: "LocalRun", webhook: str, step: str = "", reason: str = ""
+) -> None:
+    """Send the notice of a run that has ended, if there is a webhook.
+
+    Args:
+        options: parsed options, with the format in `on_exit`.
+        local_run: the run.
+        webhook: URL of the webhook; empty if no notice is requested.
+        step: the step that failed; empty after a success.
+        reason: why it failed.
+    """
+    if webhook:
+        result = "" if step else local_run.steps[-1].record().summary
+        state = "failed" if step else "succeeded"
+        notice = Notice(Path(options["source"]).stem, local_run.run_id, state, step, reason, result)
+        send(notice, options["on_exit"], webhook)
 
 
 def _run_only(stage: str, local_run: "LocalRun", request: RunRequest, corpus: str) -> None:

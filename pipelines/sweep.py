@@ -17,6 +17,7 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
+from pipelines.notice import Steps, without_notice
 from slam_asr.steps import SWEEP
 
 DESCRIPTION = (
@@ -28,6 +29,7 @@ def build_pipeline(
     place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
     trainjob: str = "",
     parallel: int = 0,
+    ending: Callable[[Steps], Steps] = without_notice,
 ) -> BaseComponent:
     """Build the sweep pipeline.
 
@@ -36,9 +38,11 @@ def build_pipeline(
             the task.
         trainjob: placement of the nodes of multi-node training (JSON); if empty, each step's own pod trains.
         parallel: number of variations that run at the same time; 0 for all.
+        ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
 
     @dsl.pipeline(name=SWEEP, display_name="SLAM-ASR: sweep", description=DESCRIPTION)
+    @ending
     def sweep(corpus: str, recipe: str, variations: list, store: str, recipe_overrides: dict = {}) -> None:  # noqa: B006 - kfp needs a literal
         """Train and measure variations of a recipe, and compare them.
 

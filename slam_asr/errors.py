@@ -17,6 +17,8 @@ from typing import NoReturn
 from slam_asr.cores import limit_threads
 
 EXIT_CODE = 2
+ERROR_PREFIX = "slam-asr: error: "
+"""Beginning of the line that a program prints before it exits with an error."""
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a disk that takes no more bytes: it is full, a quota is used up, or a file would be too large."""
@@ -112,5 +114,5 @@ def exit_on_user_error() -> Iterator[None]:
 def _exit(message: str, code: int) -> NoReturn:
     # Otherwise, lines that were printed before the error could appear after it, where both go to one log.
     sys.stdout.flush()
-    print(f"slam-asr: error: {message}", file=sys.stderr, flush=True)
+    print(f"{ERROR_PREFIX}{message}", file=sys.stderr, flush=True)
     sys.exit(code)

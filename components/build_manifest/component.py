@@ -42,7 +42,7 @@ def build_manifest(
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, corpus, f"{store}/build-manifest/{{fingerprint}}")
-        write_pointer(record, manifests.path, resolved)
+        write_pointer(record, manifests.path, resolved, store)
         shutil.copyfile(record.file("statistics.html"), statistics.path)
         log_metrics(record, corpus_metrics.log_metric)
         return all_work_shards(resolved.features.parts)

@@ -36,6 +36,6 @@ def plan_sweep(
 
         resolved = load_recipe(recipe, recipe_overrides)
         record, variation_list = run(resolved, variations, f"{store}/plan-sweep/{{fingerprint}}")
-        write_pointer(record, planned.path, resolved)
+        write_pointer(record, planned.path, resolved, store)
         log_metrics(record, sweep_metrics.log_metric)
         return [variation.as_json() for variation in variation_list]

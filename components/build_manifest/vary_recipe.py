@@ -35,6 +35,6 @@ def vary_recipe(
         record = run(
             recipe_of(manifests.path), variation_of(variation), f"{store}/vary-recipe/{{fingerprint}}"
         )
-        write_pointer(record, varied.path)
+        write_pointer(record, varied.path, None, store)
         built = require_record(folder, "build-manifest")
         write_pointer(built, varied_manifests.path, load_recipe(str(record.file(RECIPE))))

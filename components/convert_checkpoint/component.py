@@ -38,6 +38,6 @@ def convert_checkpoint(
             recipe=recipe,
             which=recipe.decoding.checkpoint,
         )
-        write_pointer(record, model.path, recipe)
+        write_pointer(record, model.path, recipe, store)
         log_metrics(record, model_metrics.log_metric)
         return all_work_shards(recipe.decoding.parts)

@@ -37,6 +37,6 @@ def open_model(
 
         resolved = load_recipe(recipe, recipe_overrides)
         record = run(resolved, model, f"{store}/models/{{fingerprint}}")
-        write_pointer(record, opened.path, resolved)
+        write_pointer(record, opened.path, resolved, store)
         log_metrics(record, model_metrics.log_metric)
         return all_work_shards(resolved.decoding.parts)

@@ -34,6 +34,7 @@ def compare_runs(
         import shutil
 
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
+        from slam_asr.scoring.run_page import write_run_page
         from slam_asr.scoring.runs import MARKDOWN, PAGE
         from slam_asr.stages.compare_runs import compare_runs as run
 
@@ -44,7 +45,7 @@ def compare_runs(
             title=recipe_of(planned.path).name,
             variations=variations,
         )
-        write_pointer(record, comparison.path)
-        shutil.copyfile(record.file(PAGE), report.path)
+        write_pointer(record, comparison.path, None, store)
+        write_run_page(record.file(PAGE), report.path, store)
         shutil.copyfile(record.file(MARKDOWN), summary.path)
         log_metrics(record, word_error_rates.log_metric)

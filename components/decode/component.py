@@ -40,5 +40,5 @@ def decode(
             feature_store=f"{store}/features",
             work_shard=shard,
         )
-        write_pointer(record, hypotheses.path, recipe)
+        write_pointer(record, hypotheses.path, recipe, store)
         log_metrics(record, decoding_metrics.log_metric)

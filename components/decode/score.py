@@ -32,6 +32,7 @@ def score(
         import shutil
 
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
+        from slam_asr.scoring.run_page import write_run_page
         from slam_asr.stages.score import score as run
 
         recipe = recipe_of(hypotheses[0].path)
@@ -41,7 +42,7 @@ def score(
             [follow_pointer(part.path) for part in hypotheses],
             f"{store}/score/{{fingerprint}}",
         )
-        write_pointer(record, scores.path, recipe)
-        shutil.copyfile(record.file("report.html"), report.path)
+        write_pointer(record, scores.path, recipe, store)
+        write_run_page(record.file("report.html"), report.path, store)
         shutil.copyfile(record.file("report.md"), summary.path)
         log_metrics(record, word_error_rates.log_metric)

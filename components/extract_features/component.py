@@ -30,5 +30,5 @@ def extract_features(
 
         recipe = recipe_of(manifests.path)
         record = run(recipe, [follow_pointer(manifests.path)], f"{store}/features", shard)
-        write_pointer(record, features.path, recipe)
+        write_pointer(record, features.path, recipe, store)
         log_metrics(record, extraction_metrics.log_metric)

@@ -69,6 +69,6 @@ def train(
                 feature_store=feature_store,
                 dev_manifest=dev_manifest,
             )
-        write_pointer(record, checkpoint.path, recipe)
+        write_pointer(record, checkpoint.path, recipe, store)
         shutil.copyfile(record.file("curves.html"), curves.path)
         log_metrics(record, training_metrics.log_metric)

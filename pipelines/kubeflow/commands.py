@@ -1,119 +1,43 @@
-"""The commands of `python -m pipelines` that deal with runs in a cluster, from `submit` to `stop`."""
+"""The commands of `python -m pipelines` that deal with runs in a cluster, from `status` to `stop`."""
 
+import contextlib
 import os
 import sys
-import tempfile
 import webbrowser
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from pipelines.cli import command_parser
-from pipelines.cluster import load_cluster
-from pipelines.compile import (
-    DEFAULT_CLUSTER,
-    add_cluster_options,
-    check_recipe,
-    compile_package,
-    location_parameters,
-    recipe_parameters,
-    require_no_templates,
-)
+from pipelines.cluster import Cluster, load_cluster
+from pipelines.compile import DEFAULT_CLUSTER
 from pipelines.kubeflow.connection import add_connection_options, connect, require_seconds
-from pipelines.run_request import add_pipeline_options, request_from_options
-from slam_asr.cli import add_recipe_options, pop_recipe
+from slam_asr.artifacts.costs import describe_costs
+from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import shipped_recipes
-from slam_asr.errors import ConfigurationError
+from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.options import parse_options
+from slam_asr.storage.client import TIMEOUT
+from slam_asr.storage.retry import PATIENCE
 
 if TYPE_CHECKING:
     import kfp_server_api
+
+    from pipelines.kubeflow.connection import Connection
+    from pipelines.kubeflow.run_view import RunView
 
 POLL = 5.0
 """Default seconds between two requests while following a run."""
 
 
-def submit(arguments: list[str]) -> int:
-    """Compile, upload and start a run, follow it if requested, and return the exit code."""
-    source, rest = _positional(
-        arguments,
-        "RECIPE is missing: python -m pipelines submit RECIPE, with a file or one of "
-        + ", ".join(shipped_recipes()),
-    )
-    parser = command_parser("submit", "Compile the pipeline, upload it, start a run, and follow it.")
-    add_cluster_options(parser)
-    add_connection_options(parser)
-    parser.add_argument(
-        "--experiment", type=str, default="slam-asr", help="experiment that groups the runs in the dashboard"
-    )
-    parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, digest and time)")
-    _add_wait(parser)
-    add_pipeline_options(parser, in_a_cluster=True)
-    add_recipe_options(parser, source)
-    options = parse_options(parser, _flags(rest))
-    require_seconds(options, "poll")
-    cluster = load_cluster(options["cluster"])
-    request = request_from_options(options, pop_recipe(options), in_a_cluster=True)
-    check_recipe(request, cluster)
-    parameters = (
-        location_parameters(cluster, options["corpus"], options["store"], request.model)
-        | request.parameters
-        | recipe_parameters(source, request.resolved_recipe)
-    )
-    require_no_templates(parameters)
-    for name, option in (
-        ("corpus", "--corpus s3://…"),
-        ("store", "--store s3://…, or storage.store in the profile"),
-    ):
-        if name not in parameters:
-            raise ConfigurationError(f"The run has no {name}: give {option}.")
-
-    # These import kfp, which is slow, so a mistake in the options is reported first.
-    from pipelines.kubeflow.backend import require_trainer
-    from pipelines.kubeflow.run_view import follow
-    from pipelines.kubeflow.runs import run_name, start
-
-    with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
-        package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], request=request)
-        connection = connect(options, cluster)
-        if request.nodes > 1:
-            require_trainer(cluster)
-            if connection.namespace != cluster.namespace:
-                # The TrainJob must be in the namespace of the run, which only the server knows.
-                there = replace(cluster, namespace=connection.namespace)
-                compile_package(there, package, options["images"], request=request)
-        name = options["run_name"] or run_name(request.resolved_recipe)
-        run_id = start(
-            connection,
-            package,
-            name,
-            options["experiment"],
-            parameters,
-            cluster.service_account,
-            request.pipeline,
-        )
-    print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
-    if not connection.multi_user and connection.namespace != (options["namespace"] or cluster.namespace):
-        print(
-            "This Kubeflow is for a single user, so the run is in the namespace "
-            f"{connection.namespace}: account, secret and volume must be there"
-        )
-    if not options["wait"]:
-        print(f"follow it with `python -m pipelines status {run_id} --wait`")
-        return 0
-    return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
-
-
 def runs(arguments: list[str]) -> int:
     """Print the latest runs, and return the exit code."""
-    parser = _run_parser("runs", "List the latest runs.")
+    parser = run_parser("runs", "List the latest runs.")
     parser.add_argument("--mine", type=bool, default=False, help="only runs that you submitted")
     parser.add_argument("--recipe", type=str, default="", help="only runs of this recipe")
     parser.add_argument("--count", type=int, default=10, help="maximum number of runs")
-    options = parse_options(parser, _flags(arguments))
+    options = parse_options(parser, flags(arguments))
     from pipelines.kubeflow.runs import latest
 
     connection = connect(options, load_cluster(options["cluster"]))
@@ -154,7 +78,7 @@ def open_page(arguments: list[str]) -> int:
 def status(arguments: list[str]) -> int:
     """Print a run's steps, or the latest runs, and return the exit code."""
     run_key, options = _parse_run("status", "Show a run's steps, or the latest runs.", arguments)
-    from pipelines.kubeflow.run_view import follow, view
+    from pipelines.kubeflow.run_view import view
     from pipelines.kubeflow.runs import find, latest
 
     cluster = load_cluster(options["cluster"])
@@ -167,17 +91,18 @@ def status(arguments: list[str]) -> int:
     now = view(connection, run_id, cluster)
     print(f"{now.run.display_name}: {now.state}\n{connection.link(run_id)}", flush=True)
     if options["wait"]:
-        return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
+        return follow_run(connection, run_id, cluster, options["poll"])
     for step in now.steps:
         print(step.line())
     if now.ended:
         print(now.outcome())
+        _print_costs(now, cluster)
     return 0
 
 
 def logs(arguments: list[str]) -> int:
     """Print the logs of a run's steps, and return the exit code."""
-    parser = _run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
+    parser = run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
     parser.add_argument("--step", type=str, help="only the logs of this step")
     parser.add_argument(
         "--all", type=bool, default=False, help="also the lines of Kubeflow and Argo, and the drivers' logs"
@@ -185,11 +110,11 @@ def logs(arguments: list[str]) -> int:
     parser.add_argument(
         "--follow", type=bool, default=False, help="wait for more lines until the step has ended"
     )
-    run_key, rest = _positional(
+    run_key, rest = positional(
         arguments,
         "RUN is missing: python -m pipelines logs RUN; `python -m pipelines status` lists the latest",
     )
-    options = parse_options(parser, _flags(rest))
+    options = parse_options(parser, flags(rest))
     from pipelines.kubeflow.logs import LogReader
     from pipelines.kubeflow.runs import find
 
@@ -207,8 +132,8 @@ def logs(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """Restart a failed run from the steps that failed, or start another one, and return the exit code."""
-    parser = _run_parser("resume", "Restart a failed run from the steps that failed.")
-    _add_wait(parser)
+    parser = run_parser("resume", "Restart a failed run from the steps that failed.")
+    add_wait(parser)
     parser.add_argument(
         "--new",
         type=bool,
@@ -219,7 +144,7 @@ def resume(arguments: list[str]) -> int:
     run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
-    from pipelines.kubeflow.run_view import follow, new_run_hint
+    from pipelines.kubeflow.run_view import new_run_hint
     from pipelines.kubeflow.runs import find, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 
@@ -242,13 +167,13 @@ def resume(arguments: list[str]) -> int:
             )
     if not options["wait"]:
         return 0
-    return _watch(lambda: follow(connection, run_id, cluster, _print_line, options["poll"]), run_id)
+    return follow_run(connection, run_id, cluster, options["poll"], with_notice=True)
 
 
 def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
-    parser = _run_parser(command, description)
-    _add_wait(parser)
+    parser = run_parser(command, description)
+    add_wait(parser)
     return _parse(parser, arguments)
 
 
@@ -256,7 +181,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> tuple[str | None, di
     """Split off the run's id or name, if given, and parse the options."""
     has_run = bool(arguments) and not arguments[0].startswith("-")
     run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
-    options = parse_options(parser, _flags(rest))
+    options = parse_options(parser, flags(rest))
     require_seconds(options, "poll")
     return run_key, options
 
@@ -284,7 +209,8 @@ def _run_line(run: "kfp_server_api.V2beta1Run") -> str:
     return f"{run.run_id}  {state:<10} {run.display_name}"
 
 
-def _run_parser(command: str, description: str) -> ArgumentParser:
+def run_parser(command: str, description: str) -> ArgumentParser:
+    """Return a parser for a command that only needs to connect to Kubeflow Pipelines."""
     parser = command_parser(command, description)
     parser.add_argument(
         "--cluster",
@@ -295,24 +221,26 @@ def _run_parser(command: str, description: str) -> ArgumentParser:
     return parser
 
 
-def _add_wait(parser: ArgumentParser) -> None:
+def add_wait(parser: ArgumentParser) -> None:
+    """Add to a parser the options for following a run."""
     parser.add_argument("--wait", type=bool, default=False, help="follow the run until it has ended")
     parser.add_argument("--poll", type=float, default=POLL, help="seconds between two requests for its state")
 
 
-def _flags(arguments: list[str]) -> list[str]:
+def flags(arguments: list[str]) -> list[str]:
     """Add the value that the parser requires to flags without one: `--wait` → `--wait=true`."""
     # The last argument has no follower, so a flag there must count as one without a value.
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true"
-        if argument in ("--wait", "--follow", "--mine", "--all", "--new") and following.startswith("--")
+        if argument in ("--wait", "--follow", "--mine", "--all", "--new", "--catch-up")
+        and following.startswith("--")
         else argument
         for argument, following in zip(arguments, followers, strict=False)
     ]
 
 
-def _positional(arguments: list[str], missing: str) -> tuple[str, list[str]]:
+def positional(arguments: list[str], missing: str) -> tuple[str, list[str]]:
     """Split off the required first argument.
 
     Args:
@@ -333,6 +261,31 @@ def _positional(arguments: list[str], missing: str) -> tuple[str, list[str]]:
     return arguments[0], arguments[1:]
 
 
+def follow_run(
+    connection: "Connection", run_id: str, cluster: Cluster, poll: float, with_notice: bool = False
+) -> int:
+    """Follow a run until it has ended, and return the exit code.
+
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        run_id: id of the run.
+        cluster: the profile.
+        poll: seconds between two requests.
+        with_notice: send the notice that the profile requests, if the run could not send it itself.
+    """
+    from pipelines.kubeflow.run_view import follow
+    from pipelines.notice import send_if_missing
+
+    def watch() -> int:
+        run = follow(connection, run_id, cluster, _print_line, poll)
+        _print_costs(run, cluster)
+        if with_notice:
+            send_if_missing(run, cluster, connection.link(run_id), _print_line)
+        return 0 if run.state == "succeeded" else 1
+
+    return _watch(watch, run_id)
+
+
 def _watch(watch: Callable[[], int], run_id: str) -> int:
     """Call `watch` and return its exit code; Ctrl-C ends only the watching, not the run."""
     try:
@@ -343,6 +296,22 @@ def _watch(watch: Callable[[], int], run_id: str) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _print_costs(run: "RunView", cluster: Cluster) -> None:
+    """Print what the steps of a run took, if its store can be read from here."""
+    settings = run.run.runtime_config
+    store = ((settings and settings.parameters) or {}).get("store")
+    # The store may be in the cluster's own network, so this must not wait for long.
+    limits = {name: "5" for name in (PATIENCE, TIMEOUT) if name not in os.environ}
+    os.environ.update(limits)
+    try:
+        with contextlib.suppress(UserError):
+            if store and (costs := describe_costs(read_steps(store, run.run.run_id), cluster.prices)):
+                print(f"\n{costs}", flush=True)
+    finally:
+        for name in limits:
+            del os.environ[name]
 
 
 def _print_line(line: str) -> None:

@@ -3,6 +3,7 @@
 Each finding includes what to do about it.
 """
 
+import functools
 import os
 import re
 import secrets
@@ -165,8 +166,12 @@ def _cluster_checks(
     yield f"service account {account}", lambda: _check_account(api, cluster, namespace)
     if storage.secret:
         yield f"secret {storage.secret}", lambda: _check_secret(api, cluster, namespace)
-    if models.token_secret:
-        yield f"secret {models.token_secret}", lambda: _check_token_secret(api, cluster, namespace)
+    for name, key, content in (
+        (models.token_secret, "HF_TOKEN", "the hub's token"),
+        (cluster.on_exit.format and cluster.on_exit.secret, cluster.on_exit.key, "the webhook's URL"),
+    ):
+        if name:
+            yield f"secret {name}", functools.partial(_check_key, api, namespace, name, key, content)
     yield "launcher configuration", lambda: check_launcher(api, namespace)
     if connection:
         yield "pages", lambda: check_pages(api, connection)
@@ -307,11 +312,11 @@ def _check_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -
     )
 
 
-def _check_token_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
-    subject = f"secret {cluster.models.token_secret}"
-    if "HF_TOKEN" in (api.read_namespaced_secret(cluster.models.token_secret, namespace).data or {}):
-        return Finding(GOOD, subject, "exists, with HF_TOKEN")
-    return Finding(BAD, subject, "has no key HF_TOKEN: store the hub's token under that name.")
+def _check_key(api: kubernetes.CoreV1Api, namespace: str, secret: str, key: str, content: str) -> Finding:
+    subject = f"secret {secret}"
+    if key in (api.read_namespaced_secret(secret, namespace).data or {}):
+        return Finding(GOOD, subject, f"exists, with {key}")
+    return Finding(BAD, subject, f"has no key {key}: store {content} under that name.")
 
 
 def _check_claim(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:

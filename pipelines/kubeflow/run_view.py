@@ -11,8 +11,9 @@ import kfp_server_api
 from pipelines.cluster import Cluster
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import waiting_pods
-from pipelines.kubeflow.reasons import explain, waits_for, why_driver_failed
-from pipelines.kubeflow.workflow import Node, Workflow, read_workflow
+from pipelines.kubeflow.workflow import read_workflow
+from slam_asr.notices.reasons import explain, waits_for, why_driver_failed
+from slam_asr.notices.workflow import Node, Workflow
 from slam_asr.progress import clock
 from slam_asr.steps import STEPS, outputs_of
 
@@ -135,6 +136,15 @@ class RunView:
             return "stopped"
         return (self.run.state or "pending").lower()
 
+    def failure(self) -> tuple[str, str]:
+        """The steps that failed and why, without a full stop; empty if no step failed or nothing is known."""
+        if self.state in ("succeeded", "stopped"):
+            return "", ""
+        if self.state == "lost":
+            return "", "its workflow was deleted from the cluster"
+        failed = dict.fromkeys(step.name for step in self.steps if step.state == "failed")
+        return ", ".join(failed), why_failed(self.run, self.workflow, self.steps)
+
     def outcome(self) -> str:
         """Describe how the run ended, why, and what to do."""
         run_id = self.run.run_id
@@ -150,9 +160,8 @@ class RunView:
             resume = f"once this is mended, {new_run_hint(run_id)}"
         if self.state == "stopped":
             return f"the run was stopped by somebody; {resume}"
-        failed = [step.name for step in self.steps if step.state == "failed"]
-        where = f" in {', '.join(dict.fromkeys(failed))}" if failed else ""
-        why = why_failed(self.run, self.workflow, self.steps)
+        failed, why = self.failure()
+        where = f" in {failed}" if failed else ""
         cause = f": {why}" if why else ""
         # The reason may already name the command that shows the failed step's log.
         logs = "" if "pipelines logs" in why else f"`python -m pipelines logs {run_id}` shows its logs, "
@@ -186,7 +195,7 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
 
 def follow(
     connection: Connection, run_id: str, cluster: Cluster, log_line: Callable[[str], None], interval: float
-) -> int:
+) -> RunView:
     """Log each change of a step's state or reason until the run has ended.
 
     Args:
@@ -197,7 +206,7 @@ def follow(
         interval: seconds between two requests.
 
     Returns:
-        The exit code: 0 if the run succeeded, else 1.
+        The run after its end.
 
     Raises:
         ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
@@ -216,7 +225,7 @@ def follow(
             break
         time.sleep(interval)
     log_line(current.outcome())
-    return 0 if current.state == "succeeded" else 1
+    return current
 
 
 def _steps_of_nodes(

@@ -2,11 +2,8 @@
 
 import functools
 import getpass
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -14,96 +11,20 @@ from typing import Any
 
 import kfp_server_api
 
-from pipelines import asr, evaluate, sweep
-from pipelines.kubeflow import check_pipeline
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
-from pipelines.kubeflow.workflow import Workflow, read_workflow
-from slam_asr import __version__
+from pipelines.kubeflow.versions import place_for
+from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
-from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING
+from slam_asr.notices.workflow import Workflow
+from slam_asr.steps import TRAINING
 from slam_asr.storage import digest
 
-_DESCRIPTIONS = {
-    TRAINING: asr.DESCRIPTION,
-    PUBLISHING: asr.DESCRIPTION,
-    EVALUATION: evaluate.DESCRIPTION,
-    SWEEP: sweep.DESCRIPTION,
-    check_pipeline.NAME: check_pipeline.DESCRIPTION,
-}
 _TIME_FORMAT = "%m-%d %H:%M"
 """Format of the time at the end of a run's name."""
 _TIME_IN_NAME = re.compile(r" \d\d-\d\d \d\d:\d\d$")
-
-
-def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
-    """Upload a package as a version of its pipeline, unless the same content was uploaded before.
-
-    The version's name contains a digest of the package, by which an earlier upload is recognised.
-
-    Args:
-        connection: the connection to Kubeflow Pipelines.
-        package: the compiled pipeline.
-        pipeline: name of the pipeline.
-
-    Returns:
-        The ids of the pipeline and the version, and the name of the version.
-
-    Raises:
-        ClusterError: the API refuses or does not answer.
-    """
-    client = connection.client
-    description = _DESCRIPTIONS[pipeline]
-    # 48 bits: two of a thousand versions share them with a probability of n² / 2 / 2**48, about 2 in a
-    # billion.
-    version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
-    namespace = connection.namespace if connection.multi_user else None
-    pipeline_id = _find_pipeline(connection, pipeline, namespace)
-    if pipeline_id is None:
-        # Without a package: a pipeline that is created from one gets a version of its own, besides ours.
-        empty = kfp_server_api.V2beta1Pipeline(
-            display_name=pipeline, name=pipeline, description=description, namespace=namespace
-        )
-        created = connection.call(
-            "create the pipeline",
-            lambda: client._pipelines_api.pipeline_service_create_pipeline(empty),
-            once=True,
-        )
-        pipeline_id = created.pipeline_id
-    versions = _pages(
-        connection,
-        "list the versions of the pipeline",
-        lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100),
-        "pipeline_versions",
-    )
-    for known in versions:
-        if known.display_name == version:
-            return pipeline_id, known.pipeline_version_id, version
-    created = connection.call(
-        "upload the version of the pipeline",
-        lambda: client.upload_pipeline_version(
-            str(package), version, pipeline_id=pipeline_id, description=description
-        ),
-        once=True,
-    )
-    return pipeline_id, created.pipeline_version_id, version
-
-
-def _find_pipeline(connection: Connection, name: str, namespace: str | None) -> str | None:
-    """Return the id of the pipeline of this name, or None.
-
-    kfp's `Client.get_pipeline_id` asks without a namespace, and a multi-user server then looks among the
-    shared pipelines only.
-    """
-    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
-    arguments = {"filter": json.dumps({"predicates": [predicate]})}
-    if namespace:
-        arguments["namespace"] = namespace
-    api = connection.client._pipelines_api
-    answer = connection.call("look up the pipeline", lambda: api.pipeline_service_list_pipelines(**arguments))
-    return next((p.pipeline_id for p in answer.pipelines or [] if p.display_name == name), None)
 
 
 def start(
@@ -132,20 +53,12 @@ def start(
     Raises:
         ClusterError: the API refuses or does not answer.
     """
-    client = connection.client
-    pipeline_id, version_id, _ = upload(connection, package, pipeline)
-    namespace = connection.namespace if connection.multi_user else None
-    # The client returns an existing experiment of that name, so this request may be retried.
-    group = connection.call(
-        "create the experiment", lambda: client.create_experiment(experiment, namespace=namespace)
-    )
+    experiment_id, version = place_for(connection, package, experiment, pipeline)
     request = kfp_server_api.V2beta1Run(
-        experiment_id=group.experiment_id,
+        experiment_id=experiment_id,
         display_name=name,
         description=submitter(),
-        pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
-            pipeline_id=pipeline_id, pipeline_version_id=version_id
-        ),
+        pipeline_version_reference=version,
         runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
         service_account=account,
     )
@@ -330,15 +243,3 @@ def stop(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:
     if run.state in ENDED:
         raise ConfigurationError(f"The run {run.display_name} has already ended (state {run.state.lower()}).")
     connection.call("stop the run", lambda: connection.runs.run_service_terminate_run(run.run_id))
-
-
-def _pages(connection: Connection, what: str, page: Callable[[str], Any], field: str) -> list[Any]:
-    """Return the items of all pages of a list: the `field` of each answer to `page(token)`."""
-    items: list[Any] = []
-    token = ""
-    while True:
-        answer = connection.call(what, functools.partial(page, token))
-        items += getattr(answer, field) or []
-        token = answer.next_page_token
-        if not token:
-            return items

@@ -18,12 +18,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
+from slam_asr.artifacts.run_records import StepRecord, save_step
 from slam_asr.config.recipe import Recipe, load_recipe
+from slam_asr.cores import usable_cores
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import clock, log_line
 from slam_asr.storage import (
@@ -59,6 +61,8 @@ class Outcome:
     """Numbers for the pipeline's dashboard."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Details that later stages or the report need."""
+    gpus: int | None = 0
+    """Number of GPUs that did the work. None only in records of earlier versions."""
 
 
 @dataclass
@@ -73,6 +77,10 @@ class Record(Outcome):
     finished: float = 0.0
     """Unix time at the end of that run, by the clock of its machine."""
     version: str = __version__
+    cores: int | None = None
+    """Number of CPU cores that were usable; None in records of earlier versions."""
+    reused: bool = field(default=False, compare=False)
+    """Whether this call of `run_stage` found the result. It is not saved."""
 
     def file(self, name: str) -> Path:
         """Return the local path of a file in the stage's folder, fetching it if it is in object storage."""
@@ -121,16 +129,15 @@ def run_stage(
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
             log_line(f"{stage}: already there, nothing to do: {done.summary} ({folder})")
-            return done
+            return replace(done, reused=True)
         _prepare(folder, done, inputs, overwrite)
         work_folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         outcome = work(work_folder)
         seconds = round(time.monotonic() - started, 3)
-        record = Record(
-            **vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds, finished=time.time()
-        )
-        write_json(work_folder / RECORD, asdict(record))
+        record = Record(**vars(outcome), stage=stage, folder=folder, inputs=inputs, seconds=seconds)
+        record.finished, record.cores = time.time(), usable_cores()
+        write_json(work_folder / RECORD, {k: v for k, v in asdict(record).items() if k != "reused"})
         if remote:
             log_line(f"{stage}: uploading to {folder}")
             publish_folder(work_folder, folder, last=RECORD)
@@ -175,7 +182,7 @@ def read_record(folder: str | Path) -> Record | None:
     if not exists(path):
         return None
     try:
-        record = Record(**json.loads(read_bytes(path)))
+        record = Record(**({"gpus": None} | json.loads(read_bytes(path))))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{path} is not a stage's record: remove that folder and run the stage again."
@@ -203,7 +210,9 @@ def require_record(folder: str | Path, stage: str) -> Record:
     return record
 
 
-def write_pointer(record: Record, path: str | Path, recipe: Recipe | None = None) -> None:
+def write_pointer(
+    record: Record, path: str | Path, recipe: Recipe | None = None, store: str | None = None
+) -> None:
     """Write a pointer: the small artifact from which the next step learns the address of a stage's folder.
 
     Args:
@@ -211,6 +220,7 @@ def write_pointer(record: Record, path: str | Path, recipe: Recipe | None = None
         path: the pointer's file.
         recipe: the run's recipe, for the next steps, which read it with `recipe_of`. The folder's own recipe
             cannot replace it: the folder may be from a run whose recipe differed in later stages.
+        store: if given, the step is also recorded in this store, for the run that it belongs to.
     """
     pointer: dict[str, Any] = {
         "uri": record.folder,
@@ -225,6 +235,9 @@ def write_pointer(record: Record, path: str | Path, recipe: Recipe | None = None
     if recipe is not None:
         pointer["recipe"] = asdict(recipe)
     write_bytes(path, json.dumps(pointer, indent=2, ensure_ascii=False) + "\n")
+    if store is not None:
+        used = {name: getattr(record, name) for name in ("reused", "seconds", "gpus", "cores")}
+        save_step(StepRecord(record.stage, record.folder, record.summary, **used, time=time.time()), store)
 
 
 def log_metrics(record: Record, log: Callable[[str, Any], None]) -> None:

@@ -166,6 +166,7 @@ class Extraction:
                 "indexes": [name for name, _ in published],
                 "fingerprint": self.fingerprint,
             },
+            gpus=processes if device.type == "cuda" else 0,
         )
 
     def encode(self, shards: list[PlannedShard], device: "torch.device") -> None:

@@ -88,7 +88,8 @@ def decode(
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
         part = f" of {len(decoder.utterances)} utterances, work shard {shard}"
-        return Outcome(f"{len(decoded)}{part if shard.total > 1 else ' utterances'}", _rates(facts), facts)
+        summary = f"{len(decoded)}{part if shard.total > 1 else ' utterances'}"
+        return Outcome(summary, _rates(facts), facts, processes if pick_device().type == "cuda" else 0)
 
     return run_stage("decode", output, inputs, work, overwrite)
 

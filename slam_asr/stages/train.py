@@ -163,7 +163,8 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
         metrics |= {"dev loss": round(last["loss"], 4), "dev accuracy": round(last["accuracy"], 4)}
     for name in {"wer", "cer"} & last.keys():
         metrics[f"dev {name.upper()} of samples"] = round(last[name], 4)
-    return Outcome(summary, metrics, facts)
+    gpus = checked.processes * checked.nodes.number if checked.device.type == "cuda" else 0
+    return Outcome(summary, metrics, facts, gpus)
 
 
 def _remove(path: Path) -> None:

@@ -7,6 +7,7 @@ and continues to follow it.
 """
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def train_on_nodes(
     command += ["--pointer", pointer]
     with explained_refusals(placement):
         client = TrainJobClient(placement)
-    job = FollowedTrainJob(client, name)
+    job, started = FollowedTrainJob(client, name), time.time()
     with deleted_when_interrupted(job):
         with explained_refusals(placement):
             if job.find_or_create(recipe.training.nodes, command):
@@ -82,7 +83,8 @@ def train_on_nodes(
             f"TrainJob {name} is complete, but {pointer} does not exist: check that its nodes may write to "
             f"{store}."
         )
-    return require_record(follow_pointer(pointer), "train")
+    record = require_record(follow_pointer(pointer), "train")
+    return replace(record, reused=record.finished < started)
 
 
 def in_this_namespace(placement: Placement) -> Placement:

@@ -39,7 +39,8 @@ def error_of(monkeypatch, capsys):
         (
             ["rum", "demo"],
             "Unknown command rum; did you mean run? "
-            "Commands: run, compile, submit, status, logs, resume, stop, open, runs, doctor.",
+            "Commands: run, compile, submit, status, logs, resume, stop, open, runs, schedule create, "
+            "schedule list, schedule pause, schedule resume, schedule delete, doctor.",
         ),
         (["run", "demi"], "No recipe named demi, and no such file; did you mean demo?"),
         (

@@ -24,10 +24,11 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 from components import images
 from docs.dashboard_graph import draw
 from pipelines import cli
-from pipelines.cluster import Cluster, load_cluster, shipped_clusters, size_in_bytes
+from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.compile import compile_package
 from pipelines.package_check import PackageDefect, check_package, read_package
 from pipelines.placement import REGISTRY_KEYS, place
+from pipelines.quantities import size_in_bytes
 from pipelines.run_request import RunRequest
 from slam_asr import __version__
 from slam_asr.config.recipe import load_recipe
@@ -720,6 +721,12 @@ def test_what_cannot_run_is_rejected_at_compile_time(error_of, tmp_path, argv, s
             "storage: {endpoint: 'http://me:word@host'}",
             "Cluster mine: storage.endpoint is 'http://…@host' but must be http://host:port",
         ),
+        (
+            "on_exit: {format: slack, secret: 'https://hooks.example/T0'}",
+            "Cluster mine: on_exit.secret must be a name of letters, digits, dots and dashes: put the "
+            "webhook's URL into a secret, and name that secret and its key here.",
+        ),
+        ("prices: {gpu_hour: -1}", "Cluster mine: prices.gpu_hour is -1.0 but must be 0 or more."),
         ("storage: {store: /data}", "Cluster mine: storage.store is '/data' but must be an s3:// prefix."),
         ("run_as_user: 0", "Cluster mine: run_as_user is 0 but must be above 0: steps do not run as root."),
         ("[]", "Cluster {} must contain keys and values, such as `namespace:`; it contains list."),

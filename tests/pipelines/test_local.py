@@ -15,12 +15,14 @@ import psutil
 import pytest
 
 from components import component_of
+from pipelines import cli
 from pipelines.local import LocalRun, LocalStep, LogFilter
 from pipelines.run_request import RunRequest
 from pipelines.summary import failure
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
-from slam_asr.errors import UserError
+from slam_asr.errors import EXIT_CODE, UserError
 from slam_asr.steps import EVALUATION, TRAINING, outputs_of
+from tests.webhook import SECRET, webhook
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = outputs_of(TRAINING)
@@ -104,6 +106,47 @@ def test_second_run_reuses_all_results(finished, tiny_recipe, tiny_corpus):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("already there, nothing to do") == len(RESULTS)
     assert all(table(done.stdout)[stage][0].startswith("(cached)") for stage in RESULTS)
+
+
+@pytest.mark.slow
+def test_webhook_gets_the_result_of_a_run_or_the_step_and_reason_of_its_failure(
+    finished, tiny_recipe, tiny_corpus, tmp_path, monkeypatch
+):
+    output, first = finished
+    with webhook() as hook:
+        monkeypatch.setenv("SLAM_ASR_WEBHOOK", hook.url)
+        monkeypatch.setenv("SLAM_ASR_PRICES", '{"cpu_hour": 360.0}')
+        done = run(tiny_recipe, tiny_corpus, output, "--on-exit", "slack")
+        (tmp_path / "empty").mkdir()
+        failed = run(tiny_recipe, tmp_path / "empty", tmp_path / "run", "--on-exit", "cloudevents")
+    assert (done.returncode, failed.returncode) == (0, EXIT_CODE), failed.stderr
+    (_, message), (_, event) = hook.messages
+    name = re.escape(Path(tiny_recipe).stem)
+    assert re.fullmatch(
+        rf"{name} \(run \S+\) succeeded: {re.escape(table(first.stdout)['score'][1])}\.", message["text"]
+    )
+    assert (event["data"]["state"], event["data"]["step"]) == ("failed", "build-manifest")
+    assert event["data"]["reason"] and f"slam-asr: error: {event['data']['reason']}." in failed.stdout
+    # Everything was reused, so the run costs nothing; the page of the run has the table too.
+    reused = re.search(
+        r"^train +0:00 +0\.00 +0\.00 USD +\S+, 0\.00 GPU-hours, (\S+) USD when made$", done.stdout, re.M
+    )
+    assert float(reused[1]) > 0 and re.search(r"^this run +0:00 +0\.00 +0\.00 USD$", done.stdout, re.M)
+    pages = sorted((output / "steps").rglob("score/report"), key=lambda page: page.stat().st_mtime)
+    assert f"{reused[1]} USD when made" in pages[-1].read_text()
+    assert "What the run took" in pages[0].read_text() and "USD" not in pages[0].read_text()
+    assert SECRET not in done.stdout + done.stderr + failed.stdout + failed.stderr
+
+
+def test_notice_without_a_url_is_refused_before_the_run(
+    tiny_recipe, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("SLAM_ASR_WEBHOOK", raising=False)
+    arguments = ["run", str(tiny_recipe), "--corpus", str(tiny_corpus), "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*arguments, "--on-exit", "slack"])
+    assert exit_info.value.code == EXIT_CODE and not (tmp_path / "run").exists()
+    assert "--on-exit slack needs the URL of the webhook: set SLAM_ASR_WEBHOOK" in capsys.readouterr().err
 
 
 IN_WORK_SHARDS = ("--decoding.parts", "3", "--decoding.positions_per_batch", "40")

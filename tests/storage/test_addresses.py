@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.cluster import load_cluster
 from pipelines.compile import compile_command, location_parameters
-from pipelines.kubeflow.commands import submit
+from pipelines.kubeflow.submit import submit
 from pipelines.run import run as run_locally
 from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.artifacts.stage_record import Outcome, require_record, run_stage

@@ -1,12 +1,16 @@
 """Fixtures for the fake servers, and for the environment that points to them."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines import cli
 from tests.pipelines.kubeflow.fake import TOKEN, FakeKubeflow, Handler, KubernetesHandler, serving
+
+RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 
 
 @pytest.fixture
@@ -59,6 +63,22 @@ def kubernetes_at(monkeypatch, tmp_path):
         )
 
     return write
+
+
+@pytest.fixture
+def recording(kubeflow, kubernetes_at):
+    """Serve a recorded run, and return its id. Kubernetes does not answer."""
+    kubernetes_at("http://127.0.0.1:9")
+
+    def serve(name: str) -> str:
+        v2, v1 = (
+            json.loads((RECORDINGS / f"run-{name}.{api}.json").read_text()) for api in ("v2beta1", "v1beta1")
+        )
+        kubeflow.multi_user = False
+        kubeflow.recorded[v2["run_id"]] = (v2, v1)
+        return v2["run_id"]
+
+    return serve
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ class FakeKubeflow:
         self.terminated: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.retried: list[str] = []
+        self.schedules: dict[str, kfp.V2beta1RecurringRun] = {}
+        self.schedules_created: list[dict[str, Any]] = []
         self.retry_refusal: tuple[int, dict[str, str]] | None = None
         self.unknown_versions: set[str] = set()
         """Ids of versions that were deleted."""
@@ -97,6 +99,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answer("POST")
+
+    def do_DELETE(self) -> None:
+        self._answer("DELETE")
 
     def _answer(self, method: str) -> None:
         length = int(self.headers.get("content-length") or 0)
@@ -218,6 +223,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     if e.display_name in query.get("filter", "") and e.namespace == namespace
                 ]
             )
+        if path.startswith("/recurringruns"):
+            return self._recurring_runs(method, path.removeprefix("/recurringruns"), query, body)
         if path == "/runs" and method == "POST":
             request = json.loads(body)
             version = request.get("pipeline_version_reference") or {}
@@ -263,6 +270,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fake.polls[match[1]] = fake.polls.get(match[1], -1) + 1
             return 200, fake.run_at(match[1])
         return 404, refusal(5, f"nothing at {path}")
+
+    def _recurring_runs(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        if method == "POST" and not path:
+            request = json.loads(body)
+            # The server's parser of cron expressions takes five fields for those without the day of the week.
+            fields = request["trigger"]["cron_schedule"]["cron"].split()
+            if len(fields) not in (5, 6):
+                return 400, refusal(3, f"Expected 5 or 6 fields, found {len(fields)}")
+            fake.schedules_created.append(request)
+            enabled = request.get("mode") == "ENABLE"
+            created = kfp.V2beta1RecurringRun(
+                recurring_run_id=f"schedule-{len(fake.schedules) + 1}",
+                namespace=fake.experiments[request["experiment_id"]].namespace,
+                status="ENABLED" if enabled else "DISABLED",
+                **{k: request[k] for k in ("display_name", "experiment_id", "trigger", "mode", "no_catchup")},
+            )
+            fake.schedules[created.recurring_run_id] = created
+            return 200, created
+        if not path:
+            if fake.multi_user and not query.get("namespace"):
+                return 400, refusal(3, "Invalid input error: a namespace is required in multi-user mode")
+            namespace = fake.namespace_of(query.get("namespace"))
+            known = [s for s in fake.schedules.values() if s.namespace == namespace]
+            # One per page, to test paging.
+            index = int(query.get("page_token") or 0)
+            return 200, kfp.V2beta1ListRecurringRunsResponse(
+                recurring_runs=known[index : index + 1],
+                total_size=len(known),
+                next_page_token=str(index + 1) if index + 1 < len(known) else "",
+            )
+        name, _, action = path.removeprefix("/").partition(":")
+        if name not in fake.schedules:
+            return 404, refusal(5, f"Recurring run {name} not found")
+        if method == "DELETE":
+            del fake.schedules[name]
+        else:
+            fake.schedules[name].mode = action.upper()
+            fake.schedules[name].status = f"{action.upper()}D"
+        return 200, {}
 
     def _file(self, body: bytes) -> bytes:
         message = email.message_from_bytes(

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from kfp_server_api import V2beta1Pipeline
 
 from pipelines.package_check import check_package
+from slam_asr.artifacts.run_records import StepRecord
 from slam_asr.steps import TRAINING
 from tests.pipelines.kubeflow.fake import STEPS, TOKEN
 
@@ -98,6 +100,27 @@ def test_status_lists_the_latest_runs_and_finds_a_run_by_name(kubeflow, program)
     code, _, err = program("status", "frist")
     assert (code, len(err.splitlines())) == (2, 1)
     assert err.startswith("There is no run frist in the namespace slam-asr; did you mean first?")
+
+
+@pytest.mark.slow
+def test_status_shows_what_a_run_took_if_its_store_can_be_read(kubeflow, program, tmp_path):
+    program(*SUBMIT)
+    profile = tmp_path / "priced.yaml"
+    profile.write_text("prices: {gpu_hour: 2.5, currency: EUR}")
+    folder = tmp_path / "store" / "run-records" / "run-1"
+    folder.mkdir(parents=True)
+    step = StepRecord("train", "s3://b/train", "done", False, 5400.0, 4, 8, 1.0)
+    (folder / "train.json").write_text(json.dumps(asdict(step)))
+    kubeflow.polls["run-1"] = 20
+    status = ["status", "run-1", "--cluster", str(profile)]
+    out = program(*status)[1]
+    assert out.splitlines()[-1] == "the run succeeded" and "GPU-hours" not in out
+    kubeflow.runs["run-1"].runtime_config["parameters"]["store"] = str(tmp_path / "store")
+    for arguments in (status, [*status, "--wait"]):
+        lines = program(*arguments)[1].splitlines()
+        assert "the run succeeded" in lines
+        figures = "1:30:00       6.00  15.00 EUR"
+        assert lines[-2:] == [f"train     {figures}", f"this run  {figures}"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ images: {{names: "{registry}/team/{{stage}}:7"}}
 storage: {{store: "s3://bucket/store", secret: bucket-secret}}
 models: {{claim: models, token_secret: hub}}
 queue: {{name: research}}
+on_exit: {{format: slack, secret: hooks}}
 steps:
   train:
     gpus: 4
@@ -46,6 +47,10 @@ def objects() -> dict:
         f"{NAMESPACE}/secrets/hub": (
             200,
             {"metadata": {"name": "hub"}, "data": {"HF_TOKEN": encoded["accesskey"]}},
+        ),
+        f"{NAMESPACE}/secrets/hooks": (
+            200,
+            {"metadata": {"name": "hooks"}, "data": {"url": encoded["accesskey"]}},
         ),
         f"{NAMESPACE}/configmaps/kfp-launcher": (
             200,
@@ -118,7 +123,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert len(lines) == 23 and all(line.startswith("✓ ") for line in lines[:-1]), out
     assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
@@ -146,6 +151,10 @@ def changed(path, **values):
             "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey",
         ),
         (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
+        (
+            changed(f"{NAMESPACE}/secrets/hooks", data={"URL": ""}),
+            "✗ secret hooks: has no key url: store the webhook's URL under that name.",
+        ),
         (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
         (
             lambda served, manifests: served.update(denied=["get secrets bucket-secret", "get pods"]),
@@ -284,7 +293,7 @@ def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor
 
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you are not allowed to read it (403)") == 12, out
+    assert code == 0 and out.count("you are not allowed to read it (403)") == 13, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0
     assert (

@@ -6,28 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.kubeflow.reasons import explain, waits_for
-from pipelines.kubeflow.workflow import parse_workflow
+from slam_asr.notices.reasons import explain, waits_for
+from slam_asr.notices.workflow import parse_workflow
 from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
-
-
-@pytest.fixture
-def recording(kubeflow, kubernetes_at):
-    """Serve a recorded run, and return its id. Kubernetes does not answer."""
-    kubernetes_at("http://127.0.0.1:9")
-
-    def serve(name: str) -> str:
-        v2, v1 = (
-            json.loads((RECORDINGS / f"run-{name}.{api}.json").read_text()) for api in ("v2beta1", "v1beta1")
-        )
-        kubeflow.multi_user = False
-        kubeflow.recorded[v2["run_id"]] = (v2, v1)
-        return v2["run_id"]
-
-    return serve
 
 
 @recorded

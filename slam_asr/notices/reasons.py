@@ -7,7 +7,7 @@ Pipelines 2.17.0 gave are in the tests; the others are from the sources of Kuber
 import re
 from dataclasses import dataclass
 
-from pipelines.kubeflow.workflow import Node
+from slam_asr.notices.workflow import Node, Workflow
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,25 @@ def waits_for(message: str) -> str:
     return found[0].waits if found else ""
 
 
+def failure_of(workflow: Workflow, run_id: str) -> tuple[str, str]:
+    """Return the name of the first step that failed and why, without a full stop.
+
+    Both are empty if no step failed. The reason is also empty if Argo gave none.
+    """
+    for nodes in workflow.attempts().values():
+        last = nodes[-1]
+        if last.phase in ("Failed", "Error"):
+            why = explain(last.reason, last.task, workflow.namespace, run_id) if last.reason else ""
+            return last.task, why
+    for driver in workflow.failed_drivers():
+        return driver.task, why_driver_failed(driver, workflow.namespace, run_id)
+    return "", ""
+
+
 def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
     """Explain why a driver failed. A driver is Kubeflow's own pod that prepares a task."""
-    subject = "the pipeline" if node.task == "root" else f"the step {node.task}"
+    # All steps of a pipeline with a notice are in one group, which kfp names `exit-handler-1`.
+    subject = "the pipeline" if node.task in ("root", "exit-handler") else f"the step {node.task}"
     cause = node.reason or "it gave no reason"
     # For a failure of the driver's own program, Argo reports only the exit code; the reason is in the pod's
     # log.

@@ -1,0 +1,25 @@
+"""The Kubeflow component `notify`, which runs in the image of `build-manifest`."""
+
+from kfp import dsl
+
+from components import image
+
+
+@dsl.component(base_image=image("notify"), install_kfp_package=False)
+def notify(store: str, form: str, api: str, dashboard: str, status: dsl.PipelineTaskFinalStatus) -> None:
+    """Send a message to a webhook that the run has ended, successfully or not.
+
+    Args:
+        store: Folder or s3:// prefix for the results of all stages.
+        form: Format of the message, slack or cloudevents.
+        api: Address of the API of Kubeflow Pipelines inside the cluster.
+        dashboard: Address of the dashboard, to which the message links; empty for none.
+        status: State of the steps; Kubeflow fills it in.
+    """
+    try:
+        from slam_asr.stages.notify import notify as run
+
+        run(store, form, api, dashboard, status.state or "")
+    # A message must never change the state of the run. The text of an error could contain the URL.
+    except Exception as error:
+        print(f"warning: no notice was sent ({type(error).__name__})")

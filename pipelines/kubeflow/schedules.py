@@ -1,0 +1,241 @@
+"""`python -m pipelines schedule`: runs that Kubeflow Pipelines starts again and again, at the times of a cron
+expression.
+
+Finished stages are found in the store, so a scheduled run without new data ends after their look-ups.
+"""
+
+import re
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from cronsim import CronSim, CronSimError
+
+from pipelines.cluster import load_cluster
+from pipelines.kubeflow.commands import flags, positional, run_parser
+from pipelines.kubeflow.connection import connect
+from pipelines.kubeflow.submit import Submission, checked, compiled, recipe_and_rest, submission_parser
+from slam_asr.config.schema import nearest
+from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.options import parse_options
+
+if TYPE_CHECKING:
+    import kfp_server_api
+
+    from pipelines.kubeflow.connection import Connection
+
+_FIELDS = ("second", "minute", "hour", "day of month", "month", "day of week")
+_NUMBERS = r"[\d*?/,-]"
+_GRAMMAR = {
+    "month": rf"({_NUMBERS}|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)+",
+    "day of week": r"([0-6*?/,-]|sun|mon|tue|wed|thu|fri|sat)+",
+}
+"""Patterns of the two fields that may contain names."""
+
+
+def create(arguments: list[str]) -> int:
+    """Create a schedule, print its next times, and return the exit code."""
+    source, rest = recipe_and_rest("schedule create", arguments)
+    description = "Start runs at the times of a cron expression. Finished stages are found in the store."
+    parser = submission_parser("schedule create", description, source)
+    parser.add_argument(
+        "--cron",
+        type=str,
+        help="times of the runs in UTC: the five fields of cron, or the six of Kubeflow (seconds first)",
+    )
+    parser.add_argument("--schedule-name", type=str, help="name of the schedule (default: the recipe's)")
+    parser.add_argument(
+        "--catch-up", type=bool, default=False, help="also start the runs that were missed during a pause"
+    )
+    options = parse_options(parser, flags(rest))
+    if not options["cron"]:
+        raise ConfigurationError(
+            '--cron is missing: give it as in --cron "0 3 * * *", for 3:00 UTC every day.'
+        )
+    cron = six_fields(options["cron"])
+    times = next_times(cron)
+    submission = checked(options, source)
+    name = options["schedule_name"] or submission.request.resolved_recipe.name
+
+    _create(submission, name, cron, options["catch_up"])
+    explained = ", ".join(f"{field} {value}" for field, value in zip(_FIELDS, cron.split(), strict=True))
+    print(f"schedule {name}: {explained} (UTC)\nnext runs: {', '.join(times)}")
+    return 0
+
+
+def _create(submission: Submission, name: str, cron: str, catch_up: bool) -> None:
+    """Upload the pipeline, and create the schedule.
+
+    Raises:
+        ConfigurationError: a schedule has this name already.
+        ClusterError: the API refuses or does not answer.
+    """
+    # These import kfp, which is slow.
+    import kfp_server_api
+
+    from pipelines.kubeflow.runs import submitter
+    from pipelines.kubeflow.versions import place_for
+
+    with compiled(submission) as (connection, package):
+        if any(known.display_name == name for known in _all(connection)):
+            raise ConfigurationError(
+                f"There is a schedule {name} already: delete it first, or choose another --schedule-name."
+            )
+        experiment, version = place_for(
+            connection, package, submission.options["experiment"], submission.request.pipeline
+        )
+        request = kfp_server_api.V2beta1RecurringRun(
+            experiment_id=experiment,
+            display_name=name,
+            description=submitter(),
+            pipeline_version_reference=version,
+            runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=submission.parameters),
+            service_account=submission.cluster.service_account,
+            trigger=kfp_server_api.V2beta1Trigger(
+                cron_schedule=kfp_server_api.V2beta1CronSchedule(cron=cron)
+            ),
+            mode=kfp_server_api.RecurringRunMode.ENABLE,
+            # Two runs at the same time would compute the same results.
+            max_concurrency="1",
+            no_catchup=not catch_up,
+        )
+        api = connection.client._recurring_run_api
+        connection.call(
+            "create the schedule",
+            lambda: api.recurring_run_service_create_recurring_run(request),
+            once=True,
+        )
+
+
+def list_all(arguments: list[str]) -> int:
+    """Print all schedules, and return the exit code."""
+    parser = run_parser("schedule list", "List the schedules.")
+    options = parse_options(parser, flags(arguments))
+    connection = connect(options, load_cluster(options["cluster"]))
+    for known in _all(connection):
+        cron = _cron_of(known)
+        following = "" if _is_paused(known) else f"  next {next_times(cron, 1)[0]}" if cron else ""
+        state = "paused" if _is_paused(known) else "active"
+        print(f"{known.display_name:<20} {state:<7} {cron or 'no cron expression'}{following}")
+    return 0
+
+
+def pause(arguments: list[str]) -> int:
+    """Pause a schedule, and return the exit code."""
+    return _change("pause", "disable", "is paused: no run starts until `schedule resume`", arguments)
+
+
+def resume(arguments: list[str]) -> int:
+    """Resume a paused schedule, and return the exit code."""
+    return _change("resume", "enable", "is active again", arguments)
+
+
+def delete(arguments: list[str]) -> int:
+    """Delete a schedule, and return the exit code. Its runs and their results remain."""
+    return _change("delete", "delete", "is deleted; its runs and their results remain", arguments)
+
+
+def _change(command: str, action: str, outcome: str, arguments: list[str]) -> int:
+    """Send a request about one schedule, and print the outcome.
+
+    Args:
+        command: the second word of the command.
+        action: the name of the action in the API.
+        outcome: the end of the sentence to print.
+        arguments: NAME and options.
+    """
+    name, rest = positional(
+        arguments, f"NAME is missing: python -m pipelines schedule {command} NAME; `schedule list` shows all"
+    )
+    parser = run_parser(f"schedule {command}", f"{command.capitalize()} a schedule.")
+    options = parse_options(parser, flags(rest))
+    connection = connect(options, load_cluster(options["cluster"]))
+    schedule = _find(connection, name)
+    request = getattr(connection.client._recurring_run_api, f"recurring_run_service_{action}_recurring_run")
+    connection.call(f"{command} the schedule", lambda: request(schedule.recurring_run_id))
+    print(f"schedule {schedule.display_name} {outcome}")
+    return 0
+
+
+def six_fields(cron: str) -> str:
+    """Return a cron expression in the six fields of Kubeflow, the first of which is the second.
+
+    Kubeflow would read five fields as second, minute, hour, day of month and month. Five fields therefore get
+    the second 0 here, and mean what they mean for cron.
+
+    Raises:
+        ConfigurationError: it has another number of fields, or a field is wrong.
+    """
+    fields = cron.split()
+    if len(fields) not in (5, 6):
+        raise ConfigurationError(
+            f'--cron "{cron}" has {len(fields)} fields: give five (minute, hour, day of month, month, day of '
+            "week), or six with the second first."
+        )
+    fields = ["0", *fields][-6:]
+    for name, field in zip(_FIELDS, fields, strict=True):
+        # Kubeflow's parser is robfig/cron 1.2. Others also know L, # and 7 for Sunday.
+        if not re.fullmatch(_GRAMMAR.get(name, f"{_NUMBERS}+"), field.lower()):
+            raise ConfigurationError(
+                f'--cron "{cron}": Kubeflow does not accept the {name} {field}: it takes numbers, *, ranges, '
+                "lists, steps, and names of months and days; Sunday is 0."
+            )
+    expression = " ".join(fields)
+    next_times(expression)
+    return expression
+
+
+def next_times(cron: str, count: int = 3) -> list[str]:
+    """Return the next times of an expression of six fields in UTC, such as `2026-12-01 03:00:00`.
+
+    Raises:
+        ConfigurationError: a field is out of bounds, or the expression never comes true.
+    """
+    try:
+        # cronsim does not know `?`, which means the same as `*`.
+        times = list(islice(CronSim(cron.replace("?", "*"), datetime.now(UTC)), count))
+    except CronSimError as error:
+        raise ConfigurationError(
+            f'--cron "{cron}" is not valid ({str(error).lower()}): the fields are {", ".join(_FIELDS)}.'
+        ) from None
+    if len(times) < count:
+        raise ConfigurationError(f'--cron "{cron}" never comes true: correct the day or the month.')
+    return [f"{time:%Y-%m-%d %H:%M:%S}" for time in times]
+
+
+def _all(connection: "Connection") -> list["kfp_server_api.V2beta1RecurringRun"]:
+    from pipelines.kubeflow.versions import pages_of
+
+    namespace = connection.namespace if connection.multi_user else None
+    return pages_of(
+        connection,
+        "list the schedules",
+        lambda token: connection.client.list_recurring_runs(
+            page_token=token, page_size=100, namespace=namespace
+        ),
+        "recurring_runs",
+    )
+
+
+def _find(connection: "Connection", name: str) -> "kfp_server_api.V2beta1RecurringRun":
+    """Find a schedule by its name or id.
+
+    Raises:
+        ClusterError: there is no such schedule.
+    """
+    known = _all(connection)
+    for schedule in known:
+        if name in (schedule.display_name, schedule.recurring_run_id):
+            return schedule
+    hint = nearest(name, [schedule.display_name for schedule in known]) or "."
+    raise ClusterError(f"There is no schedule {name}{hint} `python -m pipelines schedule list` shows all.")
+
+
+def _cron_of(schedule: "kfp_server_api.V2beta1RecurringRun") -> str:
+    """Return the cron expression; empty for a schedule with a period, which others may have created."""
+    cron: Any = schedule.trigger and schedule.trigger.cron_schedule
+    return (cron.cron or "") if cron else ""
+
+
+def _is_paused(schedule: "kfp_server_api.V2beta1RecurringRun") -> bool:
+    return "DISABLED" in str(schedule.status) or schedule.mode == "DISABLE"

@@ -1,0 +1,115 @@
+"""What the steps of a run took: wall time, GPU-hours and, with prices, their cost.
+
+A result that the store had already costs the run nothing. What it took when it was made is shown next to it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slam_asr.artifacts.run_records import StepRecord
+from slam_asr.errors import ConfigurationError
+from slam_asr.progress import clock
+
+PRICES = "SLAM_ASR_PRICES"
+"""Environment variable with `Prices` in JSON."""
+UNKNOWN = "–"
+
+
+@dataclass
+class Prices:
+    """Prices of hardware, for the costs in reports and summaries."""
+
+    gpu_hour: float = 0.0
+    """Price of one GPU for one hour."""
+    cpu_hour: float = 0.0
+    """Price of one CPU core for one hour."""
+    currency: str = "USD"
+    """Currency of the prices."""
+
+    def __bool__(self) -> bool:
+        return bool(self.gpu_hour or self.cpu_hour)
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One line of the table, as text."""
+
+    step: str
+    time: str
+    gpu_hours: str
+    cost: str
+    """Empty if there are no prices."""
+    reused: str
+    """What reused results took when they were made; empty if none was reused."""
+
+
+def prices_from_environment() -> Prices:
+    """Read the prices from the environment; they are 0 if it names none.
+
+    Raises:
+        ConfigurationError: the variable is not valid.
+    """
+    try:
+        prices = Prices(**json.loads(os.environ.get(PRICES) or "{}"))
+        return replace(prices, gpu_hour=float(prices.gpu_hour), cpu_hour=float(prices.cpu_hour))
+    except (ValueError, TypeError):
+        raise ConfigurationError(
+            f'{PRICES} is not valid: write it as {{"gpu_hour": 2.5, "cpu_hour": 0.05, "currency": "USD"}}.'
+        ) from None
+
+
+def cost_table(steps: Sequence[StepRecord], prices: Prices) -> list[CostRow]:
+    """Return a line for each step, with its work shards added up, and one for the run.
+
+    Figures that the records of an earlier version lack are shown as unknown.
+    """
+    rows = []
+    for name in dict.fromkeys(step.stage for step in steps):
+        of_step = [step for step in steps if step.stage == name]
+        reused = [step for step in of_step if step.reused]
+        note = ""
+        if reused:
+            time, gpu_hours, cost = _sums(reused, prices)
+            some = "" if len(reused) == len(of_step) else f"{len(reused)} of {len(of_step)}: "
+            note = f"{some}{time}, {gpu_hours} GPU-hours{f', {cost}' if cost else ''} when made"
+        rows.append(CostRow(name, *_sums([step for step in of_step if not step.reused], prices), note))
+    return [*rows, CostRow("this run", *_sums([step for step in steps if not step.reused], prices), "")]
+
+
+def describe_costs(steps: Sequence[StepRecord], prices: Prices) -> str:
+    """Format the table for a terminal; empty if there are no steps, or neither prices nor GPUs."""
+    if not steps or not (prices or any(step.gpus != 0 for step in steps)):
+        return ""
+    heading = CostRow("step", "time", "GPU-hours", "cost" if prices else "", "reused results")
+    rows = [heading, *cost_table(steps, prices)]
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("step", "time", "gpu_hours", "cost")]
+    return "\n".join(
+        f"{row.step:<{widths[0]}}  {row.time:>{widths[1]}}  {row.gpu_hours:>{widths[2]}}"
+        f"{f'  {row.cost:>{widths[3]}}' if prices else ''}  {row.reused}".rstrip()
+        for row in rows
+    )
+
+
+def _sums(steps: Sequence[StepRecord], prices: Prices) -> tuple[str, str, str]:
+    """Wall time, GPU-hours and cost of some steps together."""
+    hours = [step.seconds / 3600 for step in steps]
+    gpu_hours = _sum(hours, [step.gpus for step in steps])
+    core_hours = _sum(hours, [step.cores for step in steps])
+    cost: float | None = 0.0
+    for price, amount in ((prices.gpu_hour, gpu_hours), (prices.cpu_hour, core_hours)):
+        if price and cost is not None:
+            cost = None if amount is None else cost + price * amount
+    money = UNKNOWN if cost is None else f"{cost:.2f} {prices.currency}"
+    return (
+        clock(sum(step.seconds for step in steps)),
+        UNKNOWN if gpu_hours is None else f"{gpu_hours:.2f}",
+        money if prices else "",
+    )
+
+
+def _sum(hours: Sequence[float], numbers: Sequence[int | None]) -> float | None:
+    """Add up the hours of each step times its number of devices; None if a number is unknown."""
+    known = [number for number in numbers if number is not None]
+    return sum(map(float.__mul__, hours, map(float, known))) if len(known) == len(numbers) else None

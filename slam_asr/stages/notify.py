@@ -1,0 +1,120 @@
+"""The last task of a run in a cluster: sends a notice that the run has ended.
+
+The task runs in a pod of the run, after a failure too. Kubeflow passes it the state of the steps; the reason
+for a failure comes from the API of Kubeflow Pipelines, if that answers.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import urllib3
+
+from slam_asr.artifacts.run_records import RUN, read_steps
+from slam_asr.errors import UserError
+from slam_asr.notices.notice import Notice, send, webhook_url
+from slam_asr.notices.reasons import failure_of
+from slam_asr.notices.workflow import workflow_of
+from slam_asr.progress import log_line
+
+TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+"""File in which a Kubeflow for several users mounts a token for its API into pods that ask for it."""
+PAUSES = (2.0, 5.0, 10.0)
+"""Seconds between requests for the reason: Kubeflow copies the workflow's state a few seconds late."""
+RESULTS = ("compare-runs", "score")
+"""The stages whose result is the run's, the last one of the pipeline first."""
+
+
+def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
+    """Send a notice that the run of this pod has ended. Problems are logged, and never fail the run.
+
+    Args:
+        store: store of the run.
+        form: format of the message, slack or cloudevents.
+        api: address of the API of Kubeflow Pipelines inside the cluster.
+        dashboard: address of the dashboard for the link; empty for a message without one.
+        state: state of the steps as Kubeflow passes it: SUCCEEDED, FAILED or CANCELLED, or still RUNNING.
+    """
+    run_id, url = os.environ[RUN], webhook_url()
+    if not url:
+        log_line("warning: no notice is sent: the secret with the webhook's URL, or its key, is missing")
+        return
+    seen = _from_api(api, run_id, state)
+    ended = _state(state, seen)
+    notice = Notice(
+        name=seen.name,
+        run_id=run_id,
+        state=ended,
+        step=seen.step,
+        reason=seen.reason,
+        result=_result(store, run_id) if ended == "succeeded" else "",
+        link=f"{dashboard.rstrip('/')}/#/runs/details/{run_id}" if dashboard else "",
+    )
+    send(notice, form, url)
+
+
+@dataclass
+class _Seen:
+    """What the API says about the run; all are empty if it does not answer."""
+
+    name: str = ""
+    phase: str = ""
+    """Argo's phase of all steps together."""
+    step: str = ""
+    """The step that failed."""
+    reason: str = ""
+
+
+def _from_api(api: str, run_id: str, state: str) -> _Seen:
+    """Ask until the API shows how the steps ended, a few times at most."""
+    seen = _Seen()
+    for pause in (*PAUSES, None):
+        answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
+        seen.name = (answer.get("run") or {}).get("name") or seen.name
+        if (workflow := workflow_of(answer)) is not None:
+            seen.phase = workflow.phase_of("exit-handler-1")
+            seen.step, seen.reason = failure_of(workflow, run_id)
+        if seen.step or state == "SUCCEEDED" or seen.phase == "Succeeded" or pause is None:
+            break
+        time.sleep(pause)
+    return seen
+
+
+def _state(state: str, seen: _Seen) -> str:
+    """Return how the run ended.
+
+    Some versions of Kubeflow start the exit task before they update the state of the steps, which is then
+    RUNNING. Argo's phase is final by then.
+    """
+    if seen.step or state == "FAILED" or seen.phase in ("Failed", "Error"):
+        return "failed"
+    if state == "SUCCEEDED" or seen.phase == "Succeeded":
+        return "succeeded"
+    return "stopped" if state in ("CANCELED", "CANCELLED") else "ended"
+
+
+def _ask(address: str) -> dict[str, Any]:
+    """Send one request, and return the answer; empty if there is none, or if it is refused."""
+    try:
+        headers = {"Authorization": f"Bearer {TOKEN.read_text(encoding='utf-8').strip()}"}
+    except OSError:
+        headers = {}
+    try:
+        with urllib3.PoolManager(retries=False, timeout=5.0) as pool:
+            answer = json.loads(pool.request("GET", address, headers=headers, redirect=False).data)
+    except (urllib3.exceptions.HTTPError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _result(store: str, run_id: str) -> str:
+    """Return the summary of the run's last result; empty if the store cannot be read."""
+    try:
+        summaries = {step.stage: step.summary for step in read_steps(store, run_id)}
+    except UserError as error:
+        log_line(f"warning: the notice lacks the result: {error}")
+        return ""
+    return next((summaries[stage] for stage in RESULTS if stage in summaries), "")
