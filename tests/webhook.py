@@ -45,7 +45,8 @@ def webhook() -> Iterator[Webhook]:
             self.end_headers()
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         hook.url = f"http://127.0.0.1:{server.server_address[1]}/{SECRET}"
         yield hook
         server.shutdown()

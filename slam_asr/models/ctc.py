@@ -17,14 +17,11 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn import functional
 
 from slam_asr.generation.ctc_prefix import CtcSpelling
-from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
-from slam_asr.models.projector import SpeechProjector
 
 BLANK = 0
 """Index of CTC's blank among the tokens."""
@@ -146,76 +143,6 @@ class Speller:
             positions: number of positions of each utterance.
         """
         return CtcSpelling.of(self.head(outputs.float()), positions, *self.columns)
-
-
-class CtcModel(nn.Module):
-    """A projector and the head that it learns from.
-
-    Args:
-        projector: the projector, which is trained.
-        head: the head, of which only the sharpness is trained.
-        encoder: needed if audio is encoded on the fly. It is frozen, and not registered as a submodule.
-        feature_dtype: dtype of saved features.
-        dropout: share of the encoder's values that is zeroed in training.
-    """
-
-    encoder: SpeechEncoder | None
-
-    def __init__(
-        self,
-        projector: SpeechProjector,
-        head: CtcHead,
-        encoder: SpeechEncoder | None = None,
-        feature_dtype: str = "fp32",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.projector, self.head = projector, head
-        object.__setattr__(self, "encoder", encoder)
-        self.feature_dtype, self.dropout = feature_dtype, dropout
-
-    def spell(self, batch: CtcBatch) -> list[list[int]]:
-        """Return CTC's best path of each utterance: token indices, without repetitions and blanks."""
-        return best_paths(self._outputs_and_logits(batch)[1], batch.positions)
-
-    def forward(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the loss of a batch.
-
-        The loss is summed over utterances: CTC's, which is the negative logarithm of the probability of the
-        utterance's tokens, and the mean squared distance from the expected embeddings, times the number of
-        tokens and `distance_weight`. Divided by all tokens, it is the mean per token of both.
-
-        Returns:
-            The loss (scalar, float32, with a gradient), and sums ([3] float64, detached): CTC's loss, the
-            number of tokens minus the token errors of the best paths, and the number of tokens.
-        """
-        outputs, logits = self._outputs_and_logits(batch)
-        if not batch.targets:
-            # No targets, but a gradient of zero for every weight.
-            return logits.sum() * 0.0, torch.zeros(3, dtype=torch.float64, device=logits.device)
-        loss = ctc = ctc_loss(logits, batch.positions, batch.targets)
-        if batch.distance_weight:
-            distances = self.head.distances(outputs, logits).split(batch.positions)
-            # An utterance without positions is skipped, because the mean of nothing is NaN.
-            means = [d.mean() * len(t) for d, t in zip(distances, batch.targets, strict=True) if len(d)]
-            loss = ctc + batch.distance_weight * torch.stack(means).sum()
-        # Counted only, because no gradient passes through a best path.
-        paths = best_paths(logits, batch.positions)
-        errors = sum(
-            Levenshtein.distance(path, target.tolist())
-            for path, target in zip(paths, batch.targets, strict=True)
-        )
-        tokens = sum(len(t) for t in batch.targets)
-        counts = torch.tensor([tokens - errors, tokens], dtype=torch.float64, device=logits.device)
-        return loss, torch.cat([ctc.detach().double()[None], counts])
-
-    def _outputs_and_logits(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the projector's outputs [positions, LLM width], and their logits [positions, 1 + tokens]."""
-        features = encode_audio(self.encoder, batch.audio, self.feature_dtype)
-        if self.training and self.dropout:
-            features = [functional.dropout(f, self.dropout) for f in features]
-        outputs = self.projector(features, batch.positions)
-        return outputs, self.head(outputs)
 
 
 def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Tensor]) -> torch.Tensor:

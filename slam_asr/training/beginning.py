@@ -12,7 +12,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.models.ctc import INITIAL_SHARPNESS, CtcHead, CtcModel
+from slam_asr.models.ctc import INITIAL_SHARPNESS, CtcHead
 from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -21,6 +21,7 @@ from slam_asr.models.precision import DTYPES, encoder_precision
 from slam_asr.models.projector import positions_of
 from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
+from slam_asr.training.ctc_model import CtcModel
 from slam_asr.training.initial_model import build_initial_projector
 from slam_asr.training.job import TrainingJob
 

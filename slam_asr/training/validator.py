@@ -13,11 +13,12 @@ import torch
 from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.artifacts.word_errors import measure
 from slam_asr.config.recipe import Recipe
-from slam_asr.models.ctc import CtcBatch, CtcModel
+from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.searcher import Searcher, plan_batches
 from slam_asr.models.slam import Slam
 from slam_asr.training.batches import BatchReader
 from slam_asr.training.builder import Parts
+from slam_asr.training.ctc_model import CtcModel
 from slam_asr.training.micro_batches import own_share, scores_of
 from slam_asr.training.prefetch import prefetch
 

@@ -91,7 +91,7 @@ def test_pieces_of_unfinished_shards_are_listed_and_pruned(
     store = str(tmp_path / "store")
     interrupted(store, twenty[0], recipe(tiny_models, **SMALL), monkeypatch, after=3)
     run("features", ["ls", store])
-    assert "3 pieces of shards that an unfinished extraction has begun" in capsys.readouterr().out
+    assert "pieces of shards that an unfinished extraction has begun: 3" in capsys.readouterr().out
     run("features", ["prune", store, "--yes", "true"])
     assert len(pieces_in(store)) == 3
     run("features", ["prune", store, "--unfinished", "true", "--yes", "true"])

@@ -8,9 +8,10 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from slam_asr.config.recipe import Projector
-from slam_asr.models.ctc import CtcBatch, CtcHead, CtcModel
+from slam_asr.models.ctc import CtcBatch, CtcHead
 from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.projector import build_projector
+from slam_asr.training.ctc_model import CtcModel
 
 
 def model_of(tokens: int, encoder_width: int, width: int, hidden: int, **options) -> CtcModel:

@@ -176,7 +176,8 @@ def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", files, downloaded
         server.shutdown()
 

@@ -140,6 +140,7 @@ def model_registry() -> Iterator[tuple[ModelRegistryServer, str]]:
     state = ModelRegistryServer()
     handler = type("Handler", (_Handler,), {"state": state})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield state, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

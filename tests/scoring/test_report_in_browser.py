@@ -77,7 +77,8 @@ def open_page(page: str, folder: Path, width: int, *options: str) -> tuple[str, 
 
     log = folder / "browser.log"
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, log.open("wb") as output:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         # A debugging port keeps a headless browser open; without one it exits once the page has loaded.
         command = [
             BROWSER,

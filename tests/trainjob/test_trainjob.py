@@ -254,7 +254,8 @@ def kubernetes(monkeypatch, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.fake = fake
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         config = {
             "apiVersion": "v1",
             "kind": "Config",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from slam_asr.config.recipe import Training
-from slam_asr.models.ctc import CtcModel
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
+from slam_asr.training.ctc_model import CtcModel
 from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine, name_accelerator
 from slam_asr.training.engines.engine import Engine
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from slam_asr.config.recipe import Training
-from slam_asr.models.ctc import CtcModel
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
+from slam_asr.training.ctc_model import CtcModel
 from slam_asr.training.engines.engine import (
     Engine,
     ParameterGroups,

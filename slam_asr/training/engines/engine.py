@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from slam_asr.config.recipe import Training
 from slam_asr.models.batch import Batch
-from slam_asr.models.ctc import CtcBatch, CtcModel
+from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.slam import Slam
+from slam_asr.training.ctc_model import CtcModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state tensors for each weight, by torch's names."""

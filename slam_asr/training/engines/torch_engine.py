@@ -20,10 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slam_asr.config.recipe import Training
 from slam_asr.models.batch import Batch
-from slam_asr.models.ctc import CtcBatch, CtcModel
+from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
+from slam_asr.training.ctc_model import CtcModel
 from slam_asr.training.engines.engine import (
     Engine,
     ParameterGroups,

@@ -414,6 +414,7 @@ def serving(handler: type, **attributes: Any) -> Iterator[str]:
     """Start a local server, and return its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         vars(server).update(attributes)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the end of the poll interval, which is half a second by default.
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
