@@ -88,10 +88,8 @@ def doctor(arguments: list[str]) -> int:
     for finding in _all_findings(cluster, options):
         print(finding.line(), flush=True)
         failed += finding.sign == BAD
-    if failed:
-        print(f"{failed} problem{'s' if failed > 1 else ''} found")
-    else:
-        print(f"no problems found ({UNKNOWN}: could not be checked from here)")
+    problems = f"{failed} problem{'s' * (failed > 1)} found"
+    print(problems if failed else f"no problems found ({UNKNOWN}: could not be checked from here)")
     return 1 if failed else 0
 
 
