@@ -98,8 +98,8 @@ class Trainer:
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime that starts one launcher per node."""
     timeout_hours: float = 24.0 * 14
-    """Hours after which one attempt at a multi-node training is stopped, including its time in a queue. It
-    replaces steps.train.timeout_hours there. 0: never."""
+    """Time limit in hours of one attempt at a multi-node training, including its time in a queue. For such a
+    training, it replaces steps.train.timeout_hours. 0: no limit."""
 
 
 @dataclass
@@ -124,8 +124,8 @@ class StepSettings:
     cpu: str = "2"
     """CPU cores that a node reserves for the step, in Kubernetes notation: 2 or 500m."""
     cpu_limit: str = ""
-    """CPU cores that the step may use at most. Empty: as many as `cpu`. `none`: all free ones of its node,
-    for clusters that forbid throttling, and namespaces whose LimitRange sets no default limit."""
+    """CPU cores that the step may use at most. Empty: as many as `cpu`. `none`: all free cores of its node,
+    for clusters that forbid throttling; a default limit of the namespace's LimitRange still applies."""
     memory: str = "8Gi"
     """Memory, both request and limit. shared_memory counts against it."""
     gpus: int = 0
@@ -156,7 +156,7 @@ class StepSettings:
     timeout_hours: float = 24.0
     """Hours after which one attempt at the step is stopped. 0: never.
 
-    Each retry has this time again, so a step may take (retries + 1) times as long, and the waits between.
+    Each retry has this time again, so a step may take (retries + 1) times as long, plus the waits between.
     """
     labels: dict[str, str] = field(default_factory=dict)
     """Additional labels of the pod."""
@@ -232,7 +232,7 @@ class Cluster:
 
     @property
     def names_registry(self) -> bool:
-        """Whether runs may publish models, for which the step `publish` needs its image."""
+        """Whether the profile names a model registry. MLFLOW_TRACKING_URI may be for the tracker only."""
         variables = {"MODEL_REGISTRY_URL", "MLFLOW_REGISTRY_URI"}
         return bool(self.registry.secret or variables & self.environment.keys())
 
@@ -291,8 +291,8 @@ class Cluster:
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
             raise ConfigurationError(
                 f"Cluster {self.name}: {prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} "
-                f"({prefix}.gpus_per_node), so the pod would wait forever: lower it, or train on several "
-                "nodes with the recipe's training.nodes."
+                f"({prefix}.gpus_per_node), so the pod would wait forever: lower {prefix}.gpus, or train on "
+                "several nodes with the recipe's training.nodes."
             )
         if step.shared_memory and size_in_bytes(step.shared_memory) >= size_in_bytes(step.memory):
             raise ConfigurationError(
@@ -333,9 +333,8 @@ def load_cluster(source: str) -> Cluster:
         source: name of a shipped profile, or path of a YAML file.
 
     Raises:
-        ConfigurationError: the profile does not exist, or its values are out of bounds or contradict each
-            other.
-        UserError: a key is unknown, or a value has the wrong type.
+        ConfigurationError: the profile does not exist or is not valid YAML, a key is unknown, a value has the
+            wrong type or is out of bounds, or values contradict each other.
     """
     shipped = shipped_clusters()
     if source not in shipped and not os.path.isfile(source):
@@ -346,5 +345,5 @@ def load_cluster(source: str) -> Cluster:
         )
     where = f"Cluster {source}"
     values = parse_yaml((shipped.get(source) or Path(source)).read_bytes(), where, "namespace:")
-    # A profile without a name is called like its file.
+    # A profile without a name gets the name of its file.
     return typed({"name": Path(source).stem} | values, Cluster, where)

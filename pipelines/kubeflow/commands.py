@@ -105,10 +105,13 @@ def logs(arguments: list[str]) -> int:
     parser = run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
     parser.add_argument("--step", type=str, help="only the logs of this step")
     parser.add_argument(
-        "--all", type=bool, default=False, help="also the lines of Kubeflow and Argo, and the drivers' logs"
+        "--all",
+        type=bool,
+        default=False,
+        help="also the lines of Kubeflow and Argo and, without --step, the drivers' logs",
     )
     parser.add_argument(
-        "--follow", type=bool, default=False, help="wait for more lines until the step has ended"
+        "--follow", type=bool, default=False, help="wait for more lines of each step that has started"
     )
     run_key, rest = positional(
         arguments,

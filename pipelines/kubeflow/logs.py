@@ -1,4 +1,4 @@
-"""Reads the logs of a run's steps from the Kubernetes API, or from the archive once the pods are deleted."""
+"""Reads the logs of a run's steps from the Kubernetes API, or else from Argo's archive."""
 
 import re
 from collections import deque
@@ -21,7 +21,7 @@ STEP_LABEL = "app.kubernetes.io/component"
 _NODE_NAME = "workflows.argoproj.io/node-name"
 """Annotation of a pod with the name of its node in the workflow; Argo sets it."""
 _QUICK_TIMEOUT = 5.0
-"""Seconds for a request whose answer is only an addition to a line of the run's state."""
+"""Timeout in seconds. The answer only adds a reason to the run's state, which is shown without it too."""
 CONTAINER = "main"
 """Container of a pod that runs the step."""
 _MAX_FRAMEWORK_LINES = 200
@@ -55,14 +55,17 @@ def core_api() -> kubernetes.CoreV1Api:
 
 
 class LogReader:
-    """Reads the logs of a run's pods from the Kubernetes API, and those of deleted pods from the archive.
+    """Reads the logs of a run's pods from the Kubernetes API, or else from Argo's archive.
+
+    The archive has the logs of deleted pods, and of pods that the user is not allowed to read.
 
     The API of Kubeflow Pipelines provides no logs.
 
     Args:
         connection: the connection to Kubeflow Pipelines.
         run_id: id of the run.
-        everything: show the lines of Kubeflow and Argo as well, and the logs of the drivers.
+        everything: show the lines of Kubeflow and Argo as well, and the logs of drivers whose pods still
+            exist, unless `show` is called with a step.
     """
 
     def __init__(self, connection: Connection, run_id: str, everything: bool = False) -> None:
@@ -74,19 +77,20 @@ class LogReader:
 
         Args:
             step: name of the only step to print; None for all steps.
-            follow: wait for more lines until each pod has ended.
+            follow: for each pod that has started, wait for more lines until it has ended.
             on_line: called with each line.
 
         Raises:
             ConfigurationError: there is no such step.
-            ClusterError: permission is missing, the API does not answer, or the run has no logs yet.
+            ClusterError: no pod was found, nor any archived log: permission is missing, the API does not
+                answer, no pod exists yet, or all were deleted.
         """
         if step is not None and step not in STEPS:
             raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
         unavailable = ""
         shown: set[str] = set()
         try:
-            # This raises too if no access is configured; the archive may still have the logs.
+            # Inside `try`: without configured access it raises, and the archive may still have the logs.
             api = core_api()
             for pod in self._pods(api, step):
                 shown.add(pod.metadata.name)
@@ -146,7 +150,7 @@ class LogReader:
         self._print(_lines(call_kubernetes(self.namespace, "read logs", request).stream(8192)), on_line)
 
     def _show_archived(self, step: str | None, shown: set[str], on_line: Callable[[str], None]) -> bool:
-        """Print the archived logs of deleted pods; return whether any were found."""
+        """Print the archived logs of all ended pods except those in `shown`; return whether any exist."""
         workflow = read_workflow(self.connection, self.run_id)
         if workflow is None:
             return False
@@ -157,7 +161,7 @@ class LogReader:
                 # Argo archives a log when its pod ends.
                 if pod in shown or place is None or step not in (None, node.task) or node.ended is None:
                     continue
-                on_line(f"── {node.task} ({pod}, deleted; from Argo's archive)")
+                on_line(f"── {node.task} ({pod}, from Argo's archive)")
                 content = self.connection.artifact(*place)
                 if content is None:
                     on_line(f"not readable through the dashboard: s3://{'/'.join(place)}")
@@ -233,7 +237,7 @@ def waiting_message(pod: Any) -> str:
     statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
     for status in statuses:
         waiting = status.state.waiting if status.state else None
-        # Every pod passes through these two states, so they explain nothing.
+        # Every pod passes through these two states, so they are reported only if nothing else is known.
         if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
             return f"{waiting.reason}: {waiting.message or ''}"
     for condition in pod.status.conditions or []:

@@ -2,9 +2,10 @@
 
 libsndfile does not report that a file is shorter than its header announces, and returns the samples that
 remain. It ignores what follows the announced samples: the rest of a wav with a wrong length, and all streams
-but the first of a file that was joined from several. Here both are found from the container alone, without
-decoding: RIFF, RIFX, RF64, BW64, W64, AIFF, AIFC, 8SVX, CAF, AU, NIST SPHERE and Ogg. `flac` and `mp3` do the
-same for those formats. The others of libsndfile are rare, and are checked only by decoding.
+but the first of a file that was joined from several. This module finds both faults without decoding, in the
+containers RIFF, RIFX, RF64, BW64, W64, AIFF, AIFC, 8SVX, 16SV, CAF, AU, NIST SPHERE and Ogg. The modules
+`flac` and `mp3` do the same for FLAC and mp3. libsndfile's other formats are rare, and are checked only by
+decoding.
 """
 
 import os
@@ -29,7 +30,7 @@ _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"3DI")
 
 
 class ContainerFault(Exception):
-    """The fault of a file, as the end of a sentence that begins with its name."""
+    """A fault of a file. The message is the end of a sentence that begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class _ChunkLayout:
     alignment: int = 2
     """Chunks begin at a multiple of this number of bytes."""
     counted: int = 0
-    """Bytes of its own header that the length of a chunk includes."""
+    """Bytes of a chunk's header that are included in the chunk's length."""
     before_samples: int = 0
-    """Bytes of the chunk with the samples that precede them."""
+    """Bytes at the start of the chunk `samples` that come before the first sample."""
 
 
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
@@ -75,7 +76,7 @@ def check_length(stream: BinaryIO) -> int | None:
         not checked here.
 
     Raises:
-        ContainerFault: the file holds less or more than its header announces.
+        ContainerFault: the file holds less or more than its header announces, or the header is damaged.
     """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -211,7 +212,7 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
 
 
 def end_of_tags(content: bytes, position: int) -> int:
-    """Return where the tags of music players and zeros at `position` end; `position` if none are there."""
+    """Skip the music players' tags and the zeros that begin at `position`; return the position after them."""
     while True:
         rest = content[position : position + 32]
         if rest.startswith(b"TAG"):  # ID3v1
@@ -237,7 +238,7 @@ def joined_ogg(content: bytes) -> list[tuple[int, int]]:
     """Return where each link of a chained Ogg file begins and ends (RFC 3533, section 4).
 
     Raises:
-        ContainerFault: a link lacks its last page.
+        ContainerFault: a page is incomplete, or a link lacks its last page.
     """
     starts = [0]
     last = position = 0

@@ -221,14 +221,14 @@ class Projector:
     beginning: Beginning = field(default_factory=Beginning)
     dropout: float = bounded(0.0, at_least=0.0, at_most=0.9)
     """Share of the encoder's values that is zeroed in training, except in the beginning, which has its own
-    (`beginning.dropout`). It makes up for a part of the variety that a few hours of speech lack."""
+    (`beginning.dropout`). It makes up for some of the variety that a few hours of speech lack."""
     ctc_weight: float = bounded(0.0, at_least=0.0)
     """Weight of CTC's loss beside the LLM's, after the beginning or without one. Above 0, the projector's
     outputs also have to spell the transcript, as in `beginning`, and decoding can use what they spell
     (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the publication."""
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence if the beginning cannot train this kind of projector."""
+        """Yield a sentence if CTC cannot train this kind of projector."""
         if self.uses_ctc and self.kind == "q-former":
             yield (
                 "CTC cannot train a q-former, whose positions do not follow the order of the audio: choose "
@@ -273,7 +273,8 @@ class Llm:
     turn."""
     answer_prefix: str = ""
     """Text that training puts before each transcript. With a space, the first word has the same tokens as it
-    has within a sentence, which CTC's score needs (`decoding.ctc_weight`). Hypotheses are stripped."""
+    has within a sentence, which CTC's score needs (`decoding.ctc_weight`). Spaces at the start of a
+    hypothesis are removed, any other prefix is not."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the LLM may run in this program. Some models on the hub need their
     own code; transformers' own models do not. A model folder records the value but does not grant it to

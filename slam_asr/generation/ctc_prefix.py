@@ -2,7 +2,7 @@
 
 An LLM that recognises badly writes fluent sentences that nobody said, or repeats itself. CTC's score prevents
 both, because it depends on what is in the audio, in the audio's order. The probability that a transcript
-begins with a prefix is the sum over all paths on which the prefix's last token is spelled. Watanabe et al.
+begins with a prefix is the sum over all paths that spell the prefix first, whatever follows. Watanabe et al.
 (2017, "Hybrid CTC/attention architecture for end-to-end speech recognition", algorithm 2) compute it token by
 token. For a prefix g and the first t positions,
 
@@ -17,7 +17,7 @@ and for the token c after g,
     ψ(gc) = Σ φ(t-1) · p(c at t), the probability of all transcripts that begin with gc.
 
 Both recursions are linear, so their solutions are sums: with C(t) = Σ log p(c at s) over s ≤ t,
-log n(gc, t) = C(t) + logcumsumexp(φ(t-1) - C(t-1)). This needs no loop over positions. C falls to some
+log n(gc, t) = C(t) + logcumsumexp(log φ(t-1) - C(t-1)). This needs no loop over positions. C falls to some
 thousands below zero, so these sums are computed in float64.
 """
 
@@ -28,8 +28,8 @@ import torch
 _NEVER = -1.0e9
 """Log probability of what cannot happen. -inf would become NaN in differences."""
 _FLOOR = -20.0
-"""Least log probability of a token at a position. It also is that of tokens that CTC does not know, so that
-they are unlikely, but not impossible."""
+"""Lowest log probability of a token at a position. Tokens that CTC does not know have it at every position,
+so they are unlikely, but not impossible."""
 CANDIDATES = 20
 """Number of tokens that may continue a hypothesis: the LLM's most probable ones. CTC scores only these."""
 
@@ -44,7 +44,8 @@ class CtcSpelling:
     columns: torch.Tensor
     """[vocabulary] int64: the column of each of the LLM's tokens; -1 for tokens that CTC does not know."""
     first_columns: torch.Tensor
-    """[vocabulary] int64: the same for the first token of an answer, which has no space before it."""
+    """[vocabulary] int64: the same for the first token of an answer. It differs only if `llm.answer_prefix`
+    does not end with a space, so that this token has no space before it."""
 
     @classmethod
     def of(

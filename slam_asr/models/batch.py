@@ -61,16 +61,17 @@ class Batch:
     lengths: list[int] | None = None
     """Number of positions of each utterance in a packed row; None for a padded batch."""
     spelled: list[torch.Tensor] | None = None
-    """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU."""
+    """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU.
+    None without that loss, as in validation and decoding."""
 
     @property
     def filled(self) -> int:
-        """Number of LLM positions without padding."""
+        """Number of LLM positions, not counting padding."""
         return int(self.mask.sum())
 
     @property
     def cells(self) -> int:
-        """Number of LLM positions with padding."""
+        """Number of LLM positions, including padding."""
         return self.mask.numel()
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -5,8 +5,8 @@ has to discover which position of the audio belongs to which word of the answer.
 classification (CTC; Graves et al., 2006) learns this alignment at a hundredth of the cost. The logits for CTC
 are negative squared distances between the projector's outputs and the LLM's embeddings of the tokens that
 occur in the transcripts. CTC's blank is the embedding of a line break. Among the vectors that could be
-between words, this one disturbs the LLM least: with a line break between any two tokens of a text,
-SmolLM2-135M still repeats 0.58 of the tokens, but only 0.21 with zeros and 0.51 with commas.
+between words, this one disturbs the LLM least: in a comparison with one such vector between any two tokens
+of a text, SmolLM2-135M repeated 0.58 of the tokens with line breaks, 0.51 with commas and 0.21 with zeros.
 
 CTC alone only needs outputs to be closer to the right token than to others; they may be anywhere, even where
 the LLM has never seen an embedding. A second loss therefore draws each output to its expected embedding, the
@@ -38,8 +38,8 @@ class CtcBatch:
     positions: list[int]
     """Number of LLM positions of each utterance's audio."""
     targets: list[torch.Tensor]
-    """Tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU. No entries for an
-    utterance that only occupies a process without work."""
+    """Tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU. An
+    empty list for a batch whose utterance only occupies a process without work."""
     distance_weight: float = 0.0
     """Weight of the distance from the expected embeddings."""
 
@@ -86,7 +86,7 @@ class CtcHead(nn.Module):
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return logits [positions, 1 + tokens] in float32 for the projector's outputs [positions, width]."""
         sharpness = self.log_sharpness.float().exp()
-        # The outputs are scaled, not the logits, which are a thousand times as many.
+        # The outputs are scaled, not the logits, of which there are many more.
         products = (outputs * (sharpness / self.size)).to(self.embeddings.dtype) @ self.embeddings.T
         # -|output - embedding|² / 2, without |output|², which is the same for all tokens.
         return products.float() - self.half_squares * sharpness
@@ -129,7 +129,7 @@ class Speller:
 
     Args:
         head: classifies the outputs.
-        columns: the two tensors of `CtcVocabulary.columns`.
+        columns: `columns` and `first_columns` of `CtcSpelling`.
     """
 
     def __init__(self, head: CtcHead, columns: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -148,8 +148,8 @@ class Speller:
 def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Tensor]) -> torch.Tensor:
     """Return CTC's loss, summed over utterances, as a scalar in float32.
 
-    An utterance has no path, and counts as 0, if it has fewer positions than tokens and the blanks that
-    separate equal neighbours.
+    An utterance has no path, and counts as 0, if it has fewer positions than CTC needs: one for each token,
+    and one for the blank between each two equal neighbours.
 
     Args:
         logits: [positions of all utterances, 1 + tokens] float32.

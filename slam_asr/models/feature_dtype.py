@@ -59,8 +59,8 @@ def bytes_per_frame(width: int, dtype: str) -> int:
 def round_trip(frames: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round frames [frames, width] as saving and reading them would.
 
-    If audio is encoded during training, this function rounds its features, so that they equal features from a
-    store.
+    If a frozen encoder encodes audio during training or decoding, this function rounds the features, so that
+    they equal features from a store.
 
     Returns:
         [frames, width] in the dtype that a reader returns.

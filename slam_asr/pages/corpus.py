@@ -1,4 +1,4 @@
-"""The page about a corpus: hours, durations, characters, and the rejected utterances with the reasons."""
+"""The page about a corpus: hours, durations, characters, and the reasons for rejections with examples."""
 
 import math
 import unicodedata
@@ -86,7 +86,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         Bars, ticks of the axes and sizes in units of the drawing, keyed by name in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
-    # Whole seconds, the unit of the counts, so no bar needs a part of one.
+    # There is one count per second and none can be divided, so a bar's width is a whole number of seconds.
     width = math.ceil(longest / MAX_BARS)
     counts = [
         {s: sum(m["durations"][second : second + width]) for s, m in splits.items()}
@@ -141,7 +141,7 @@ def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
     total = sum(alphabet.values())
     return [
         {
-            # Unicode's categories C (controls) and Z (separators) have nothing to show.
+            # Unicode's categories C (other, such as controls) and Z (separators) have nothing to show.
             "shape": char if unicodedata.category(char)[0] not in "CZ" else "",
             "count": count,
             "name": unicodedata.name(char, f"U+{ord(char):04X}").lower(),

@@ -15,7 +15,7 @@ def noisy(values):
     return [v + draw.gauss(0, 0.04) for v in values]
 
 
-def test_a_plateau_is_reported_and_again_when_its_length_has_doubled():
+def test_a_plateau_is_reported_again_each_time_its_length_has_doubled():
     lines = reports(noisy([min(0.31, 0.001 * s) for s in range(5000)]))
     steps = [step for step, _ in lines]
     assert 1000 < steps[0] < 1700 and steps == [steps[0], steps[0] + 1000, steps[0] + 3000]

@@ -1,7 +1,7 @@
-"""HTTP servers that imitate Kubeflow Pipelines, Kubernetes and a registry, with the classes of their clients.
+"""HTTP servers that imitate Kubeflow Pipelines, Kubernetes and a registry of images.
 
-They save what they receive, check the token, and fail on request: slowly, with 503, with a truncated answer,
-with a login page.
+Kubeflow Pipelines' builds its answers with the classes of the real client. It saves what it receives, checks
+the token, and on request answers late, with 503, with a truncated answer or with a login page.
 """
 
 import email
@@ -60,7 +60,7 @@ class FakeKubeflow:
         self.polls: dict[str, int] = {}
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
-        """Return the workflow of a run in its state at the latest request: one step further each time."""
+        """Return the workflow of a run. Each request for the run's state takes it one step further."""
         reached, failed = max(0, self.polls.get(run_id, 0)), False
         if self.fails_at and reached > STEPS.index(self.fails_at):
             reached, failed = STEPS.index(self.fails_at) + 1, True
@@ -77,7 +77,7 @@ class FakeKubeflow:
         return run
 
     def namespace_of(self, asked: str | None) -> str | None:
-        """Return the namespace of an object: a single-user server has no namespaces, whatever is asked."""
+        """Return the namespace of an object: the requested one, or None on a single-user server."""
         return asked if self.multi_user else None
 
 
@@ -87,7 +87,7 @@ def refusal(code: int, message: str) -> dict[str, Any]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """HTTP handler of `server.fake`."""
+    """Answers requests to Kubeflow Pipelines from the state in `server.fake`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -275,7 +275,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fake: FakeKubeflow = self.server.fake
         if method == "POST" and not path:
             request = json.loads(body)
-            # The server's parser of cron expressions takes five fields for those without the day of the week.
+            # The server reads five fields as second, minute, hour, day and month, without the weekday.
             fields = request["trigger"]["cron_schedule"]["cron"].split()
             if len(fields) not in (5, 6):
                 return 400, refusal(3, f"Expected 5 or 6 fields, found {len(fields)}")
@@ -319,13 +319,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class KubernetesHandler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.pods` (name → labels, phase, log) and `server.objects` (path → status, content)."""
+    """Serves `server.pods` (name → labels, phase, log) and `server.objects` (path → status, content).
+
+    A pending pod has the reason for its wait in place of a log. `server.forbidden`: refuse all requests.
+    """
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_POST(self) -> None:
-        """Answer whether an account has a right: all but those in `server.objects["denied"]`."""
+        """Answer whether an account has a right. It has all except those in `server.objects["denied"]`."""
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.server.forbidden:
             return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
@@ -411,7 +414,7 @@ class RegistryHandler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type, **attributes: Any) -> Iterator[str]:
-    """Start a local server, and return its address."""
+    """Run a local server during the block, and yield its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         vars(server).update(attributes)
         # `shutdown` waits for the end of the poll interval, which is half a second by default.

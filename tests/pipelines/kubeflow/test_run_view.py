@@ -303,7 +303,7 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
     kubeflow.archive[f"{bucket}/{key}"] = log.encode()
     code, out, _ = program("logs", run_id)
     assert code == 0 and out.splitlines() == [
-        f"── build-manifest ({workflow.pod_name(node)}, deleted; from Argo's archive)",
+        f"── build-manifest ({workflow.pod_name(node)}, from Argo's archive)",
         "building the manifest of s3://b/corpus",
         "slam-asr: error: There is nothing at s3://b/corpus: check the bucket and the prefix.",
     ]
