@@ -319,7 +319,8 @@ class Decoding:
     """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
     ctc_weight: float = bounded(0.0, at_least=0.0, at_most=0.9)
     """CTC's share of a hypothesis' score; the LLM has the rest. It makes loops and words that nobody said
-    rarer, and needs a model that was trained with `projector.ctc_weight` or `projector.beginning.keep_head`."""
+    rarer. It needs a model that was trained with `projector.ctc_weight` or
+    `projector.beginning.keep_head`."""
     positions_per_batch: int = bounded(20_000, at_least=1)
     """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
     max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""
