@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from slam_asr.storage import sha256_of_file
+from tests.pipelines import run_command
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MOMENTS = [
@@ -24,20 +24,6 @@ MOMENTS = [
 MOMENTS_TO_TEST = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["step 1/3"]
 
 
-def command(recipe, corpus, output):
-    return [
-        sys.executable,
-        "-m",
-        "pipelines",
-        "run",
-        str(recipe),
-        "--corpus",
-        str(corpus),
-        "--output",
-        str(output),
-    ]
-
-
 def results(output):
     """Return the results of a run: the checksum of the weights, and the transcripts."""
     (model,) = output.glob("store/convert-checkpoint/*/projector.safetensors")
@@ -48,7 +34,9 @@ def results(output):
 @pytest.fixture(scope="module")
 def undisturbed(tiny_recipe, tiny_corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command(tiny_recipe, tiny_corpus, output), cwd=CHECKOUT, check=True, capture_output=True)
+    subprocess.run(
+        run_command(tiny_recipe, tiny_corpus, output), cwd=CHECKOUT, check=True, capture_output=True
+    )
     return results(output)
 
 
@@ -56,14 +44,14 @@ def undisturbed(tiny_recipe, tiny_corpus, tmp_path_factory):
 @pytest.mark.parametrize("moment", MOMENTS_TO_TEST)
 def test_killed_run_resumes_to_the_same_result(moment, undisturbed, tiny_recipe, tiny_corpus, tmp_path):
     run = subprocess.Popen(
-        command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
+        run_command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
     )
     assert any(moment in line for line in run.stdout), f"the log has no line with {moment}"
     # Kill only the runner, as the kernel does when memory runs out. Its steps end at their next output.
     psutil.Process(run.pid).kill()
     run.wait()
     again = subprocess.run(
-        command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, capture_output=True, text=True
+        run_command(tiny_recipe, tiny_corpus, tmp_path), cwd=CHECKOUT, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert results(tmp_path) == undisturbed

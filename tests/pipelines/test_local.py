@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,29 +21,15 @@ from pipelines.summary import failure
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.errors import EXIT_CODE, UserError
 from slam_asr.steps import EVALUATION, TRAINING, outputs_of
+from tests.pipelines import run_command
 from tests.webhook import SECRET, webhook
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = outputs_of(TRAINING)
 
 
-def command(recipe: Path, corpus: Path, output: Path, *options: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pipelines",
-        "run",
-        str(recipe),
-        "--corpus",
-        str(corpus),
-        "--output",
-        str(output),
-        *options,
-    ]
-
-
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=CHECKOUT, capture_output=True, text=True)
+    return subprocess.run(run_command(*arguments), cwd=CHECKOUT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +283,7 @@ def test_user_error_in_a_step_is_one_sentence_and_code_2(tiny_recipe, tiny_corpu
 @pytest.mark.cold
 def test_interrupted_run_ends_with_one_line_and_no_process(tiny_recipe, tiny_corpus, tmp_path):
     process = subprocess.Popen(
-        command(tiny_recipe, tiny_corpus, tmp_path),
+        run_command(tiny_recipe, tiny_corpus, tmp_path),
         cwd=CHECKOUT,
         text=True,
         stdout=subprocess.PIPE,

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.steps import PUBLISHING, outputs_of
+from tests.pipelines import run_command
 from tests.publishing.server import ModelRegistryServer, model_registry
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,21 +24,9 @@ def registry():
 
 
 def run(recipe: Path, corpus: Path, output: Path, address: str, *options: str) -> subprocess.CompletedProcess:
-    words = [
-        "-m",
-        "pipelines",
-        "run",
-        str(recipe),
-        "--corpus",
-        str(corpus),
-        "--output",
-        str(output),
-        *options,
-    ]
     environment = os.environ | {"MODEL_REGISTRY_URL": address}
-    return subprocess.run(
-        [sys.executable, *words], cwd=CHECKOUT, env=environment, capture_output=True, text=True
-    )
+    command = run_command(recipe, corpus, output, *options)
+    return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
