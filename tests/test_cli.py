@@ -223,4 +223,4 @@ def test_the_help_of_transcribe_begins_with_the_facts_of_the_best_shipped_model(
     assert "; limits of b. Transcribe audio files" in description
     (tmp_path / "c" / "README.md").write_text("no facts")
     code, output = exit_of(capsys, "transcribe", "x.wav")
-    assert code == 2 and re.search(r"README\.md has no front matter of YAML: write it there\.$", output.err)
+    assert code == 2 and re.search(r"README\.md has no YAML front matter: add it\.$", output.err)

@@ -1,17 +1,17 @@
 """Checkpoints: everything that a training run needs to resume as if it had never been interrupted.
 
-A folder `step-N` contains the trained weights, but none of the frozen ones:
+A folder `step-N` contains these files. Frozen weights are not saved.
 
-- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, written by process R of W: tensors in fp32,
-  each complete (weights by name; Adam's moments as `exp_avg/NAME` and `exp_avg_sq/NAME`). Any engine can
-  resume from them with any number of processes, and no pickle is ever read;
+- `weights-R-of-W.safetensors` and `moments-R-of-W.safetensors`, written by process R of W: complete tensors
+  in fp32, never pieces of one. The weights are saved by name, Adam's moments as `exp_avg/NAME` and
+  `exp_avg_sq/NAME`. Any engine can resume from them with any number of processes. No pickle is ever read;
 - `random-R-of-W.safetensors`: the state of process R's random number generators;
 - `curve.jsonl`: the training curve up to this step;
 - `checkpoint.json`: the step, the loop's counts, the inputs of the training, and the size and SHA-256 of
-  every file. It is written last. A folder without it is incomplete and ignored.
+  every other file. It is written last. A folder without it is incomplete and ignored.
 
-Next to these folders are two pointers, the files `latest` and `best`, each with the name of a folder. They
-are updated after the folder is complete.
+Next to these folders, the files `latest` and `best` are pointers: each contains the name of one folder. A
+pointer is updated only after its folder is complete.
 """
 
 import json
@@ -42,7 +42,8 @@ DESCRIPTION = "checkpoint.json"
 LATEST, BEST = "latest", "best"
 CURVE = "curve.jsonl"
 BEGINNING, MAIN = "beginning", "main"
-"""Names of the phases of a training run: `projector.beginning`, and the training with the LLM's own loss."""
+"""Names of a training run's phases: the beginning, which only some recipes have (`projector.beginning`), and
+the training with the LLM's loss."""
 
 
 @dataclass
@@ -50,24 +51,28 @@ class Checkpoint:
     """The content of `checkpoint.json`."""
 
     step: int
-    """Number of optimiser steps before this checkpoint."""
+    """Number of optimiser steps that were done before this checkpoint."""
     epoch: int
+    """Number of the epoch of the last step, counted from 0."""
     updates: int
     """Number of updates that Adam has made in this phase. Skipped steps, and the steps of an earlier phase,
     are not counted."""
     engine: str
+    """Name of the engine that trained, such as `ddp`."""
     processes: int
+    """Number of processes that trained."""
     inputs: dict[str, Any]
     """Everything that the weights depend on: models, data, and the part of the recipe that affects them."""
     counts: dict[str, Any] = field(default_factory=dict)
     """State of the training loop: the fields of `training.resumer.Counts`."""
     loss_scale: dict[str, float] = field(default_factory=dict)
+    """State of the loss scaling in fp16; empty in other precisions."""
     dev_loss: float | None = None
     """Loss on the dev set after this step; None if it was not measured."""
     phase: str = MAIN
-    """Phase of the training that the weights and the moments belong to."""
+    """The phase in which the weights and the moments were saved: `BEGINNING` or `MAIN`."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each file, keyed by name, its size in bytes and its SHA-256."""
+    """For each file, keyed by name: its size in bytes (`bytes`) and its SHA-256 (`sha256`)."""
     folder: str = ""
     """The folder that this description was read from. It is not saved in the file."""
 
@@ -77,7 +82,7 @@ class Checkpoint:
         return folder_name(self.step)
 
     def file(self, name: str) -> str:
-        """Return a local path of one of the checkpoint's files, after checking its SHA-256.
+        """Return the local path of one of the checkpoint's files, after checking its SHA-256.
 
         Raises:
             ModelError: the file is missing, or differs from what was written.
@@ -104,7 +109,7 @@ class Checkpoint:
             kind: `weights` or `moments`.
 
         Returns:
-            The tensors of all processes by name, in fp32 on the CPU. Each is read on every access.
+            The tensors of all processes by name, in fp32 on the CPU. A tensor is read on each access.
 
         Raises:
             ModelError: a file is missing or damaged.
@@ -113,7 +118,7 @@ class Checkpoint:
 
 
 def folder_name(step: int) -> str:
-    """Return the name of the folder of a step's checkpoint. The names sort in the order of the steps."""
+    """Return the folder name of the checkpoint at a step. The names sort in the order of the steps."""
     # Eight digits: `prune` and `discard_newer_than_latest` compare names, and "step-10" < "step-9" as text.
     return f"step-{step:08d}"
 
@@ -148,7 +153,7 @@ def find(folder: str, pointer: str = LATEST) -> Checkpoint | None:
 
 
 def _name_in(folder: str, pointer: str) -> str | None:
-    """Read the name in a pointer; return None if the pointer does not exist."""
+    """Read the folder name that a pointer contains; return None if the pointer does not exist."""
     path = join(folder, pointer)
     return read_bytes(path).decode(errors="replace").strip() if exists(path) else None
 
@@ -189,7 +194,8 @@ def all_complete(folder: str) -> list[Checkpoint]:
     """
     latest = require(folder)
     names = _complete(f.name for f in walk(folder))
-    # Folders of later steps are not published: they are being written, or their attempt was interrupted.
+    # Later folders are not published yet: they are being written, or the attempt that wrote them was
+    # interrupted.
     return [_read(folder, name) for name in names if name < latest.name] + [latest]
 
 
@@ -211,15 +217,16 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     if checkpoint.dev_loss is not None and (
         best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss
     ):
-        # Before `prune`, which then no longer retains the former best one.
+        # Written before `prune` is called, so that `prune` removes the previous best checkpoint.
         write_bytes(join(folder, BEST), checkpoint.name)
     prune(folder, keep)
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove checkpoints before the latest, except the newest `keep` complete ones and the best one.
+    """Remove old checkpoints. The newest `keep` complete ones, the latest and the best one are retained.
 
-    Folders of later steps are not touched, because other processes may already write the next checkpoint.
+    Folders of steps after the latest are not touched, because other processes may already be writing the next
+    checkpoint.
     """
     latest = _name_in(folder, LATEST) or ""
     files = [f.name for f in walk(folder) if "/" in f.name]

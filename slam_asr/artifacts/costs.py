@@ -1,6 +1,7 @@
-"""What the steps of a run took: wall time, GPU-hours and, with prices, their cost.
+"""The wall time, the GPU-hours and, if prices are given, the cost of a run's steps.
 
-A result that the store had already costs the run nothing. What it took when it was made is shown next to it.
+A result that the store already had costs the run nothing. The time and cost of computing it, in an earlier
+run, are shown in a column of their own.
 """
 
 import json
@@ -15,6 +16,7 @@ from slam_asr.progress import clock
 PRICES = "SLAM_ASR_PRICES"
 """Environment variable with `Prices` in JSON."""
 UNKNOWN = "–"
+"""Text of a figure that cannot be computed."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class CostRow:
-    """One line of the table, as text."""
+    """One row of the cost table, as text."""
 
     step: str
     time: str
@@ -42,14 +44,14 @@ class CostRow:
     cost: str
     """Empty if there are no prices."""
     reused: str
-    """What reused results took when they were made; empty if none was reused."""
+    """Time, GPU-hours and cost of the reused results when they were computed; empty if none was reused."""
 
 
 def prices_from_environment() -> Prices:
-    """Read the prices from the environment; they are 0 if it names none.
+    """Read the prices from the environment variable `PRICES`; all are 0 if it is not set.
 
     Raises:
-        ConfigurationError: the variable is not valid.
+        ConfigurationError: the variable's value is not valid.
     """
     try:
         prices = Prices(**json.loads(os.environ.get(PRICES) or "{}"))
@@ -61,9 +63,9 @@ def prices_from_environment() -> Prices:
 
 
 def cost_table(steps: Sequence[StepRecord], prices: Prices) -> list[CostRow]:
-    """Return a line for each step, with its work shards added up, and one for the run.
+    """Return one row per step, which sums its work shards, and a last row for the run.
 
-    Figures that the records of an earlier version lack are shown as unknown.
+    A figure is `UNKNOWN` if a record lacks it, because an earlier version wrote that record.
     """
     rows = []
     for name in dict.fromkeys(step.stage for step in steps):
@@ -79,7 +81,7 @@ def cost_table(steps: Sequence[StepRecord], prices: Prices) -> list[CostRow]:
 
 
 def describe_costs(steps: Sequence[StepRecord], prices: Prices) -> str:
-    """Format the table for a terminal; empty if there are no steps, or neither prices nor GPUs."""
+    """Format the cost table for a terminal; empty if the run has no steps, or neither prices nor GPUs."""
     if not steps or not (prices or any(step.gpus != 0 for step in steps)):
         return ""
     heading = CostRow("step", "time", "GPU-hours", "cost" if prices else "", "reused results")
@@ -93,7 +95,7 @@ def describe_costs(steps: Sequence[StepRecord], prices: Prices) -> str:
 
 
 def _sums(steps: Sequence[StepRecord], prices: Prices) -> tuple[str, str, str]:
-    """Wall time, GPU-hours and cost of some steps together."""
+    """Return the total wall time, GPU-hours and cost of some steps, as text."""
     hours = [step.seconds / 3600 for step in steps]
     gpu_hours = _sum(hours, [step.gpus for step in steps])
     core_hours = _sum(hours, [step.cores for step in steps])

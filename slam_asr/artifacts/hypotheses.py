@@ -1,8 +1,8 @@
-"""Hypotheses with their references: how they are saved, aligned, and counted for the word error rate.
+"""Hypotheses with their references: their files, their alignments, and the sums for the word error rate.
 
-WER = (substitutions + deletions + insertions) / words in the references. Each of these is summed over all
-utterances before dividing. jiwer finds the alignment with the fewest errors. If an utterance has no
-hypothesis, all its words count as deletions; no utterance is left out. Insertions can raise the rate above 1.
+WER = (substitutions + deletions + insertions) / words in the references. Errors and words are summed over all
+utterances before the division. jiwer finds the alignment with the fewest errors. If a hypothesis is empty,
+all words of its reference are deletions; no utterance is left out. Insertions can raise the rate above 1.
 Where spaces do not separate words, as in Chinese, characters are counted instead of words (CER).
 """
 
@@ -21,7 +21,7 @@ from slam_asr.errors import InputError
 from slam_asr.storage import write_atomically
 
 HYPOTHESES, NBEST = "hypotheses.jsonl", "nbest.jsonl"
-"""Files of transcripts and of n-best lists in the folders of decode and score."""
+"""Names of the files with transcripts and with n-best lists, which decode and score write."""
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Hypothesis:
 
 @dataclass
 class WordErrors:
-    """Sums over a set of utterances. Hits, substitutions and deletions add up to `words`.
+    """Word errors, summed over a set of utterances. Hits, substitutions and deletions add up to `words`.
 
-    If characters are counted instead of words, every count is one of characters.
+    If characters are counted instead of words, all counts except `utterances` are of characters.
     """
 
     utterances: int = 0
@@ -80,7 +80,10 @@ class WordErrors:
 
 
 class AlignedWords(NamedTuple):
-    """A stretch of an alignment. In a substitution, both sides have the same number of words."""
+    """A stretch of an alignment: successive words of one kind.
+
+    In a stretch of substitutions, reference and hypothesis have the same number of words.
+    """
 
     kind: str
     """`equal`, `substitute`, `delete` or `insert`."""
@@ -91,18 +94,18 @@ class AlignedWords(NamedTuple):
 
 
 def scored_text(text: str, characters: bool = False) -> str:
-    """Return a text as it is scored, with spaces between the units that are counted.
+    """Return a text in the form that is scored, with a space between any two units that are counted.
 
     Args:
-        text: a reference or a hypothesis. Its case and punctuation count.
-        characters: count characters instead of words.
+        text: a reference or a hypothesis. Case and punctuation are retained.
+        characters: whether the units are characters instead of words.
     """
     text = comparable(text)
     return " ".join(characters_of(text, all_unspaced=True)) if characters else text
 
 
 def align(row: Hypothesis, characters: bool = False) -> list[AlignedWords]:
-    """Align the words of reference and hypothesis, or the characters; return stretches from left to right."""
+    """Align reference and hypothesis by words, or by characters; return the stretches from left to right."""
     return next(align_all([row], characters))
 
 
@@ -160,7 +163,7 @@ def read_hypotheses(path: str | Path) -> list[Hypothesis]:
         InputError: the file does not exist, or a line is not an utterance.
     """
     try:
-        # Not splitlines(), which also splits at U+2028 and similar characters that JSON allows in a string.
+        # Not splitlines(), which also splits at U+2028 and similar characters. JSON allows them in a string.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Files of JSON lines, written as the lines arrive, and visible only when they are complete."""
+"""Writes files of JSON lines, line by line. A file becomes visible only when it is complete."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from slam_asr.storage.local import temporary_path
 
 
 def write_json_lines(path: PathOrUri, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line, atomically."""
+    """Write one JSON object per line, atomically, as `write_lines` does."""
     write_lines(path, map(json_line, rows))
 
 
@@ -26,7 +26,12 @@ def json_line(row: dict[str, Any]) -> bytes:
 
 
 def write_lines(path: PathOrUri, lines: Iterable[bytes]) -> None:
-    """Write lines to a local file or an object as they arrive. It becomes visible when all are written."""
+    """Write lines to a local file or an object as they arrive. It becomes visible when all are written.
+
+    Raises:
+        OSError: the disk is full, or the folder is not writable.
+        StorageError: object storage cannot be written.
+    """
     partial = temporary_path(temporary_folder(path) / name_of(path))
     try:
         with open(partial, "wb") as file:
@@ -41,14 +46,14 @@ def write_lines(path: PathOrUri, lines: Iterable[bytes]) -> None:
     except OSError as error:
         if error.filename not in (None, str(partial)):
             raise
-        # The message names the file that the user knows instead of the temporary one.
+        # The user knows the file's own name, but not the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def temporary_folder(path: PathOrUri) -> Path:
-    """Return the folder for unfinished files: next to a local file, or in the cache for an object."""
+    """Return the folder for a file that is being written: its own folder, or the cache for an object."""
     folder = cache_folder() / "work" if is_s3(path) else local_path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -8,7 +8,7 @@ names as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build
     {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
 
 A manifest may have millions of lines and may be in object storage. It is read line by line, every line is
-checked, and sorting uses local disk. Memory therefore does not grow with the length of the lines.
+checked, and sorting uses local disk. Memory therefore grows with the number of lines, but not their length.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Utterance:
     start: float | None = field(default=None, kw_only=True)
     """Where the segment begins in the file, in seconds. None if the utterance is the complete file."""
     audio_channel: int | None = field(default=None, kw_only=True)
-    """Number of the file's channel to use, from 0. None for the mean of all channels."""
+    """Number of the channel of the file to use, counted from 0. None for the mean of all channels."""
     duration: float | None = None
     """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16,000."""
     sample_rate: int | None = None
@@ -77,8 +77,8 @@ class Utterance:
         """Identifier of the audio's content in 64 hexadecimal digits. Feature stores use it as the key.
 
         For a complete file, this is the SHA-256 of the file's bytes. For a segment, it is a digest of that
-        SHA-256 and of the segment's start and duration; for one channel of several, also of its number. The
-        file is read if the manifest has no `sha256`.
+        SHA-256 and of the segment's start and duration. If one channel of the file is used, its number is
+        part of the digest too. The file is read if the manifest has no `sha256`.
 
         Raises:
             AudioError: the manifest has no `sha256`, and the file is missing.
@@ -91,17 +91,17 @@ class Utterance:
 
 
 class Manifest(Sequence[Utterance]):
-    """The utterances of a manifest in file order. Each is parsed when it is accessed.
+    """The utterances of a manifest in file order. An utterance is parsed when it is accessed.
 
     Memory holds the offset of each line (8 bytes per utterance) instead of its content. Threads and forked
-    processes may share an instance. It can be pickled if the process that unpickles it can access the file.
-    `read_manifest` creates instances.
+    processes may share an instance. An instance can be pickled; the process that unpickles it reads the same
+    file. `read_manifest` creates instances.
     """
 
     def __init__(self, path: PathOrUri, offsets: np.ndarray) -> None:
         self.path = _absolute(path)
         self._offsets = offsets
-        """int64 [utterances + 1]: where each utterance's line begins, in bytes; and the size of the file."""
+        """int64 [utterances + 1]: the offset of each utterance's line in bytes, then the size of the file."""
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -204,13 +204,13 @@ def write_manifest(path: PathOrUri, utterances: Iterable[Utterance]) -> None:
 
 
 def manifest_line(utterance: Utterance) -> bytes:
-    """Format an utterance as a line of a manifest, including the newline."""
+    """Format an utterance as a line of a manifest, with the newline."""
     known = {name: getattr(utterance, name) for name in _TYPES}
     return json_line({name: value for name, value in known.items() if value is not None} | utterance.extra)
 
 
 def parse_line(line: bytes) -> Utterance:
-    """Parse a line that `manifest_line` wrote, without checks and without resolving a relative source."""
+    """Parse a line that `manifest_line` wrote. Nothing is checked, and a relative `source` stays relative."""
     return _from_fields(json.loads(line))
 
 
@@ -235,7 +235,7 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield the number (from 1), offset in bytes and content of each line that is not blank."""
     offset = 0
     with open(file, "rb", buffering=2**20) as lines:
-        # The file is read as bytes, because offsets count bytes. In addition, str.splitlines would also split
+        # The file is read as bytes, because offsets count bytes, and because str.splitlines would also split
         # inside a transcript, for example at U+2028.
         for number, line in enumerate(lines, start=1):
             if not line.isspace():
@@ -281,7 +281,7 @@ _RULES = {
 }
 
 Location = Callable[[], str]
-"""Returns a text with file and line for a message. A function, so that only bad lines cost the formatting."""
+"""Returns the file and line as text for a message. It is a function, so that only bad lines are formatted."""
 
 
 def _location(path: PathOrUri, number: int) -> Location:

@@ -1,7 +1,7 @@
-"""The model folder: `projector.safetensors`, `config.json`, and everything else that was trained.
+"""The model folder: `projector.safetensors`, `config.json`, and all other trained weights.
 
-Apart from the folder, decoding needs only the two base models. config.json names them, together with the
-SHA-256 of their weights. Whatever the recipe trained besides the projector is in the folder in common
+Decoding needs only this folder and the two base models. config.json names the base models, together with the
+SHA-256 of their weights. Weights that the recipe trained besides the projector are in the folder in common
 formats: `adapter/` as peft writes it, and `llm/` and `encoder/` as transformers writes them.
 """
 
@@ -18,8 +18,8 @@ from slam_asr.config.recipe import Projector, Recipe, load_recipe
 from slam_asr.errors import ModelError
 from slam_asr.storage import fetch_folder, is_s3, local_path, sha256_of_file, write_atomically, write_json
 
-# torch takes seconds to import, and `score` and the command line read only config.json: the functions that
-# handle weights import it.
+# Only the functions that handle weights import torch, which takes seconds: `score` and the command line read
+# only config.json.
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -36,10 +36,9 @@ FORMAT = 2
 _PEFT = "base_model.model."
 """Prefix of every name in an adapter's file."""
 
-
 CTC_HEAD = "ctc_head"
-"""Key of CTC's head among the facts about the training: `tokens`, the ids that CTC distinguishes, the blank's
-first; and `sharpness`."""
+"""Key of the CTC head in `ModelConfig.training`. Its value has `tokens`, the ids of the tokens that CTC
+distinguishes, with the blank's first; and `sharpness`, the factor of the head's scores."""
 SHIPPED = Path(__file__).parents[1] / "projectors"
 """Trained projectors that come with the package, each a model folder with its model card (README.md)."""
 
@@ -59,8 +58,9 @@ class ModelConfig:
     llm_width: int
     """Values per LLM position."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Facts about the training, for reports."""
+    """Facts about the training, for reports; and, under `CTC_HEAD`, the CTC head that decoding may use."""
     format: int = FORMAT
+    """Version of this content; see `FORMAT`."""
 
     @property
     def typed_recipe(self) -> Recipe:
@@ -84,7 +84,7 @@ def write_model(
     import torch
     from safetensors.torch import save
 
-    # An old configuration must not vouch for new weights if the writing is interrupted.
+    # If the writing is interrupted, an old configuration must not remain next to new weights.
     (folder / CONFIG).unlink(missing_ok=True)
     dtype = torch.float16 if half else torch.float32
     tensors = {name: t.to(dtype).contiguous() for name, t in projector.items()}
@@ -124,11 +124,11 @@ def read_config(model: str | Path) -> ModelConfig:
 
 
 def model_digests(model: str | Path) -> dict[str, str]:
-    """Compute the SHA-256 of each file that influences a model's output, by path in the model's folder."""
+    """Compute the SHA-256 of each file that affects a model's output, keyed by path in its local folder."""
     folder = local_path(model)
     parts = [f for part in (ADAPTER, LLM, ENCODER) for f in sorted((folder / part).glob("*"))]
     files = [folder / CONFIG, folder / WEIGHTS, *(f for f in parts if f.suffix in (".json", ".safetensors"))]
-    # Hidden files do not influence the output. One of them only caches the digest of the weights.
+    # Hidden files do not affect the output: one of them only caches the digest of the weights.
     return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if not f.name.startswith(".")}
 
 
@@ -202,8 +202,8 @@ def write_adapter(
     Args:
         folder: the model's folder. The adapter is written to `adapter/` in it.
         weights: the adapter's weights keyed by name in the LLM, such as `…q_proj.lora_A.default.weight`.
-        recipe: contains rank, alpha, target modules, and the LLM's name.
-        half: whether to save it in fp16 instead of fp32.
+        recipe: gives rank, alpha and target modules of the adapter, and the LLM's name.
+        half: whether to save the adapter in fp16 instead of fp32.
     """
     import torch
     from safetensors.torch import save
@@ -283,12 +283,12 @@ def require_matching_weights(
         module: the module, which may be on the meta device.
         weights: the weights keyed by name in the module.
         where: the checkpoint's path, for error messages.
-        trained: the names that `weights` must contain. It may contain others, but only names in the module.
+        trained: the names that `weights` must contain. Other names in `weights` must exist in the module.
 
     Raises:
         ModelError: a weight is missing, unknown, of another shape, or not finite.
     """
-    # Duplicates are included, so that every name of a tied weight is known.
+    # Duplicates are included, because a tied weight has several names.
     own = dict(module.named_parameters(remove_duplicate=False))
     missing = [n for n in trained if n not in weights]
     if missing:
@@ -326,7 +326,8 @@ def replace_weights(
         ModelError: the weights do not fit.
     """
     require_matching_weights(module, weights, where, trained)
-    # Not strict, because the module's frozen weights are absent; the check above has found all others.
+    # Not strict, because `weights` lacks the module's frozen weights. The check above has already refused any
+    # other difference.
     module.load_state_dict(weights, strict=False)
 
 
@@ -342,7 +343,7 @@ def fetch_model(model: str | os.PathLike) -> Path:
         model: the name of a shipped model, or the path or s3:// prefix of any other.
 
     Raises:
-        OSError: the disk is full, or fails.
+        OSError: the local disk is full, or fails.
         StorageError: the prefix holds no objects, or cannot be read.
     """
     return shipped_models().get(str(model)) or fetch_folder(model)

@@ -1,7 +1,8 @@
-"""What each step of one run did: its result, whether it was reused, and the time and hardware that it took.
+"""The records of a run's steps: the result, whether it was reused, and the time and hardware that it took.
 
 Several runs share a store, so a stage's record does not name the run that uses it. Each step therefore also
-writes a small file to `STORE/run-records/RUN`. The report, `status` and the notice at the end read them.
+writes a small file to `STORE/run-records/RUN`. The report, `status` and the notice at the end of the run read
+these files.
 """
 
 import json
@@ -18,7 +19,7 @@ FOLDER = "run-records"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step of a run did; a step in a loop has one per work shard."""
+    """The record of one step of a run. A step that runs once per work shard has a record for each."""
 
     stage: str
     folder: str
@@ -29,9 +30,9 @@ class StepRecord:
     seconds: float
     """Wall time in seconds of the work that made the result, perhaps in an earlier run."""
     gpus: int | None
-    """Number of GPUs that computed it; None if an earlier version of slam-asr made it."""
+    """Number of GPUs that computed the result; None if an earlier version of slam-asr computed it."""
     cores: int | None
-    """Number of CPU cores that were usable; None if an earlier version of slam-asr made it."""
+    """Number of CPU cores that were usable; None if an earlier version of slam-asr computed the result."""
     time: float
     """Unix time at which the step ended."""
 
@@ -46,7 +47,8 @@ def save_step(step: StepRecord, store: str) -> None:
     if not run:
         return
     path = join(store, FOLDER, run, f"{step.stage}-{digest(step.folder)[:12]}.json")
-    # A step that failed after its work is started again, and then finds its own result.
+    # A step may fail after its work is done. When it is started again, it reuses its own result. The record
+    # that it wrote with the work must then remain.
     if not (step.reused and exists(path)):
         write_bytes(path, json.dumps(asdict(step), indent=2, ensure_ascii=False) + "\n")
 

@@ -1,7 +1,7 @@
-"""The default model: the best of those that come with the package, and what its model card says of it.
+"""The default model, which is the best of the shipped models, and the facts in its model card.
 
 A model card is the README.md of a model folder. Its front matter has the form of the model hub's cards, with
-the measured word error rate in `model-index`, and a line of `limits`.
+the measured word error rate in `model-index`. An additional key, `limits`, describes the model's limits.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from slam_asr.errors import ModelError
 from slam_asr.storage import exists, join
 
 CARD = "README.md"
+"""Name of the model card's file in a model folder."""
 
 
 def default_model() -> str:
@@ -42,8 +43,9 @@ def describe_default() -> str:
 
 
 def language_of(folder: Path) -> str:
-    """Return the language in a model's card, as ISO 639-1; empty if the folder has no card, or several are
-    in it.
+    """Return the language in a model's card, as ISO 639-1.
+
+    The result is empty if the card is missing or not valid, or names no language or several.
     """
     try:
         language = _front_matter(folder).get("language", "")
@@ -55,7 +57,7 @@ def language_of(folder: Path) -> str:
 def is_model(place: str) -> bool:
     """Return whether a path, a prefix or a name denotes a model rather than an audio file.
 
-    A shipped model's name does; so does a folder or an s3:// prefix with a `config.json`.
+    The name of a shipped model does, and so does a folder or an s3:// prefix with a `config.json`.
 
     Raises:
         StorageError: the bucket cannot be read.
@@ -64,13 +66,13 @@ def is_model(place: str) -> bool:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """Return the word error rate in percent (`value`), and the test set's name (`dataset`)."""
+    """Return a card's word error rate in percent (`value`), and the name of its test set (`dataset`)."""
     for model in _front_matter(folder)["model-index"]:
         for result in model["results"]:
             for metric in result["metrics"]:
                 if metric["type"] == "wer":
                     return {"value": float(metric["value"]), "dataset": result["dataset"]["name"]}
-    raise ModelError(f"{folder / CARD} has no word error rate in its model-index: write it there.")
+    raise ModelError(f"{folder / CARD} has no word error rate in its model-index: add it.")
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
@@ -80,5 +82,5 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         if {"model-index", "limits"} <= values.keys():
             return values
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise ModelError(f"{folder / CARD} has no front matter of YAML: write it there.") from error
-    raise ModelError(f"{folder / CARD} needs model-index and limits in its front matter: write them there.")
+        raise ModelError(f"{folder / CARD} has no YAML front matter: add it.") from error
+    raise ModelError(f"{folder / CARD} needs model-index and limits in its front matter: add them.")

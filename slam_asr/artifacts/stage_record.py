@@ -7,7 +7,7 @@ by the digest of the inputs, so one store can hold the results of many recipes.
 
 A step of a pipeline passes its folder to the next step as a pointer: a small JSON file with the folder's
 address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself. The run's
-recipe travels in the pointer, so that a step of a pipeline needs nothing but the results that it reads.
+recipe travels in the pointer, so that a step of a pipeline needs no input besides earlier results.
 
 A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, with
 the record as the last file.
@@ -80,7 +80,7 @@ class Record(Outcome):
     cores: int | None = None
     """Number of CPU cores that were usable; None in records of earlier versions."""
     reused: bool = field(default=False, compare=False)
-    """Whether this call of `run_stage` found the result. It is not saved."""
+    """Whether this call of `run_stage` found the result instead of computing it. It is not saved."""
 
     def file(self, name: str) -> Path:
         """Return the local path of a file in the stage's folder, fetching it if it is in object storage."""
@@ -123,8 +123,8 @@ def run_stage(
     work_folder = locked_folder / digest(inputs)[:24] if remote else locked_folder
     locked_folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked_folder.parent / f".{locked_folder.name}.lock"
-    # A second process waits, and then usually finds the work done. The kernel releases the lock when its
-    # process ends, for whatever reason.
+    # A second process waits, and then usually finds that the work is done. The kernel releases the lock when
+    # the process that holds it ends, for whatever reason.
     with exclusive(lock, f"waiting for another process that is working in {locked_folder}"):
         done = read_record(folder)
         if done is not None and done.inputs == inputs and intact(done):
@@ -141,20 +141,20 @@ def run_stage(
         if remote:
             log_line(f"{stage}: uploading to {folder}")
             publish_folder(work_folder, folder, last=RECORD)
-            # With the work folders that interrupted runs with other inputs have left.
+            # This also removes the work folders that interrupted runs with other inputs have left.
             shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
 
 
 def _prepare(folder: str, done: Record | None, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Check that results may and can be written, and remove the record of results of other inputs."""
+    """Check that the folder's results may be replaced and that it is writable; remove an outdated record."""
     replaces = done is not None and done.inputs != inputs
     if done is not None and replaces:
         require_permission_to_replace(folder, done, inputs, overwrite)
     require_writable(folder)
     if replaces:
-        # Without this, an interruption of the work would leave the old record with new results.
+        # Otherwise, an interruption of the work would leave the old record next to new results.
         delete(join(folder, RECORD))
 
 
@@ -213,19 +213,19 @@ def require_record(folder: str | Path, stage: str) -> Record:
 def write_pointer(
     record: Record, path: str | Path, recipe: Recipe | None = None, store: str | None = None
 ) -> None:
-    """Write a pointer: the small artifact from which the next step learns the address of a stage's folder.
+    """Write a pointer: a small file that gives the next step the address of a stage's folder.
 
     Args:
         record: the stage's record.
         path: the pointer's file.
-        recipe: the run's recipe, for the next steps, which read it with `recipe_of`. The folder's own recipe
-            cannot replace it: the folder may be from a run whose recipe differed in later stages.
-        store: if given, the step is also recorded in this store, for the run that it belongs to.
+        recipe: the run's recipe, which the next steps read with `recipe_of`. A recipe in the folder cannot
+            replace it, because the folder may be the result of a run whose recipe differed in later stages.
+        store: if given, the record of this step of the run is also saved in this store; see `save_step`.
     """
     pointer: dict[str, Any] = {
         "uri": record.folder,
-        # The record has the inputs and the time of the run, so it differs after any replacement of the
-        # results.
+        # The record contains the inputs and the time of the run, so its digest changes whenever the results
+        # are replaced.
         "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
         "bytes": sum(f.bytes for f in walk(record.folder)),
         "stage": record.stage,
@@ -268,7 +268,7 @@ def recipe_of(pointer: str | Path) -> Recipe:
 
     Raises:
         InputError: the pointer is damaged, or was written without a recipe.
-        UserError: the recipe is one of another version, with keys that this one does not know.
+        ConfigurationError: another version wrote the recipe, with keys that this version does not know.
     """
     recipe = _read_pointer(pointer).get("recipe")
     if not isinstance(recipe, dict):
@@ -292,7 +292,7 @@ def _read_pointer(path: str | Path) -> dict[str, Any]:
 
 
 def follow_parts(paths: Iterable[str]) -> str:
-    """Check the pointers of several work shards with results in one store; return the first one's folder.
+    """Check the pointers of several work shards, whose results share a store; return the first's folder.
 
     Raises:
         InputError: a pointer is damaged, its folder is missing, or its record was replaced.

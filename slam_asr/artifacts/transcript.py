@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 COLUMNS, LINES = 42, 2
-"""Maximum number of characters in a subtitle's line, and of lines, so that players show all of it."""
+"""Maximum numbers of characters per line and of lines per subtitle. Players show subtitles of this size."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of a recording that is decoded at once and becomes a segment."""
+    """A part of a recording. It is decoded as one input, and its transcript becomes a segment."""
 
     samples: "np.ndarray"
     """float32 [samples], mono at 16 kHz."""
@@ -53,7 +53,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """The complete text: that of all segments, joined by spaces."""
+        """The texts of all segments, joined by spaces."""
         return " ".join(s.text for s in self.segments if s.text)
 
 
@@ -95,7 +95,7 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def _subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
-    """Yield start and end in seconds, and the lines of text, of each subtitle."""
+    """Yield the start in seconds, the end in seconds and the text of each subtitle."""
     for segment in transcript.segments:
         shown = ["\n".join(lines) for lines in _grouped(textwrap.wrap(segment.text, COLUMNS))]
         characters = sum(map(len, shown))
@@ -108,18 +108,18 @@ def _subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
 
 
 def _escaped(text: str) -> str:
-    """Escape what WebVTT takes for markup."""
+    """Escape the characters that WebVTT would read as markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _grouped(lines: list[str]) -> list[list[str]]:
-    """Group lines into subtitles."""
+    """Group lines into subtitles of at most `LINES` lines."""
     return [lines[i : i + LINES] for i in range(0, len(lines), LINES)]
 
 
 def _clock(seconds: float, point: str) -> str:
     """Format seconds as hours:minutes:seconds, a decimal point, and milliseconds."""
-    # Rounded before it is divided: 59.9996 s is 00:01:00.000, not 00:00:59.1000.
+    # Rounded before the division, so that 59.9996 s is 00:01:00.000 and not 00:00:59.1000.
     rest, milliseconds = divmod(round(seconds * 1000), 1000)
     rest, whole_seconds = divmod(rest, 60)
     hours, minutes = divmod(rest, 60)

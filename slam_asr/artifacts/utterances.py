@@ -1,4 +1,4 @@
-"""Selects the utterances of a stage: finds manifests, loads audio, and skips audio that is too long."""
+"""The utterances that a stage uses: finds manifests, loads audio, and skips audio that is too long."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 MANIFESTS = ("train.jsonl", "dev.jsonl", "test.jsonl")
 _LONG_AUDIO = {
-    "cut": "are cut to it, their transcripts are not",
+    "cut": "are cut to it, but their transcripts are not",
     "split": "are split into windows",
     "set-aside": "are skipped",
 }
-"""The recipe's `encoder.long_audio` → what the log says about utterances longer than the window."""
+"""For each value of `encoder.long_audio`: what the log says about utterances longer than the window."""
 
 
 def samples_of(utterance: Utterance) -> int:
     """Return the length of an utterance in samples at 16 kHz.
 
-    It comes from the manifest or, if that has no duration, from the header of the audio file.
+    The length comes from the manifest or, if that has no duration, from the audio file.
 
     Raises:
         AudioError: the manifest has no duration, and the file is missing or is not audio.
@@ -65,7 +65,8 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
     """
     files: list[str] = []
     for path in paths:
-        # What does not exist counts as a manifest: the error message of its reader fits better.
+        # A path that does not exist is treated as a manifest, because the message of `read_manifest` fits
+        # better.
         if is_s3(path):
             is_folder = not path.endswith(".jsonl") and not exists(path)
         else:
@@ -148,18 +149,27 @@ def fit_to_window(
 
 
 def save_rows(file: Path, utterances: Sequence[Utterance]) -> str | None:
-    """Write which rows of a manifest are used, for other processes.
+    """Write the rows of a manifest that are used, for other processes.
+
+    Args:
+        file: path of the file, in numpy's format with the suffix `.npy`.
+        utterances: the result of `fit_to_window`.
 
     Returns:
-        The file's path; None if all rows are used, and nothing was written.
+        The file's path, or None if all rows are used. Nothing is written then.
     """
     if not isinstance(utterances, ManifestSubset):
         return None
-    # 8 bytes per row; the utterances themselves would take some hundred, in each process.
+    # 8 bytes per row; the utterances themselves would take several hundred bytes each, in every process.
     np.save(file, utterances.rows)
     return str(file)
 
 
 def read_rows(manifest: Sequence[Utterance], file: str | None) -> Sequence[Utterance]:
-    """Return the utterances that `save_rows` was given; `file` is what it returned."""
+    """Return the utterances whose rows `save_rows` wrote.
+
+    Args:
+        manifest: all utterances.
+        file: the value that `save_rows` returned.
+    """
     return manifest if file is None else ManifestSubset(manifest, np.load(file))

@@ -31,21 +31,23 @@ class Measured:
     counts: np.ndarray
     """int64 [utterances, 4]: numbers of hits, substitutions, deletions and insertions."""
     substituted: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Counts of pairs (word of the reference, word of the hypothesis)."""
+    """Number of substitutions for each pair (word of the reference, word of the hypothesis)."""
     deleted: Counter[str] = field(default_factory=Counter)
+    """Number of deletions of each word."""
     inserted: Counter[str] = field(default_factory=Counter)
+    """Number of insertions of each word."""
     characters: bool = False
     """Whether characters are counted instead of words."""
 
     @property
     def unit(self) -> str:
-        """The unit of the counts: `words` or `characters`."""
+        """The unit of the counts: `"words"` or `"characters"`."""
         return "characters" if self.characters else "words"
 
     @property
     def words(self) -> np.ndarray:
         """int64 [utterances]: number of words in each reference."""
-        # Hits, substitutions and deletions: an alignment covers each word of the reference once.
+        # An alignment covers each word of the reference once: as a hit, a substitution or a deletion.
         return self.counts[:, :INSERTIONS].sum(1)
 
     @property
@@ -57,8 +59,8 @@ class Measured:
         """Sum the word errors of all utterances, or of some.
 
         Args:
-            indices: int [n], positions of the utterances to sum; all if not given. A repeated position counts
-                each time.
+            indices: int [n], positions of the utterances to sum; all if not given. A position that is given
+                twice counts twice.
         """
         counts = self.counts if indices is None else self.counts[indices]
         hits, substitutions, deletions, insertions = (int(n) for n in counts.sum(0))
@@ -103,12 +105,12 @@ def _count(measured: Measured, i: int, kind: str, reference: list[str], hypothes
 
 
 def without_hypotheses(measured: Measured) -> Measured:
-    """Score the same references against empty hypotheses, in which every word is a deletion.
+    """Score the same references against empty hypotheses, so that every word is a deletion.
 
-    This needs no alignment. The counters of single words stay empty.
+    No alignment is needed. The counters of single words stay empty.
     """
     counts = np.zeros_like(measured.counts)
-    # So the rate is 100 %, the mark that any useful model stays below.
+    # The rate is therefore 100 %. Any useful model stays below it.
     counts[:, DELETIONS] = measured.words
     return Measured(measured.rows, counts, characters=measured.characters)
 
@@ -116,11 +118,11 @@ def without_hypotheses(measured: Measured) -> Measured:
 def character_errors(rows: Sequence[Hypothesis], unspaced: bool = False) -> np.ndarray:
     """Count character errors. Spaces between words count as characters, as in jiwer's CER.
 
-    Next to characters of a script that does not separate words, spaces do not count.
+    Spaces next to a character of a script that does not separate words do not count.
 
     Args:
         rows: the utterances.
-        unspaced: count no spaces at all, because the words of this test set are not separated.
+        unspaced: whether to count no spaces at all, because this test set does not separate words.
 
     Returns:
         int64 [utterances, 2]: number of errors, and number of characters in the reference.

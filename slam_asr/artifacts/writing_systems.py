@@ -1,7 +1,7 @@
-"""What a text's writing system means for scoring: whether spaces separate words, and how text is normalised.
+"""Writing systems, as scoring needs them: whether spaces separate words, and how a text is normalised.
 
-Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and some others put no spaces between words, so the
-"words" of their transcripts depend on who wrote them. Such text is scored by characters.
+Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and some other languages put no spaces between words, so
+the division into "words" depends on the transcriber. Such text is scored by characters.
 """
 
 import functools
@@ -11,35 +11,36 @@ from collections.abc import Iterable
 from typing import Any
 
 # Han with its punctuation and full-width forms, kana and bopomofo; Thai, Lao, Tibetan, Burmese, Khmer;
-# Tai Le, New Tai Lue, Tai Tham, Balinese, Javanese and Yi. Korean is not among them: it separates words.
+# Tai Le, New Tai Lue, Tai Tham, Balinese, Javanese and Yi. Korean is not included: it separates words.
 _UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u3000-\u312f\u31a0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\ua980-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff01-\uff9f"
     "\U00020000-\U0003ffff"
 )
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
-# Looks at the characters without consuming them: one may have a space on either side.
+# The characters are not part of a match, because one of them may have a space on either side.
 _SPACE_NEXT_TO_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
 _ZERO_WIDTH_SPACES = re.compile("[\u200b\ufeff]")
-"""Khmer, Thai and Burmese texts may mark words with U+200B, for line breaks. U+FEFF may begin a text, as its
+"""Khmer, Thai and Burmese texts may separate words with U+200B, for line breaks. U+FEFF may begin a text as a
 byte order mark. `str.split` splits at neither."""
 _MAX_FOREIGN_SHARE = 0.005
-"""Largest share of letters outside ASCII in English: `café` is rare. In French it is 3 %, in Italian 1 %."""
+"""Largest share of non-ASCII letters in English, which has few words such as `café`. In French the share is
+3 %, in Italian 1 %."""
 
 
 def comparable(text: str) -> str:
-    """A text as it is compared: in NFC, with single spaces. Case and punctuation count.
+    """Return a text in the form that is compared: in NFC, with single spaces. Case and punctuation remain.
 
-    Unicode writes é as one code point or as two (NFC and NFD, which macOS and some corpora use).
+    Unicode can write é as one code point (NFC) or as two (NFD, which macOS and some corpora use).
     """
     text = unicodedata.normalize("NFC", text)
     return " ".join(text.split() if text.isascii() else _ZERO_WIDTH_SPACES.sub(" ", text).split())
 
 
 def characters_of(text: str, all_unspaced: bool = False) -> str:
-    """Return a comparable text as its characters are counted.
+    """Return a comparable text without the spaces that do not count as characters.
 
-    The spaces next to a character of a script that puts none between words are removed.
+    These are the spaces next to a character of a script that puts none between words.
 
     Args:
         text: a text that `comparable` returned.
@@ -51,22 +52,22 @@ def characters_of(text: str, all_unspaced: bool = False) -> str:
 
 
 def separates_words(texts: Iterable[str]) -> bool:
-    """Whether spaces separate the words of texts.
+    """Return whether spaces separate the words of texts.
 
-    They do unless the texts have more characters of scripts without such spaces than words of other scripts.
+    They do, unless characters of scripts without such spaces outnumber the words in other scripts.
     """
     words = unspaced = 0
     for text in texts:
-        # ASCII, which Python recognises in constant time, is spared the regular expression.
+        # Python recognises ASCII text in constant time. It needs no regular expression.
         others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
         words += len(others.split())
         unspaced += count
-    # Without any text both are 0, and words are counted.
+    # Without any text both are 0, and the answer is yes.
     return unspaced <= words
 
 
 def looks_english(texts: Iterable[str]) -> bool:
-    """Whether texts of an unknown language may be English: hardly any letter is outside of ASCII."""
+    """Return whether texts of an unknown language may be English, which has hardly any non-ASCII letters."""
     letters = foreign = 0
     for text in texts:
         letters += sum(map(str.isalpha, text))
@@ -75,12 +76,12 @@ def looks_english(texts: Iterable[str]) -> bool:
 
 
 def is_english(language: str) -> bool:
-    """Whether a language's name or code is that of English: `en`, `en-GB`, `en_US`, `eng`, `English`."""
+    """Return whether a language's name or code means English: `en`, `en-GB`, `en_US`, `eng`, `English`."""
     return re.split("[-_ ]", language.strip().lower())[0] in ("en", "eng", "english")
 
 
 def is_latin(text: str) -> bool:
-    """Whether at least half of a text's letters are Latin ones."""
+    """Return whether at least half of a text's letters are Latin."""
     if text.isascii():
         return True
     latin = [unicodedata.name(c, "").startswith("LATIN") for c in text if c.isalpha()]
@@ -90,7 +91,7 @@ def is_latin(text: str) -> bool:
 
 @functools.cache
 def whisper_english() -> Any:
-    """transformers' normaliser for English, without its list of British spellings."""
+    """Return transformers' normaliser for English, without a list of British spellings to convert."""
     # Imported here because the import takes a second.
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -98,7 +99,7 @@ def whisper_english() -> Any:
 
 
 def normalise_english(text: str) -> str:
-    """Normalise an English text as Whisper's normaliser does, with single spaces."""
+    """Normalise an English text with Whisper's normaliser; return it with single spaces."""
     try:
         return comparable(whisper_english()(text))
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
@@ -109,8 +110,8 @@ def normalise_english(text: str) -> str:
 def normalise_any_language(text: str) -> str:
     """Remove case, punctuation and symbols from a text of any language.
 
-    Whisper's normaliser for other languages than English does it too, but removes combining marks: without
-    its vowel signs, किताब would become क त ब. Here they remain, and so does the text between brackets.
+    Whisper's normaliser for languages other than English does the same, but also removes combining marks and
+    text in brackets. Without its vowel signs, किताब would become क त ब. Here both are retained.
     """
     text = unicodedata.normalize("NFKC", text).lower()
     text = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text)

@@ -1,4 +1,4 @@
-"""The costs of a run: what its steps took, nothing for reused results, and no invented figures."""
+"""A run's costs are the sums of its steps, without reused results; an unknown figure is never invented."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_unknown_figures_are_not_shown_as_zero():
     assert reused.reused == "1:00:00, – GPU-hours, – when made" and run.cost == "0.20 EUR"
 
 
-def test_terminal_shows_the_table_only_if_it_adds_something():
+def test_terminal_shows_the_table_only_for_prices_or_gpus():
     steps = [step("train", 3600, 0, 2)]
     assert describe_costs([], PRICE) == describe_costs(steps, Prices()) == ""
     assert describe_costs([step("train", 1800, 2, 2)], Prices()).splitlines() == [
@@ -56,7 +56,7 @@ def test_terminal_shows_the_table_only_if_it_adds_something():
     assert "0.20 EUR" in describe_costs(steps, PRICE)
 
 
-def test_steps_of_a_run_are_recorded_whether_made_or_reused(tmp_path, monkeypatch):
+def test_steps_of_a_run_are_recorded_whether_computed_or_reused(tmp_path, monkeypatch):
     store = str(tmp_path / "store")
 
     def run(name: str, stage: str, **inputs) -> None:
@@ -73,7 +73,7 @@ def test_steps_of_a_run_are_recorded_whether_made_or_reused(tmp_path, monkeypatc
     two = read_steps(store, "two")
     assert [(s.stage, s.reused) for s in two] == [("train", True), ("decode", False), ("decode", False)]
     assert two[0].seconds == read_steps(store, "one")[0].seconds and two[0].cores >= 1
-    # A step that is started again after its work is done finds its own result.
+    # A step that is started again after its work is done reuses its own result, and its record remains.
     run("two", "decode", part=2)
     assert [s.reused for s in read_steps(store, "two")] == [True, False, False]
     assert read_steps(store, "three") == []
@@ -106,7 +106,7 @@ def test_damaged_record_or_prices_are_one_sentence(tmp_path, monkeypatch):
             prices_from_environment()
 
 
-def test_page_of_a_run_has_the_table_and_the_report_has_not(tmp_path, monkeypatch):
+def test_the_run_page_has_the_table_of_costs_but_the_report_does_not(tmp_path, monkeypatch):
     report, page = tmp_path / "report.html", tmp_path / "page.html"
     report.write_text("<main>rates</main><script></script>")
     write_run_page(report, page, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Transcripts as text, JSON and subtitles."""
+"""Transcripts keep their text and times in each format: text, JSON, SubRip and WebVTT."""
 
 import itertools
 import json

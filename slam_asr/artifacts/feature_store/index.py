@@ -1,9 +1,9 @@
-"""The index of a feature store: which shard holds each utterance's features, and where.
+"""The index of a feature store: the shard of each utterance's features, and their place in it.
 
 An index is a table of numbers in a safetensors file, with 68 bytes per utterance. A million entries can be
 loaded and searched without a Python object for each. The file's metadata contain the fingerprint of the
-encoder that computed the features, and the list of shards by the SHA-256 of their bytes. An index is written
-once and never changed; `merge` combines several indexes into one.
+encoder that computed the features, and the SHA-256 and size of each shard. An index is written once and never
+changed; `merge` combines several indexes into one.
 """
 
 import json
@@ -19,7 +19,7 @@ from slam_asr.errors import InputError
 
 _FORMAT = 1
 _COLUMNS: dict[str, Any] = {
-    "address": np.uint8,  # the audio ids, which are named so in the files
+    "address": np.uint8,  # the audio ids; the file format calls this column "address"
     "shard": np.int32,
     "begin": np.int64,
     "scale_begin": np.int64,
@@ -112,7 +112,7 @@ class Index:
             return np.full(len(audio_ids), -1)
         leading = _as_uint64(audio_ids)[:, 0]
         positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
-        # The search compares only the first 8 bytes. Entries that differ in others are looked up one by one.
+        # The search compares only the first 8 bytes. `find` decides where the other bytes differ.
         for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
             positions[i] = self.find(audio_ids[i].tobytes().hex())
         return positions
@@ -124,8 +124,8 @@ class Index:
     def select(self, mask: np.ndarray) -> "Index":
         """Return the entries for which `mask`, bool [entries], is true, and the shards that they refer to."""
         columns = {name: column[mask] for name, column in self.columns.items()}
-        # `used` are the old numbers in ascending order. The inverse is each entry's position in `used`: its
-        # new number.
+        # `used` contains the old shard numbers in ascending order. The inverse contains, for each entry, the
+        # position in `used`, which is the new shard number.
         used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
         columns["shard"] = columns["shard"].astype(np.int32)
         return Index(self.fingerprint, self.width, [self.shards[i] for i in used], columns)
@@ -153,8 +153,8 @@ class Index:
             InputError: the file is damaged, has another format, or is not an index.
         """
         try:
-            # `load` returns only the tensors. The metadata are in the header: 8 bytes with its length, then
-            # JSON.
+            # `load` returns only the tensors. The metadata are in the file's header, which is JSON after 8
+            # bytes with its length.
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             metadata = json.loads(header["__metadata__"]["slam_asr_features"])
             if metadata["format"] != _FORMAT:
@@ -205,20 +205,20 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
 def merge(
     fingerprint: dict[str, Any], width: int, indexes: Iterable[Index], audio_ids: np.ndarray | None = None
 ) -> Index:
-    """Merge several indexes into one. If several have the same audio id, the first one's entry is used.
+    """Merge several indexes into one. If an audio id is in several, the entry of the first is used.
 
     Args:
         fingerprint: the fingerprint that all indexes have.
         width: values per frame, the same in all indexes.
         indexes: the indexes in a reproducible order, such as that of their names.
-        audio_ids: uint8 [n, 32], sorted. Only their entries are included; all entries if not given.
+        audio_ids: uint8 [n, 32], sorted. Only entries with these ids are included; all if not given.
     """
     positions: dict[Shard, int] = {}
     tables: list[dict[str, np.ndarray]] = []
     for index in indexes:
         if audio_ids is not None:
             index = index.select(isin_sorted(index.columns["address"], audio_ids))
-        # Each index counts its own shards from 0; a shard that several indexes have gets one common number.
+        # Each index numbers its own shards from 0. A shard in several indexes gets one common number.
         renumbered = np.array([positions.setdefault(s, len(positions)) for s in index.shards], np.int32)
         shard = index.columns["shard"]
         tables.append(index.columns | {"shard": renumbered[shard] if len(index) else shard})
@@ -229,9 +229,9 @@ def merge(
     merged = Index(
         fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
     )
-    # Drop shards that only removed duplicates referred to.
+    # Remove the shards to which no remaining entry refers.
     merged = merged.select(np.ones(len(merged), bool))
-    # Shards are sorted by name, so that the same entries give the same bytes from whatever indexes.
+    # Shards are sorted by name, so that the same entries give the same bytes from any set of indexes.
     order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)
     # The argsort of a permutation is its inverse: the new number of each old one.
     rank = np.argsort(np.array(order, int)) if order else np.zeros(0, int)
@@ -292,8 +292,8 @@ def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
     ours, theirs = _as_uint64(audio_ids), _as_uint64(sorted_ids)
     positions, after = (np.searchsorted(theirs[:, 0], ours[:, 0], side) for side in ("left", "right"))
     found = np.zeros(len(ours), bool)
-    # The search compares only the first 8 bytes. Each round compares the next id that shares them, and there
-    # is hardly ever a second round.
+    # The search compares only the first 8 bytes. Each round compares the next id with the same 8 bytes; a
+    # second round is hardly ever needed.
     while (undecided := np.flatnonzero(positions < after)).size:
         found[undecided] |= (theirs[positions[undecided]] == ours[undecided]).all(axis=1)
         positions[undecided] += 1

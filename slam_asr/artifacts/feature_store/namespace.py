@@ -5,16 +5,16 @@
             fingerprint.json            the fingerprint in readable form
             shards/<sha256>.safetensors features of many utterances, named by the file's SHA-256
             indexes/<plan>-1-of-1.safetensors
-                                        where the features of each utterance of a manifest, or of a
-                                        work shard of it, are
+                                        the location of each utterance's features, for a manifest or
+                                        one work shard of it
             runs/<digest>/stage.json    the record of an extraction
             plans/, unfinished/, pieces/
-                                        what an interrupted extraction needs to resume
+                                        files that an interrupted extraction needs to resume
 
-Features are looked up by the SHA-256 of the audio (`Utterance.audio_id`), not by the utterance's key. Audio
-that is in two manifests is therefore saved once, and features of replaced audio are never used for the new
-audio. Files are never changed: a new manifest adds an index, and shards for its new audio. An index is
-written after its shards, and a store without an index is treated as missing.
+Features are looked up by a digest of the audio (`Utterance.audio_id`), not by the utterance's key. Audio that
+is in two manifests is therefore saved once. If a file's audio is replaced, the old features are never used
+for the new audio. Files are never changed: a new manifest adds an index, and shards for its new audio. An
+index is written after its shards, and a store without an index is treated as missing.
 """
 
 import json
@@ -37,7 +37,7 @@ from slam_asr.storage.paths import folders_in
 FINGERPRINT_FILE = "fingerprint.json"
 _PARALLEL_READS = 8
 _SCALES = ".scales"
-"""What follows the audio id in the name of the tensor with its scales."""
+"""Suffix of the name of a tensor with scales. The audio id comes before it."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class FeatureNamespace:
         """Read an index, or the receipt of a finished shard, which is the index of that shard alone.
 
         Raises:
+            FileNotFoundError: the local file does not exist.
             InputError: the file is damaged.
+            StorageError: object storage cannot be read.
         """
         return Index.from_bytes(read_bytes(path), path)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Return the fingerprint of the encoder that computed these features; None if no namespace is here.
+        """Return the fingerprint of these features' encoder; None if the namespace does not exist.
 
         Raises:
             InputError: the fingerprint's file is damaged.
@@ -96,15 +98,15 @@ class FeatureNamespace:
             ) from error
 
     def write_fingerprint(self, fingerprint: dict[str, Any], width: int) -> None:
-        """Write the fingerprint's file, unless it exists.
+        """Write the fingerprint's file if it does not exist.
 
         Args:
             fingerprint: the fingerprint of the encoder, its preprocessing and the dtype.
             width: values per frame.
         """
         content = {"fingerprint": fingerprint, "width": width}
-        # Several processes may begin at the same time. All would write the same content, so the first one
-        # suffices.
+        # Several processes may begin at the same time. All write the same content, so the first file is
+        # enough.
         write_bytes(
             join(self.root, FINGERPRINT_FILE),
             json.dumps(content, indent=2, sort_keys=True) + "\n",
@@ -115,10 +117,11 @@ class FeatureNamespace:
         """Read all published indexes and merge them into one; return None if none exists.
 
         Args:
-            audio_ids: uint8 [n, 32], sorted. Only their entries are included; all entries if not given.
+            audio_ids: uint8 [n, 32], sorted. Only entries with these ids are included; all if not given.
 
         Raises:
             InputError: an index is damaged.
+            StorageError: object storage cannot be read.
         """
         paths = [self.index_path(name) for name in self.index_names()]
         if not paths:
@@ -144,7 +147,7 @@ def pack(
     """Serialise features into a shard. The same features always give the same bytes.
 
     Args:
-        features: features by audio id, with frames [frames, width] in the store's dtype. At least one.
+        features: features by audio id, with frames [frames, width] in the store's dtype; at least one entry.
         fingerprint: the fingerprint of the encoder that computed the features.
         spans: for each audio id, the length of the audio in frames; see `EncoderSpec.span_of`.
 
@@ -160,7 +163,7 @@ def pack(
     content = save(tensors)
     view = memoryview(content)
     # A safetensors file has 8 bytes with the header's length, the header in JSON, and the tensors. Offsets in
-    # the header count from the first tensor. Those of an entry count from the beginning of the file, so that
+    # the header count from the first tensor. An entry's offsets count from the beginning of the file, so that
     # readers do not need the header.
     header_bytes = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + header_bytes])
@@ -205,7 +208,7 @@ def find_namespace(path: str, expected: dict[str, Any] | None, dtype: str | None
 
     Args:
         path: a store, a namespace's folder, or the folder of an extraction's record.
-        expected: values that the namespace's fingerprint must have; any values if not given.
+        expected: keys and values that the namespace's fingerprint must contain; not checked if not given.
         dtype: the dtype to prefer if several namespaces match.
 
     Raises:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FeatureReader(Protocol):
-    """A source of audio for training and decoding."""
+    """A source of the model's audio, for training and decoding."""
 
     def span(self, utterance: Utterance) -> int:
         """Return the length in encoder frames, from which the number of LLM positions is computed."""
@@ -81,7 +81,7 @@ class StoreReader:
 
 
 class AudioReader:
-    """Reads audio files.
+    """Reads audio files, which the encoder then encodes as part of the model.
 
     Args:
         spec: the description of the encoder.
@@ -97,7 +97,7 @@ class AudioReader:
         return self.spec.span_of(samples_of(utterance))
 
     def read(self, utterance: Utterance) -> "Prepared":
-        """Decode the audio and prepare it as the encoder's input."""
+        """Decode the audio and convert it to the encoder's input."""
         return self._prepare(load_utterance(utterance))
 
     def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class AudioReader:
 
         Args:
             audio_ids: uint8 [utterances, 32].
-            samples: int [utterances], lengths in samples at 16 kHz, from which sizes of features follow.
+            samples: int [utterances], lengths in samples at 16 kHz, which give the sizes of the features.
 
         Returns:
             int32 [utterances].
@@ -113,7 +113,7 @@ class AudioReader:
         # As in an extraction, features are sorted by audio id, and equal audio is saved only once.
         first, inverse = unique_audio_ids(audio_ids)
         frame_bytes = bytes_per_frame(self.spec.width, self.options.dtype)
-        # The sizes with which `features.plan` plans shards. With others, the shards would not be the same.
+        # `features.plan` plans shards with the same sizes. Other sizes would give other shards.
         sizes = [self.spec.frames_of(int(n)) * frame_bytes for n in samples[first]]
         numbers = np.zeros(len(first), np.int32)
         for number, entries in enumerate(plan_shards(sizes, self.options.shard_megabytes * 1_000_000)):

@@ -1,4 +1,4 @@
-"""Reads a feature store in a folder or in object storage. The module `namespace` describes its layout."""
+"""Reads a feature store in a folder or in object storage. `namespace` describes the layout of a store."""
 
 import mmap
 import threading
@@ -33,15 +33,16 @@ class FeatureStore:
     shard arrives.
 
     Args:
-        path: a store, or in it a namespace's folder or the folder of an extraction's record.
-        expected: the fingerprint of the encoder on which the reader's model is built.
+        path: a store, or a folder in it: a namespace's, or that of an extraction's record.
+        expected: the fingerprint of the encoder that the features must come from; any if not given.
         dtype: the dtype to read if the store has features in several dtypes.
         audio_ids: the only audio ids that will be read. If not given, the index of the complete store is
             loaded, which needs much memory if it has millions of entries.
         cache_bytes: maximum total size in bytes of fetched shards on local disk.
 
     Raises:
-        InputError: the path holds no store, the store is damaged, or another encoder computed its features.
+        InputError: the path holds no store, the store is damaged, another encoder computed its features, or
+            several namespaces match.
         StorageError: object storage cannot be read.
     """
 
@@ -77,7 +78,7 @@ class FeatureStore:
         self._pool = ThreadPoolExecutor(_PARALLEL_FETCHES, "fetch-features") if self.remote else None
 
     def _require_shards(self) -> None:
-        # Checked when the store is opened, so that a missing shard is noticed before any is read.
+        # Checked when the store is opened, so that a missing shard is noticed before the work begins.
         sizes = self.namespace.shard_sizes()
         for shard in self.index.shards:
             if sizes.get(shard.name) != shard.bytes:

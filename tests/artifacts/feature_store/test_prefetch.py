@@ -1,4 +1,4 @@
-"""Shards of a remote store are fetched before they are read, and released when nothing expects them."""
+"""Shards of a remote store are fetched before they are read, and released when no reader expects them."""
 
 import threading
 
@@ -10,18 +10,18 @@ from tests.artifacts.feature_store.test_store import publish, some_features
 
 
 def test_expected_shards_are_fetched_and_others_released(bucket):
-    stores = [some_features(seed=i) for i in range(6)]
+    shards = [some_features(seed=i) for i in range(6)]
     size = 0
-    for i, features in enumerate(stores):
+    for i, features in enumerate(shards):
         _, index = publish("s3://bucket/f", features, f"p{i}-1-of-1")
         size = max(size, index.shards[0].bytes)
     reader = FeatureStore("s3://bucket/f", cache_bytes=2 * size + 10)
     for number in range(6):
         reader.expect([number, number + 1] if number < 5 else [number])
-        in_shard = [a for features in stores for a in features if reader.entry(a).shard == number]
+        in_shard = [a for features in shards for a in features if reader.entry(a).shard == number]
         assert in_shard and all(
             torch.equal(reader.read(a), t)
-            for features in stores
+            for features in shards
             for a, t in features.items()
             if a in in_shard
         )
@@ -45,4 +45,4 @@ def test_fetches_that_have_not_started_are_cancelled_when_their_shards_are_relea
     store.expect([])
     allowed.set()
     store._pool.shutdown()
-    assert set(started) <= {0, 1, 2}, "only as many as are fetched at once"
+    assert set(started) <= {0, 1, 2}, "only three shards are fetched at once"

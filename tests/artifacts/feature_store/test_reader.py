@@ -1,4 +1,4 @@
-"""Both readers return the same features, and treat audio longer than the encoder's window as configured."""
+"""Both readers give the same features, and handle audio longer than the encoder's window as configured."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,9 @@ def utterances(tmp_path):
     utterances = []
     for seconds in (2.0, 30.0, 31.5):
         wav = write_wav(tmp_path / f"{seconds}.wav", make_tone(seconds, frequency=200 + seconds))
-        utterances.append(Utterance(f"of {seconds} s", str(wav), "text", seconds, 16000, sha256_of_file(wav)))
+        utterances.append(
+            Utterance(f"tone of {seconds} s", str(wav), "text", seconds, 16000, sha256_of_file(wav))
+        )
     return utterances
 
 
@@ -82,7 +84,7 @@ def test_audio_files_give_the_same_features_as_the_store(tiny_models, utterances
     for utterance in utterances:
         assert reader.span(utterance) == store.span(utterance)
         from_audio = round_trip(encoder.encode([reader.read(utterance)])[0], dtype)
-        # The batches differ, so sums may differ in their last bit and round to another value.
+        # The batches differ, so sums may differ in their last bit, and may then be rounded to another value.
         error = {"fp32": 1e-5, "bf16": 2**-7, "fp8": 2**-3}[dtype]
         torch.testing.assert_close(from_audio, store.read(utterance), atol=error, rtol=error)
 

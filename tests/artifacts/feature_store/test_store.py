@@ -17,7 +17,7 @@ from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.errors import UserError
 from slam_asr.models.feature_dtype import QuantizedFrames, dequantize, quantize, round_trip
-from slam_asr.storage import read_bytes, walk, write_bytes
+from slam_asr.storage import delete, read_bytes, walk, write_bytes
 
 FINGERPRINT = {"weights_sha256": "abc", "frames": "speech", "dtype": "fp32"}
 
@@ -153,8 +153,6 @@ def test_the_requested_dtype_is_read(tmp_path):
 
 def test_a_store_without_an_index_does_not_exist(root):
     namespace, _ = publish(root, some_features())
-    from slam_asr.storage import delete
-
     delete(namespace.index_path("plan-1-of-1"))
     with pytest.raises(UserError, match="no index"):
         FeatureStore(root)
@@ -182,8 +180,6 @@ def test_a_damaged_index_is_refused(tmp_path, damage):
 def test_missing_shards_are_noticed_when_the_store_is_opened(root, keep, word):
     namespace, index = publish(root, some_features())
     path = namespace.shard_path(index.shards[0].name)
-    from slam_asr.storage import delete
-
     content = read_bytes(path)
     delete(path)
     if keep:
@@ -201,7 +197,7 @@ def test_a_flipped_byte_is_never_read(root):
     write_bytes(path, bytes(content))
     reader = FeatureStore(root)
     damaged = [a for a in features if _fails(reader, a)]
-    # Of a local shard, only the damaged utterance fails; a fetched shard is rejected completely.
+    # In a local shard, only the damaged utterance fails. A fetched shard is rejected as one file.
     assert len(damaged) == (1 if root.startswith("/") else len(features))
 
 
@@ -214,7 +210,7 @@ def _fails(reader, a):
     return False
 
 
-def test_the_advice_for_a_damaged_shard_names_the_store_from_whatever_path(tmp_path):
+def test_the_advice_for_a_damaged_shard_names_the_store_even_if_a_folder_in_it_was_opened(tmp_path):
     features = some_features()
     namespace, index = publish(tmp_path, features)
     shard = Path(namespace.shard_path(index.shards[0].name))
@@ -247,8 +243,8 @@ def test_a_flipped_byte_is_noticed_without_the_disk_too(bucket):
 
 
 def test_only_expected_shards_are_mapped(root):
-    stores = [some_features(seed=i) for i in range(6)]
-    for i, features in enumerate(stores):
+    shards = [some_features(seed=i) for i in range(6)]
+    for i, features in enumerate(shards):
         publish(root, features, f"p{i}-1-of-1")
     reader = FeatureStore(root)
     retained = {}
@@ -256,7 +252,7 @@ def test_only_expected_shards_are_mapped(root):
         reader.expect([number])
         retained |= {
             a: (reader.read(a), t)
-            for features in stores
+            for features in shards
             for a, t in features.items()
             if reader.entry(a).shard == number
         }
@@ -275,7 +271,7 @@ def test_features_are_read_to_the_precision_of_their_dtype(tmp_path, dtype):
     publish(tmp_path, {audio_id_of(dtype): frames}, fingerprint=FINGERPRINT | {"dtype": dtype})
     read = FeatureStore(str(tmp_path)).read(audio_id_of(dtype))
     assert torch.equal(read, round_trip(frames, dtype)) and torch.isfinite(read.float()).all()
-    # Half of the mantissa's last bit; for fp8 that of the frame's largest value, which sets the scale.
+    # Half of the last bit of each value's mantissa; for fp8, of the frame's largest value, which sets the scale.
     error = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0, "fp8": 2**-4}[dtype]
     largest = frames.abs().amax(1, keepdim=True)
     assert (
