@@ -1,12 +1,12 @@
-"""Files on local disk or in object storage at `s3://bucket/key`: AWS, MinIO, SeaweedFS, Ceph and others.
+"""Files on local disk, or in object storage at `s3://bucket/key` (AWS, MinIO, SeaweedFS, Ceph and others).
 
-`paths` has the operations that programs use, and `local_copies` fetches objects; they work the same way on
-both kinds of paths. `local` writes local files atomically and computes SHA-256 digests. `cache` is a bounded
-cache of fetched objects on local disk.
+`paths` has the operations that programs use, and `local_copies` fetches objects; both work in the same way on
+local paths and URIs. `local` writes local files atomically and computes SHA-256 digests. `cache` is a bounded
+cache of fetched objects on local disk, and `locks` has the locks between processes.
 
 Object storage is accessed through boto3: `address` parses URIs, `client` finds credentials and endpoint,
-`retry` repeats requests, `failures` words their errors, `objects` makes single requests, and `downloads` and
-`uploads` make parallel ones.
+`retry` repeats requests, `failures` explains their errors, `objects` makes single requests, and `downloads`
+and `uploads` transfer objects in parallel `pieces`.
 """
 
 from slam_asr.storage.address import PathOrUri, is_s3

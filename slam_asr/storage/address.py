@@ -9,14 +9,15 @@ SCHEME = "s3://"
 PathOrUri = str | os.PathLike[str]
 """A local path, or an address in object storage."""
 _MAX_KEY_BYTES = 1024
+"""S3's limit for the name of an object."""
 
 
 def is_s3(path: PathOrUri) -> bool:
-    """Whether a path is an address in object storage.
+    """Return whether a path is an address in object storage.
 
     Raises:
-        StorageError: it is meant as one but names no bucket, as `s3://$BUCKET` does if the variable is not
-            set. As a local path it would be a folder named `s3:`.
+        StorageError: the address names no bucket, such as `s3://$BUCKET` if the variable is not set. As a
+            local path, it would be a folder named `s3:`.
     """
     text = os.fspath(path)
     if text != "s3:" and not text.startswith("s3:/"):
@@ -33,9 +34,9 @@ def split_uri(uri: str) -> tuple[str, str]:
         StorageError: the address holds credentials, has no bucket, or has a key that no object can have.
     """
     authority = uri.removeprefix(SCHEME).partition("/")[0]
-    # A secret key may contain a slash. In `name:secret/key@bucket` the part before the first slash is
-    # `name:secret`, without the @, so a colon counts too. The message does not show the address, because it
-    # may contain a password.
+    # A colon is refused like an @, because a secret key may contain a slash: in `name:secret/key@bucket`, the
+    # part before the first slash has no @. The message does not show the address, because it may contain a
+    # password.
     if "@" in authority or ":" in authority:
         raise StorageError(
             "An s3:// address begins with a name, password or server instead of a bucket (it contains : or "
@@ -62,14 +63,14 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def _shown(uri: str) -> str:
-    """An address as a message shows it: on one line, and in characters that can be printed."""
+    """Return an address as messages show it: on one line, in printable characters."""
     return uri if uri.isprintable() else ascii(uri)[1:-1]
 
 
 def folder_prefix(prefix: str) -> str:
-    """The prefix of all keys below a folder.
+    """Return the prefix of all keys below a folder.
 
-    It ends with a slash, so that the folder `a` does not include `a-b/x`. An empty prefix, which is the
-    complete bucket, remains empty.
+    It ends with a slash, so that the folder `a` does not include `a-b/x`. An empty prefix means the complete
+    bucket, and remains empty.
     """
     return prefix.rstrip("/") + "/" if prefix else ""

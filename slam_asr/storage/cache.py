@@ -1,7 +1,8 @@
-"""A bounded cache of fetched objects on local disk. The least recently used ones are removed first.
+"""A bounded cache of fetched objects on local disk. The least recently used objects are removed first.
 
-Processes share a cache. One process fetches an object while others that need it wait, and an object that any
-process holds is not removed. All locks are the kernel's (flock): they end with the process that holds them.
+The processes of a machine share a cache. One process fetches an object while others that need it wait, and an
+object that a process holds is not removed. All locks are the kernel's (flock), which releases a lock when the
+process that holds it ends.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ _CAPACITY_LOCK = "room"
 
 
 def cache_folder() -> Path:
-    """The folder of all caches: `SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
+    """Return the folder of all caches: `SLAM_ASR_CACHE`, or `slam-asr` in the user's cache folder."""
     configured = os.environ.get("SLAM_ASR_CACHE")
     if configured:
         return local_path(configured).absolute()
@@ -33,10 +34,10 @@ class CacheFull(Exception):
 
 
 class DiskCache:
-    """A folder of files that are held while they are used.
+    """A folder of cached files. A file is held while it is used.
 
     Args:
-        folder: on a local disk, shared by the processes of this machine.
+        folder: a folder on a local disk, shared by the processes of this machine.
         limit: maximum total size in bytes, including files that are being fetched.
     """
 
@@ -46,13 +47,13 @@ class DiskCache:
         self._locks.mkdir(parents=True, exist_ok=True)
 
     def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "HeldFile":
-        """Hold the file of this name, which is fetched first if the cache does not have it.
+        """Hold the file of this name, after fetching it if the cache does not have it.
 
         Args:
             name: name of the file. It must identify the content, contain no slash and not begin with a dot.
             size: size of the file in bytes.
-            fill: writes the content to a file opened for reading and writing, or raises. It must not ask the
-                cache for the same file, which would deadlock.
+            fill: a function that writes the content to a file opened for reading and writing. It must not
+                hold the same file, which would deadlock.
 
         Returns:
             The file, which is not removed until its `release` is called.
@@ -61,6 +62,7 @@ class DiskCache:
             CacheFull: the file does not fit.
             OSError: the disk fails.
             StorageError: `fill` wrote a file of another size.
+            Exception: an error of `fill`.
         """
         while True:
             with self._locked(f"{name}.lock"):
@@ -69,8 +71,8 @@ class DiskCache:
                     held.release()
                     self._fill(held.path, size, fill)
                     held = HeldFile(held.path)
-            # The file may be gone again. Another process that makes space removes complete files without the
-            # object's lock, so it can do that between the rename in `_fill` and the lock of the new HeldFile.
+            # The file may have been removed again: a process that makes space removes complete files without
+            # the object's lock, and may do so between the rename in `_fill` and the lock of the new HeldFile.
             if held.is_valid(size):
                 os.utime(held.path)  # the modification time is the time of the last use
                 return held
@@ -89,9 +91,9 @@ class DiskCache:
                         f"{path.name} has {actual:,} bytes instead of {size:,}: it is damaged; "
                         "write it again."
                     )
-                # Once renamed, the content is trusted, even after a crash of the machine.
+                # Flushed to disk, because a renamed file is trusted even after a crash of the machine.
                 os.fsync(file.fileno())
-            # Without this lock, a process that is adding up sizes could miss the file under both its names.
+            # Without this lock, a process that adds up sizes could miss the file under both of its names.
             with self._locked(_CAPACITY_LOCK):
                 os.replace(temporary, path)
         except OSError as error:
@@ -111,7 +113,7 @@ class DiskCache:
                         files[file] = file.stat()
             used = sum(s.st_size for s in files.values())
             oldest_first = iter(sorted(files, key=lambda file: files[file].st_mtime_ns))
-            # `oldest_first` is an iterator: every file is tried only once, so the loop ends.
+            # `oldest_first` is an iterator, so every file is tried only once and the loop ends.
             while not (used + size <= self.limit and self._allocate(temporary, size)):
                 removed = next((file for file in oldest_first if self._remove_if_unused(file)), None)
                 if removed is None:
@@ -124,7 +126,7 @@ class DiskCache:
                 used -= files[removed].st_size
 
     def _allocate(self, temporary: Path, size: int) -> bool:
-        """Create a file with all its disk blocks, so that a full disk is noticed now.
+        """Create a file and allocate all its disk blocks, so that a full disk is noticed at once.
 
         Returns:
             Whether the disk has space for it.
@@ -147,8 +149,9 @@ class DiskCache:
             Whether the file is gone; false if it is in use.
         """
         if file.name.endswith(PARTIAL):
-            # A process that is fetching the object holds the object's lock, and may be waiting for the
-            # capacity lock, which this process holds. Waiting for the object's lock would thus deadlock.
+            # A process that is fetching the object holds the object's lock and may be waiting for the
+            # capacity lock, which this process holds. If this process waited for the object's lock, both
+            # would wait forever.
             with exclusive_if_free(self._locks / f"{file.name[1 : -len(PARTIAL)]}.lock") as free:
                 if free:
                     file.unlink(missing_ok=True)
@@ -171,12 +174,12 @@ class DiskCache:
             try:
                 yield
             finally:
-                # filelock notices that the file for which it waited is removed, and locks a new one.
+                # filelock notices that the file on which it waited was removed, and then locks a new one.
                 path.unlink(missing_ok=True)
 
 
 class HeldFile:
-    """A file of the cache that is not removed until it is released."""
+    """A cached file that is not removed until it is released."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -188,7 +191,7 @@ class HeldFile:
             self._file = None
 
     def is_valid(self, size: int) -> bool:
-        """Whether the file exists, has this size, and is still the one that its path refers to."""
+        """Return whether the file exists, has this size in bytes, and is still the file at its path."""
         if self._file is None:
             return False
         status = os.fstat(self._file.fileno())

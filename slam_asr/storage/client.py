@@ -1,9 +1,9 @@
-"""boto3's client: where credentials, region and endpoint come from, and how long a request may take.
+"""boto3's client: its credentials, region, endpoint and time-outs.
 
 Credentials, region and endpoint come from the places in which AWS tools look for them (`AWS_ENDPOINT_URL`,
 `AWS_ACCESS_KEY_ID` and so on, configuration files, the role of the machine or pod), or from a Kubernetes
-secret that is mounted as a folder (see `SECRET`). They are looked up for each call, so that a running program
-uses a secret that has changed.
+secret that is mounted as a folder (see `SECRET`). Each call of `client` looks them up, so a running program
+notices a changed secret.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ SECRET = "SLAM_ASR_S3_SECRET"
 SECRET_FOLDER = "/var/run/secrets/slam-asr/s3"
 
 _FileNames = dict[str, tuple[str, ...]]
-"""Arguments of boto3's client, each with the files of a secret that may hold its value. A file is named after
-AWS's variable, or as in the secret that Kubeflow Pipelines creates (`accesskey`, `secretkey`)."""
+"""For each argument of boto3's client, the names of the secret's files that may hold its value. A file has
+the name of AWS's variable, or a name from the secret that Kubeflow Pipelines creates (`accesskey`,
+`secretkey`)."""
 _CREDENTIALS: _FileNames = {
     "aws_access_key_id": ("AWS_ACCESS_KEY_ID", "accesskey"),
     "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY", "secretkey"),
@@ -41,8 +42,8 @@ CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 """boto3's environment variable: with `when_required`, no checksums are sent to a server that refuses them."""
 _WHEN_REQUIRED = "when_required"
 _CONNECT_TIMEOUT = 5.0
-# As many as there are pieces in transfer: 8 files (`paths.PARALLEL_FILES`) in 8 pieces each. urllib3 closes
-# every connection beyond this number after a single request.
+# The maximum number of pieces in transfer: 8 files (`paths.PARALLEL_FILES`) with 8 pieces each. urllib3
+# closes every connection beyond this number after a single request.
 _MAX_CONNECTIONS = 64
 
 
@@ -63,24 +64,25 @@ def seconds_from_environment(variable: str, default: float) -> float:
 
 
 def client(checksums: bool = True) -> Any:
-    """The client for the current credentials. Threads share it.
+    """Return the client for the current credentials. Threads share it.
 
     Args:
-        checksums: whether it may send checksums. It does not if the environment says so, or after
-            `remember_refusal`.
+        checksums: whether the client may send checksums. It sends none if the environment forbids them, or
+            after `remember_refusal`.
 
     Raises:
-        ConfigurationError: the mounted secret or the endpoint's address is not valid.
+        ConfigurationError: the mounted secret, the time-out or the endpoint's address is not valid.
     """
     settings = _settings()
-    # Creating a client takes 0.1 s of computation, and eight threads that each create one take 1.7 s.
-    # Nor may threads use one session together to create them: https://github.com/boto/boto3/issues/801.
+    # One thread creates the client while the others wait. Creating it takes 0.1 s of computation, but 1.7 s
+    # if eight threads do so at once; and sessions are not thread-safe:
+    # https://github.com/boto/boto3/issues/801.
     with _creation_lock(os.getpid()):
         return _create(*settings, checksums and settings not in _REFUSALS)
 
 
 def sends_checksums(connection: Any) -> bool:
-    """Whether a client computes checksums that a request does not require."""
+    """Return whether a client computes checksums for requests that do not require them."""
     return bool(connection.meta.config.request_checksum_calculation != _WHEN_REQUIRED)
 
 
@@ -95,7 +97,7 @@ _REFUSALS: set[_Settings] = set()
 
 
 def _settings() -> _Settings:
-    """All that a client depends on: what boto3 reads by itself, the arguments, and the time-out in seconds.
+    """Return all settings of a client: those that boto3 reads itself, the arguments, and the time-out in s.
 
     Raises:
         ConfigurationError: the mounted secret or the time-out is not valid.
@@ -105,13 +107,17 @@ def _settings() -> _Settings:
     timeout = max(seconds_from_environment(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
     # HOME decides where boto3 looks for its configuration files.
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
-    # boto3 reads these only when a client is created, so a client is valid for these values alone.
+    # boto3 reads these only when a client is created, so a client is valid only for these values.
     valid_for = (environment, _credentials_file(), os.getpid())
     return valid_for, tuple(sorted(arguments.items())), timeout
 
 
 def contains_credentials(text: str) -> bool:
-    """Whether a text contains a password, or a credential of the environment or of the mounted secret."""
+    """Return whether a text contains a password, or a credential of the environment or the mounted secret.
+
+    Raises:
+        ConfigurationError: the mounted secret is not valid.
+    """
     arguments = _mounted_secret()
     known = [
         os.environ.get(name.upper()) or arguments.get(name)
@@ -123,12 +129,16 @@ def contains_credentials(text: str) -> bool:
 _LOOKS_SECRET = re.compile(
     r"://[^/\s]*@|\b(?:AKIA|ASIA)[A-Z0-9]{16}|[A-Za-z0-9+/=]{40}|Signature=|Credential="
 )
-"""Matches a name before a host, AWS's access keys and secret keys, and the header that signs a request."""
+"""Matches a user name before a host, AWS's access and secret keys, and the header that signs a request."""
 
 
 @functools.cache
 def _creation_lock(process: int) -> threading.Lock:
-    """Return a lock of this process alone: one that another thread held at a fork is never released."""
+    """Return the lock of one process.
+
+    A forked process must not use its parent's lock: if another thread held it at the fork, it is never
+    released.
+    """
     return threading.Lock()
 
 
@@ -140,8 +150,8 @@ def _create(
     """Create a client.
 
     Args:
-        valid_for: what else the client depends on: environment, credentials file, and the process, because a
-            forked one must not share its parent's connections.
+        valid_for: other values that the client depends on: the environment, the credentials file, and the
+            process, because a forked process must not share its parent's connections.
         arguments: further arguments of boto3's client.
         timeout: in seconds.
         checksums: whether to send and compare checksums, unless the environment says otherwise.
@@ -151,7 +161,7 @@ def _create(
     from botocore.exceptions import BotoCoreError
 
     config = Config(
-        # A single attempt: `retry` makes all others, so that they are counted and timed in one place.
+        # A single attempt, because `retry` makes all further ones and limits their time.
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=min(_CONNECT_TIMEOUT, timeout),
         read_timeout=timeout,
@@ -166,7 +176,7 @@ def _create(
         new = boto3.session.Session().client("s3", config=config, **dict(arguments))
         has_credentials = "@" in urlsplit(new.meta.endpoint_url).netloc
     except ValueError as error:
-        if isinstance(error, BotoCoreError):  # InvalidRegionError is a ValueError too; `retry` explains it
+        if isinstance(error, BotoCoreError):  # InvalidRegionError is a ValueError too; `failures` explains it
             raise
         # boto3's message repeats the address, which may hold a password.
         raise ConfigurationError(
@@ -188,7 +198,7 @@ def _region() -> dict[str, str]:
 
 
 def _credentials_file() -> tuple[str, int]:
-    """Path and modification time (ns) of AWS's credentials file, which a client reads only once."""
+    """Return path and modification time (ns) of AWS's credentials file, which a client reads only once."""
     path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")
     try:
         return str(path), path.expanduser().stat().st_mtime_ns
@@ -197,7 +207,7 @@ def _credentials_file() -> tuple[str, int]:
 
 
 def _mounted_secret() -> dict[str, str]:
-    """Arguments for the client from a mounted secret. Environment variables take precedence."""
+    """Return the client's arguments from a mounted secret. Environment variables take precedence."""
     folder = Path(os.environ.get(SECRET) or SECRET_FOLDER)
     if not folder.is_dir():
         if os.environ.get(SECRET):
@@ -238,7 +248,7 @@ def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
                     if content:
                         arguments[argument] = content
                         break
-        # Without a link ..data, the folder is not Kubernetes' and has a single version.
+        # Without a link ..data, Kubernetes does not manage the folder, and it has a single version.
         if version == folder or data.resolve() == version:
             break
     return arguments

@@ -1,4 +1,4 @@
-"""Downloads of objects in parallel pieces. Each piece is retried by itself, and the checksum is compared."""
+"""Downloads of objects in parallel pieces. Each piece has its own retries, and the checksum is compared."""
 
 import contextlib
 import functools
@@ -29,11 +29,11 @@ def download(
 
     Args:
         uri: the object's URI.
-        file: on disk, opened for reading and writing; it is overwritten.
-        sha256: the expected checksum; if not given, the one in the object's metadata, if any.
+        file: a file on disk, opened for reading and writing; it is overwritten.
+        sha256: the expected checksum; if not given, the one in the object's metadata, if it has one.
         report: called with the number of bytes of each piece that arrived, and with a negative number for
             bytes that must be downloaded again.
-        known: the object's metadata, if the caller has it; saves a request.
+        known: the object's metadata, if the caller has it, which saves a request.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -43,7 +43,7 @@ def download(
 
     def attempt() -> None:
         nonlocal known
-        # A retry must not use the same metadata: the object may have been replaced since.
+        # A retry must not use the same metadata, because the object may have been replaced since.
         current, known = known or require_object(uri), None
         with _naming_the_file(file):
             file.seek(0)
@@ -55,7 +55,7 @@ def download(
                 for start, end, recorded in fetched:
                     report(end - start)
                     arrived += end - start
-                    # `known` may come from a listing, which has no checksum; the answer for a piece has it.
+                    # `known` may come from a listing, which has no checksum. The answer for a piece has it.
                     expected = sha256 or recorded
                     # Hash the piece from the page cache while later pieces arrive.
                     for position in range(start, end, _CHUNK_BYTES):
@@ -80,7 +80,7 @@ def _fetch_piece(
     """Write bytes [start, end) to the file.
 
     Returns:
-        The SHA-256 of the complete object, from its metadata; None if the metadata has none.
+        The SHA-256 of the complete object, from its metadata; None if the metadata do not contain it.
     """
     is_complete = (start, end) == (0, known.bytes)
 
@@ -91,7 +91,7 @@ def _fetch_piece(
                 f"{uri} cannot be read in pieces: the server at AWS_ENDPOINT_URL does not support ranges."
             )
         position = start
-        # Read until the empty chunk: only then does boto3 compare the server's own checksum, if any.
+        # boto3 compares the server's own checksum, if any, only when it has returned the empty chunk.
         while chunk := answer["Body"].read(_CHUNK_BYTES):
             if position + len(chunk) > end:
                 raise TemporaryFailure("the answer was too long")

@@ -1,8 +1,8 @@
-"""What a failed request to object storage means: a reason to try again, or an error for the user.
+"""Classifies failed requests to object storage: a reason to try again, or an error for the user.
 
-Messages name the kind of an error, and quote the server's own words if these contain no credential: they may
-repeat a request's headers, or an address with a password. For the same reason, errors are raised without
-their cause.
+Messages name the kind of error. They quote the server's own words only if these contain no credential,
+because a server may repeat a request's headers, or an address with a password. For the same reason, errors
+are raised without their cause.
 """
 
 import re
@@ -33,7 +33,7 @@ class ChecksumMismatch(Exception):
 
 
 class Damaged(StorageError):
-    """An object's content is not what was written, whatever the network does."""
+    """An object's saved content is not what was written, so the network is not the cause."""
 
 
 class CredentialsMissing(StorageError):
@@ -41,7 +41,7 @@ class CredentialsMissing(StorageError):
 
 
 def require_fields(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
-    """Return an answer, after checking that it has these fields: a truncated answer may lack some.
+    """Return an answer after checking that it has these fields. A truncated answer may lack some.
 
     Raises:
         TemporaryFailure: a field is missing.
@@ -52,14 +52,17 @@ def require_fields(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
 
 
 def error_code(error: Any) -> str:
-    """The server's error code in a botocore ClientError, such as `AccessDenied`."""
+    """Return the server's error code in a botocore ClientError, such as `AccessDenied`."""
     code = str(error.response.get("Error", {}).get("Code", ""))
-    # A faulty server could put anything here; only what looks like a code may be shown.
+    # A faulty server could send any text here. Only text that looks like a code may be shown.
     return code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else "an error without a code"
 
 
 def server_words(error: Any) -> str:
-    """The server's explanation in a botocore ClientError, in quotes; empty if there is none to show."""
+    """Return the server's explanation in a botocore ClientError, in parentheses and quotes.
+
+    The result is empty if the server gives none, or it contains a credential or unprintable characters.
+    """
     words = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_MAX_QUOTED]
     if not words.isprintable() or contains_credentials(words):
         return ""
@@ -67,7 +70,7 @@ def server_words(error: Any) -> str:
 
 
 def http_status(error: Any) -> int:
-    """The HTTP status in a botocore ClientError, or 0."""
+    """Return the HTTP status in a botocore ClientError, or 0 if it has none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
@@ -77,15 +80,15 @@ def reason_to_retry(error: Exception, uri: str, action: str) -> str:
     Args:
         error: raised by boto3, or by this package.
         uri: the object of the failed request, for messages.
-        action: what the request should have done to it, for messages: a past participle, such as `read`.
+        action: what should have happened to the object, as a past participle for messages, such as `read`.
 
     Returns:
-        The reason of a temporary failure, in words.
+        The reason for a temporary failure, in words.
 
     Raises:
         ObjectMissing: the object does not exist.
         UserError: the failure is permanent.
-        Exception: the error itself, if it has nothing to do with object storage.
+        Exception: the error itself, if it is not an error of object storage or the network.
     """
     if isinstance(error, TemporaryFailure):
         return str(error)
@@ -124,7 +127,7 @@ def _reason_of_server(error: Any, uri: str, action: str) -> str:
 
 
 def _is_permanent_tls_failure(error: Any) -> bool:
-    """Whether an SSLError is about certificates or the protocol.
+    """Return whether an SSLError is about certificates or the protocol, and would thus occur again.
 
     A connection that breaks during the TLS handshake raises the same class of error, but is temporary.
     """
@@ -141,7 +144,7 @@ def _is_permanent_tls_failure(error: Any) -> bool:
 
 
 def _by_name(names: dict[T, str]) -> dict[str, T]:
-    """Turn a table of names, separated by spaces, into one that is looked up by name."""
+    """Return a table from each name to its meaning, given the names of each meaning, separated by spaces."""
     return {name: meaning for meaning, group in names.items() for name in group.split()}
 
 
@@ -187,7 +190,8 @@ _KINDS: dict[str, _Kind] = _by_name(
         ): "BotoCoreError Boto3Error RecursionError",
     }
 )
-"""Python's, boto3's and urllib3's classes of errors: the reason to try again, or the error for the user."""
+"""For each name of an error class of Python, boto3 or urllib3: the reason to try again, or the class and the
+message of the error for the user."""
 _TEMPORARY_CODES = _by_name(
     {
         CHECKSUM_DIFFERS: "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch",
@@ -196,6 +200,7 @@ _TEMPORARY_CODES = _by_name(
         "InternalError ServiceUnavailable OperationAborted ConditionalRequestConflict",
     }
 )
+"""For each of the server's error codes after which a new attempt may succeed: the reason to try again."""
 _PERMANENT_CODES = _by_name(
     {
         "there is no such bucket": "NoSuchBucket",
@@ -218,4 +223,4 @@ _PERMANENT_CODES = _by_name(
         "it is larger than the server accepts": "EntityTooLarge",
     }
 )
-"""The server's codes that further attempts would not change, with their meanings."""
+"""For each of the server's error codes after which a new attempt is useless: its meaning."""

@@ -1,4 +1,4 @@
-"""Local files that are written completely or not at all, and the digests that name them."""
+"""Local files: their paths, atomic writing, and SHA-256 digests."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 
 
 def local_path(path: PathOrUri) -> Path:
-    """The local path that the user's input denotes: `~` is expanded, and a file URI becomes its path.
+    """Return the local path that a user's input denotes: `~` is expanded, and a file URI becomes its path.
 
     In a URI, `%20` stands for a space (RFC 3986, section 2.1).
 
@@ -48,27 +48,27 @@ def local_path(path: PathOrUri) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name for the unfinished version of a file, in the same folder and unique to this thread."""
+    """Return a path for the unfinished version of a file, in the same folder and unique to this thread."""
     # File names have at most 255 bytes; 50 characters take at most 200.
     return path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
 
 
 def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace: bool = True) -> bool:
-    """Write a temporary file, flush it to disk, and rename it.
+    """Write a file: write a temporary one, flush it to disk, and rename it.
 
-    A reader never sees part of the content. After a crash the previous file, if any, is unchanged.
+    A reader never sees part of the content. After a crash, the previous file, if any, is unchanged.
 
     Args:
         path: the file's path; its folder is created.
-        content: text is written as UTF-8.
+        content: the content; text is written as UTF-8.
         replace: whether to replace an existing file.
 
     Returns:
-        Whether the file was written. Without `replace`, the first of several writers wins.
+        Whether the file was written. If `replace` is false, the first of several writers wins.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
-        StorageError: the path is a URI.
+        StorageError: the path is not a local one.
     """
     path = local_path(path)
     temporary = temporary_path(path)
@@ -89,7 +89,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
                 return True
             return False
     except OSError as error:
-        # Name the user's file, not the temporary one.
+        # The message names the user's file instead of the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -98,12 +98,12 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left below a folder.
 
-    Files that are still being written are locked, so they are not removed.
+    Files that are still being written are locked and therefore not removed.
     """
     for temporary in folder.rglob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError), open(temporary, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A very new file may have been created but not yet locked.
+            # A file that was just created may not be locked yet.
             if time.time() - os.fstat(file.fileno()).st_mtime > 1:
                 temporary.unlink(missing_ok=True)
 
@@ -114,18 +114,18 @@ def write_json(path: PathOrUri, value: Any) -> None:
 
 
 def sha256_of_file(path: PathOrUri) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_bytes(content: bytes | memoryview) -> str:
-    """The SHA-256 of bytes, in hexadecimal."""
+    """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a JSON-serialisable value, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON-serialisable value, in hexadecimal. The order of keys does not matter."""
     # Python represents a file name that is not UTF-8 with lone surrogates, which strict UTF-8 refuses.
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

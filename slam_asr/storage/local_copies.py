@@ -1,4 +1,4 @@
-"""Local copies of objects and of folders of objects, each fetched once into the cache."""
+"""Local copies of objects and prefixes. Each is fetched into the cache once."""
 
 import os
 import shutil
@@ -20,12 +20,12 @@ _MAX_NAME_BYTES = 200
 
 
 def fetch(path: PathOrUri) -> Path:
-    """A local file with the content of a file or object.
+    """Return the path of a local file with the content of a file or object.
 
     An object is fetched into the cache once, and again when it changes. A local file is not copied.
 
     Raises:
-        OSError: the disk is full, or fails.
+        OSError: the local disk is full, or fails.
         StorageError: the object does not exist, or cannot be read.
     """
     path = os.fspath(path)
@@ -36,13 +36,13 @@ def fetch(path: PathOrUri) -> Path:
 
 
 def fetch_folder(path: PathOrUri) -> Path:
-    """A local folder with all files below a folder or prefix.
+    """Return the path of a local folder with all files below a folder or prefix.
 
     A prefix is fetched into the cache once, and again when any of its objects changes. A local folder is not
     copied.
 
     Raises:
-        OSError: the disk is full, or fails.
+        OSError: the local disk is full, or fails.
         StorageError: nothing exists below the prefix, or an object cannot be read.
     """
     path = os.fspath(path)
@@ -56,16 +56,17 @@ def fetch_folder(path: PathOrUri) -> Path:
 
 
 def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> Path:
-    """The path at which a fetched file or folder is cached. One process or thread fetches it; others wait.
+    """Return the path of a cached file or folder. One process or thread fetches it, and others wait.
 
     Args:
-        path: its last part becomes the name, for people and for libraries that look at the suffix.
+        path: the file's or folder's URI. Its last part becomes the local name, for people and for libraries
+            that look at the suffix.
         identity: address and version of the content; its digest is the name of the parent folder.
-        fill: fetches the content to a temporary path.
+        fill: a function that fetches the content to a temporary path.
     """
     # A name that is too long loses its beginning, so that it retains its suffix.
     name = os.fsencode(name_of(path))[-_MAX_NAME_BYTES:].decode(errors="ignore")
-    if name in (".", ".."):  # an object can have that name, a file cannot
+    if name in (".", ".."):  # an object can have this name, but a file cannot
         name = "object"
     target = cache_folder() / "objects" / digest(identity)[:24] / name
     if target.exists():
@@ -95,12 +96,12 @@ def _remove(path: Path) -> None:
 def _download(uri: str, target: Path, known: Info) -> None:
     with open(target, "w+b") as file:
         download(uri, file, known=known)
-        # Once renamed, the content is trusted, even after a crash of the machine.
+        # Flushed to disk, because a renamed file is trusted even after a crash of the machine.
         os.fsync(file.fileno())
 
 
 def _download_folder(path: str, files: list[Info], folder: Path) -> None:
-    """Fetch files below a prefix into a folder, which is created."""
+    """Fetch the files below a prefix into a folder, which is created."""
     for file in files:
         if not (folder / file.name).resolve().is_relative_to(folder.resolve()):
             raise StorageError(
@@ -111,8 +112,8 @@ def _download_folder(path: str, files: list[Info], folder: Path) -> None:
     def fetch_one(file: Info) -> None:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The listing's metadata saves a request for each object. If an object has been replaced since, its
-        # etag does not match, and the download requests the metadata after all.
+        # With the metadata from the listing, no object needs a request for them. If an object has been
+        # replaced since, its etag does not match, and the download requests its metadata after all.
         _download(join(path, file.name), target, file)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:

@@ -17,7 +17,7 @@ def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
         file: the lock's file, which is created; its folder must exist.
         while_waiting: line for the log if another process or thread holds the lock.
     """
-    # Each call makes a lock of its own, so that threads wait for each other too.
+    # Each call creates its own lock object, so that threads wait for each other too.
     lock = FileLock(file)
     try:
         # Only a first attempt without waiting shows whether there is something to log.
@@ -32,7 +32,11 @@ def exclusive(file: Path, while_waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive_if_free(file: Path) -> Iterator[bool]:
-    """Hold a lock during the block if no other process or thread holds it. Yields whether it is held."""
+    """Hold a lock during the block if no other process or thread holds it; yield whether this call holds it.
+
+    Args:
+        file: the lock's file, which is created; its folder must exist.
+    """
     try:
         held = FileLock(file).acquire(blocking=False)
     except Timeout:

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHA256, WRITER = "sha256", "writer"
-"""Keys of an object's metadata: its checksum, and which of several conditional writers wrote it."""
+"""Keys of an object's metadata: its checksum, and the conditional writer that wrote it; see `Info.writer`."""
 _STREAM_BYTES = 8 * 2**20
-"""Bytes per request of a stream. The checksum of smaller objects is compared before any byte is returned."""
+"""Bytes per request of a stream. An object of at most this size is read, and its checksum compared, before a
+stream returns any byte."""
 
 
 class Replaced(StorageError):
@@ -50,13 +51,13 @@ class Info:
     stamp: str
     """Changes with the content: the modification time in ns, or the object's etag."""
     sha256: str | None = None
-    """The digest of an object's content; None for those that this project did not write, and in listings."""
+    """The digest of an object's content; None in listings, and for objects from other programs."""
     writer: str | None = None
-    """Identifies which of several conditional writers wrote an object."""
+    """Random name of the writer, if the object was written on the condition that it did not exist."""
 
 
 def list_objects(uri: str) -> Iterator[Info]:
-    """All objects below a prefix, sorted by key.
+    """Yield all objects below a prefix, sorted by key.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
@@ -69,7 +70,7 @@ def list_objects(uri: str) -> Iterator[Info]:
 
 
 def list_names(uri: str, folders: bool) -> list[str]:
-    """Names of the objects directly below a prefix, or of the folders there, sorted.
+    """Return the names of the objects directly below a prefix, or of the folders there, sorted.
 
     Raises:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
@@ -81,7 +82,7 @@ def list_names(uri: str, folders: bool) -> list[str]:
 
 
 def _list(uri: str, group: str, **arguments: str) -> Iterator[dict[str, Any]]:
-    """The items of a group in the server's answers to requests for the names below a prefix."""
+    """Yield the items of one group, `Contents` or `CommonPrefixes`, in the server's listing of a prefix."""
     bucket, prefix = split_uri(uri)
     arguments |= {"Bucket": bucket, "Prefix": folder_prefix(prefix)}
     while True:
@@ -96,7 +97,7 @@ def _list(uri: str, group: str, **arguments: str) -> Iterator[dict[str, Any]]:
 
 
 def head(uri: str) -> Info | None:
-    """The size and metadata of an object, or None if it does not exist.
+    """Return the size and metadata of an object, or None if it does not exist.
 
     Raises:
         StorageError: access is denied, or the server cannot be reached.
@@ -123,7 +124,7 @@ def head(uri: str) -> Info | None:
 
 
 def require_object(uri: str) -> Info:
-    """The size and metadata of an object.
+    """Return the size and metadata of an object.
 
     Raises:
         StorageError: the object does not exist, access is denied, or the server cannot be reached.
@@ -141,9 +142,9 @@ def get(
 
     Args:
         uri: the object's URI.
-        start: first byte; the first of the object if not given.
-        end: first byte that is not needed; the object's end if not given.
-        etag: ETag of the only version that may be read.
+        start: offset of the first byte; 0 if not given.
+        end: offset after the last byte; the object's end if not given.
+        etag: ETag of the only version that may be read; any version if not given.
 
     Returns:
         boto3's answer: a stream of the bytes as `Body`, and fields that describe them.
@@ -170,7 +171,13 @@ def get(
 
 
 def read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
-    """An object's bytes, or those in [start, end); with `etag` only from the version that has this etag.
+    """Read an object's bytes, or those in [start, end).
+
+    Args:
+        uri: the object's URI.
+        start: offset of the first byte; 0 if not given.
+        end: offset after the last byte; the object's end if not given.
+        etag: ETag of the only version that may be read; any version if not given.
 
     Raises:
         Replaced: the object has another etag.
@@ -202,7 +209,7 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
 
 
 def _differs(answer: dict[str, Any], content: bytes) -> bool:
-    """Whether the bytes of a complete object differ from its checksum."""
+    """Return whether the bytes of a complete object differ from its checksum."""
     expected = answer["Metadata"].get(SHA256)
     if not expected or _compared_by_boto3(answer, expected):
         return False
@@ -210,10 +217,10 @@ def _differs(answer: dict[str, Any], content: bytes) -> bool:
 
 
 def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
-    """Whether boto3 has already compared the bytes with this checksum, which is then not computed again."""
+    """Return whether boto3 has already compared the bytes with this checksum."""
     from botocore.httpchecksum import StreamingChecksumBody
 
-    # boto3 compares only one of the checksums in an answer, so this one must be the only one.
+    # boto3 compares only one of the checksums in an answer, so no other may be in it.
     sums = [name for name in answer if name.startswith("Checksum") and name != "ChecksumType"]
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
@@ -223,7 +230,7 @@ def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
 
 
 def _require(uri: str, action: str, call: Callable[[], T]) -> T:
-    """Call with retries; a missing object is an error."""
+    """Call with retries, and raise a StorageError if the object is missing."""
     try:
         return call_with_retries(uri, action, call)
     except ObjectMissing:
@@ -241,10 +248,13 @@ def remove(uri: str) -> None:
 
 
 class ObjectStream(io.RawIOBase):
-    """An object read from start to end in ranges, each of which is retried by itself.
+    """Reads an object from start to end in ranges. Each range has its own retries.
 
-    If the checksum of all bytes differs, the last read raises an error. The bytes that were returned before
+    If the checksum of all bytes differs, the last read raises an error. The bytes that earlier reads returned
     must then not be used.
+
+    Args:
+        uri: the object's URI.
 
     Raises:
         StorageError: the object does not exist, is damaged or is replaced while it is read; or the server
@@ -273,8 +283,8 @@ class ObjectStream(io.RawIOBase):
 
     def _next(self, size: int) -> bytes:
         if self.size <= _STREAM_BYTES and self._content is None:
-            # A single request: its checksum is compared, and the request is retried if it differs. It has no
-            # etag, so the object may have been replaced, with another size, since `head`.
+            # `read` compares the checksum, and retries the request if it differs. The request has no etag, so
+            # the object may have been replaced by one of another size since `head`.
             self._content = read(self.uri)
             self.size = len(self._content)
         end = min(self.position + size, self.size)

@@ -1,4 +1,4 @@
-"""File operations that work the same for local paths and for `s3://bucket/key`."""
+"""File operations that work in the same way for local paths and for `s3://bucket/key`."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ _STREAM_BUFFER_BYTES = 8 * 2**20
 
 
 def join(base: PathOrUri, *names: str) -> str:
-    """The path or URI of `names` below a base path or URI."""
+    """Join a base path or URI and the names below it."""
     base = os.fspath(base)
     if is_s3(base):
         return "/".join([base.rstrip("/"), *(name.strip("/") for name in names)])
@@ -30,17 +30,17 @@ def join(base: PathOrUri, *names: str) -> str:
 
 
 def parent_of(path: PathOrUri) -> str:
-    """The folder of a file, as an absolute path or URI. A bucket is its own folder."""
+    """Return the folder of a file, as an absolute path or URI. A bucket is its own folder."""
     path = os.fspath(path)
     if is_s3(path):
         folder = path.rstrip("/").rpartition("/")[0]
-        # In `s3://bucket`, the last slash is that of the scheme.
+        # In `s3://bucket`, the last slash belongs to the scheme.
         return folder if folder != "s3:/" else path
     return os.path.dirname(os.path.abspath(local_path(path)))
 
 
 def name_of(path: PathOrUri) -> str:
-    """The last part of a path."""
+    """Return the last part of a path."""
     return posixpath.basename(os.fspath(path).rstrip("/"))
 
 
@@ -60,7 +60,7 @@ def resolve(path: PathOrUri, folder: str) -> str:
 
 
 def info(path: PathOrUri) -> Info | None:
-    """The metadata of a file, or None if it does not exist or is a folder.
+    """Return the metadata of a file, or None if it does not exist or is a folder.
 
     Raises:
         StorageError: object storage cannot be read.
@@ -81,12 +81,18 @@ def info(path: PathOrUri) -> Info | None:
 
 
 def exists(path: PathOrUri) -> bool:
-    """Whether a file exists. Folders do not count."""
+    """Return whether a file or object exists. Folders do not count.
+
+    Raises:
+        StorageError: object storage cannot be read.
+    """
     return info(path) is not None
 
 
 def walk(root: PathOrUri) -> Iterator[Info]:
-    """All files below a folder or prefix, sorted by the bytes of their names; none if it does not exist.
+    """Yield all files below a folder or prefix, sorted by the bytes of their names.
+
+    If the folder does not exist, nothing is yielded.
 
     Links are followed, except those that lead to a folder above them: following such a link would never end.
     Names are read lazily, so a listing of a million files needs little memory.
@@ -103,18 +109,18 @@ def walk(root: PathOrUri) -> Iterator[Info]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """The device and inode of a folder, which are the same under all of its names."""
+    """Return the device and inode of a folder, which are the same under all of its names."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 def _walk_folder(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Info]:
-    """Yield the files below a folder; none if the folder is a link to one of those above it.
+    """Yield the files below a folder; none if the folder is a link to a folder above it.
 
     Args:
         folder: the folder to list.
         prefix: its path below the root, with a slash at the end; empty for the root.
-        above: identities of the folders that contain it.
+        above: identities of the folders that contain the folder.
     """
     if (this := _identity(folder)) in above:
         return
@@ -134,7 +140,7 @@ def _walk_folder(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -
 
 
 def _is_loop(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a link that leads to itself."""
+    """Return whether an entry is a link that leads to itself."""
     try:
         entry.is_dir()
     except OSError as error:
@@ -145,7 +151,11 @@ def _is_loop(entry: os.DirEntry[str]) -> bool:
 
 
 def folders_in(root: PathOrUri) -> list[str]:
-    """Names of the folders directly below a folder or prefix, sorted. Links to folders above are left out."""
+    """Return the sorted names of the folders directly below a folder or prefix, without links to those above.
+
+    Raises:
+        StorageError: object storage cannot be read.
+    """
     names = _names_in(os.fspath(root), folders=True)
     if is_s3(root):
         return names
@@ -154,7 +164,11 @@ def folders_in(root: PathOrUri) -> list[str]:
 
 
 def names_in(root: PathOrUri) -> list[str]:
-    """Names of the files directly below a folder or prefix, sorted."""
+    """Return the sorted names of the files directly below a folder or prefix.
+
+    Raises:
+        StorageError: object storage cannot be read.
+    """
     return _names_in(os.fspath(root), folders=False)
 
 
@@ -168,7 +182,7 @@ def _names_in(root: str, folders: bool) -> list[str]:
 
 
 def read_bytes(path: PathOrUri) -> bytes:
-    """The content of a file or object.
+    """Read the content of a file or object.
 
     Raises:
         FileNotFoundError: the local file does not exist.
@@ -179,7 +193,7 @@ def read_bytes(path: PathOrUri) -> bytes:
 
 
 def open_stream(path: PathOrUri) -> BinaryIO:
-    """Open a file for reading from start to end; an object is read in ranges, each with retries.
+    """Open a file or object for reading from start to end. An object is read in ranges, each with retries.
 
     Raises:
         FileNotFoundError: the local file does not exist.
@@ -195,12 +209,12 @@ def write_bytes(path: PathOrUri, content: bytes | memoryview | str, replace: boo
     """Write a file or object, which becomes visible only when it is complete.
 
     Args:
-        path: path of the file or object; a local folder is created.
-        content: text is written as UTF-8.
+        path: path of the file or object; the folder of a local file is created.
+        content: the content; text is written as UTF-8.
         replace: whether to replace an existing file or object.
 
     Returns:
-        Whether it was written. Without `replace`, the first of several writers wins.
+        Whether the content was written. If `replace` is false, the first of several writers wins.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
@@ -231,7 +245,7 @@ def upload(file: PathOrUri, path: PathOrUri) -> None:
         return
     target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because `os.replace` cannot move a file to another file system.
+    # The temporary file is in the same folder, because `os.replace` cannot move it to another file system.
     temporary = temporary_path(target)
     try:
         shutil.copyfile(file, temporary)
@@ -241,7 +255,12 @@ def upload(file: PathOrUri, path: PathOrUri) -> None:
 
 
 def delete(path: PathOrUri) -> None:
-    """Remove a file or object, if it exists."""
+    """Remove a file or object, if it exists.
+
+    Raises:
+        OSError: the local file cannot be removed.
+        StorageError: the object cannot be removed.
+    """
     path = os.fspath(path)
     if is_s3(path):
         objects.remove(path)
@@ -259,7 +278,8 @@ def require_writable(folder: PathOrUri) -> None:
         StorageError: the folder or the bucket does not take the file, or does not return it.
         OSError: the disk is full, or the folder is not writable.
     """
-    # Hidden, so that `publish_folder` omits it; and unique, so that several machines can try at once.
+    # The name begins with a dot, so that `publish_folder` omits the file. It is unique, so that several
+    # machines can try at once.
     file, folder = join(folder, f".writable-{uuid.uuid4().hex}"), os.fspath(folder)
     # A local path may contain bytes that are not UTF-8.
     content = file.encode("utf-8", "surrogateescape")
@@ -270,7 +290,7 @@ def require_writable(folder: PathOrUri) -> None:
         finally:
             delete(file)
     except StorageError as error:
-        # The user knows the folder, not the file.
+        # The user knows the folder, but not this file.
         raise type(error)(str(error).replace(file, folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, folder) from error
@@ -279,12 +299,12 @@ def require_writable(folder: PathOrUri) -> None:
 
 
 def publish_folder(folder: Path, path: str, last: str) -> None:
-    """Upload all files of a local folder, except those whose names begin with a dot, below a prefix.
+    """Upload all files below a local folder to a prefix, except those whose names begin with a dot.
 
     Args:
-        folder: local.
+        folder: the local folder.
         path: the prefix.
-        last: name of the file that is uploaded after all others, because it vouches for them.
+        last: name of the file that is uploaded after all others, because it shows that they are complete.
 
     Raises:
         OSError: a file cannot be read.
@@ -292,7 +312,7 @@ def publish_folder(folder: Path, path: str, last: str) -> None:
     """
     files = [f.name for f in walk(folder) if f.name != last and not name_of(f.name).startswith(".")]
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        # `list` waits for all uploads, and raises the first failure: then `last` is not uploaded.
+        # `list` waits for all uploads, and raises the first failure. `last` is then not uploaded.
         list(pool.map(lambda name: upload(folder / name, join(path, name)), files))
-    # Readers look for this file first, so they never find a part of the folder.
+    # Readers look for this file first, so they never use an incomplete folder.
     upload(folder / last, join(path, last))

@@ -1,9 +1,10 @@
 """Parallel transfers: large objects are sent and fetched in several pieces at once.
 
-boto3's own s3transfer is not used. With one TransferManager for all files, and the checksum of each complete
-file compared afterwards, it took 1.1 to 1.2 times as long for an object of 200 MB and 1.0 to 1.4 times for
-500 objects of 16 KB, with up to 1.5 times the processor time; `benchmarks/storage.py` compares downloads. Its
-retries are limited by number instead of time, are not logged, and do not include pieces that arrive damaged.
+boto3's own s3transfer is not used. One TransferManager for all files, with a comparison of each file's
+checksum afterwards, took 1.1 to 1.2 times as long for an object of 200 MB and 1.0 to 1.4 times as long for
+500 objects of 16 KB, with up to 1.5 times the processor time; `benchmarks/storage.py` compares downloads. The
+retries of s3transfer are limited by number instead of time, are not logged, and do not include pieces that
+arrive damaged.
 """
 
 import threading
@@ -30,13 +31,13 @@ def in_parallel(
     """Transfer the pieces of `size` bytes in threads.
 
     Args:
-        transfer: is called with the first byte of a piece, the first byte after it, and an event that is set
-            when another piece has failed.
-        size: in bytes; an empty object has one piece too.
-        piece_bytes: size of every piece but the last.
+        transfer: a function of the piece's offset, the offset of its end, and an event that is set when
+            another piece has failed.
+        size: size of all pieces together in bytes. A size of 0 gives one empty piece.
+        piece_bytes: size in bytes of every piece except the last.
 
     Yields:
-        The first byte of each piece, the first byte after it, and the result of its transfer, in order.
+        The offset of each piece, the offset of its end, and the result of its transfer, in order.
 
     Raises:
         Exception: the error of the piece that failed first. The other pieces are then cancelled.

@@ -1,13 +1,13 @@
 """Retries of requests to object storage.
 
 Failures that may be temporary (5xx, throttling, time-outs, resets, truncated answers) are retried with
-growing pauses for `PATIENCE` seconds. Permanent ones (403, 404) are raised at once; `failures`
-distinguishes them.
+growing pauses for `PATIENCE` seconds. Permanent failures (403, 404) are raised at once. `failures`
+distinguishes the two.
 
-This loop is the project's own. botocore's retry modes count attempts, give up together once a client's shared
-quota is used up, and do not retry an answer that breaks off while its body is read. tenacity leaves every
-policy of this loop (the last pause ends at the limit, three checksums, the log, the final message) to be
-written as a function: 67 lines instead of 47, and 30 µs per call.
+Two libraries were considered for this loop and not used. botocore's retry modes count attempts, share one quota among the threads
+of a client, so that all fail together, and do not retry an answer that breaks off while its body is read.
+With tenacity, each policy of this loop (the last pause ends at the limit, three failed checksums, the log,
+the final message) would be a function: 67 lines instead of 47, and 30 µs more per call.
 """
 
 import random
@@ -29,13 +29,13 @@ DEFAULT_PATIENCE = 120.0
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
 """Seconds."""
 _SILENT_SECONDS = 5.0
-"""Seconds of retrying before the first log line; most temporary failures are over by then."""
+"""Seconds of retries before the first log line. Most temporary failures end sooner."""
 _MAX_CHECKSUM_FAILURES = 3
-"""The network may cause a single failure; after this many, the object itself counts as damaged."""
+"""The network may cause single checksum failures. After this many, the object itself counts as damaged."""
 
 
 def patience() -> float:
-    """The seconds for which temporary failures are retried.
+    """Return the number of seconds for which temporary failures are retried.
 
     Raises:
         ConfigurationError: the environment variable is not a number, or is negative.
@@ -53,9 +53,9 @@ def call_with_retries(
     """Repeat a call until it succeeds, fails permanently, or has failed for `PATIENCE` seconds.
 
     Args:
-        uri: URI of the object or bucket, for the message.
-        action: what the call does, for the message: "read", "written", "listed" or "removed".
-        call: may be called many times.
+        uri: URI of the object or bucket, for messages.
+        action: what happens to the object, for messages: "read", "written", "listed" or "removed".
+        call: a function that makes one attempt.
         cancelled: ends the retries at once when it is set.
 
     Returns:
@@ -73,11 +73,11 @@ def call_with_retries(
     while not cancelled.is_set():
         try:
             return call()
-        # These are permanent, and worded already.
+        # These are permanent, and need no other message.
         except (UserError, ObjectMissing):
             raise
-        # Any exception, because botocore, urllib3 and ssl each raise their own; `reason_to_retry` raises it
-        # again if it is permanent.
+        # Any other exception, because botocore, urllib3 and ssl each raise their own. `reason_to_retry`
+        # raises an error if the failure is permanent.
         except Exception as error:
             reason = reason_to_retry(error, uri, action)
         checksum_failures += reason == CHECKSUM_DIFFERS
@@ -95,7 +95,7 @@ def call_with_retries(
             )
         if elapsed > _SILENT_SECONDS:
             log_line(f"{uri}: {reason}; trying for another {limit - elapsed:.0f} s")
-        # Random pauses keep the programs of a cluster from retrying all at once.
+        # Pauses are random, so that the programs of a cluster do not all retry at the same time.
         cancelled.wait(min(pause, limit - elapsed) * random.uniform(0.5, 1.0))
         pause = min(2 * pause, _MAX_PAUSE)
     raise Cancelled

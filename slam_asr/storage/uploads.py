@@ -1,8 +1,9 @@
-"""Uploads from disk or memory; large objects are sent in parallel parts. Only complete objects are visible.
+"""Uploads from disk or memory. Large objects are sent in parallel parts. Only complete objects are visible.
 
-The server compares the bytes of each part with the SHA-256 that is sent along, and this module compares that
-SHA-256 with the one in the server's answer. If a server does not support SHA-256, this module compares the
-MD5 that the server returns as the etag. If it returns neither, the complete object is read back.
+Each part is sent with its SHA-256. The server compares the bytes that it received with this SHA-256, and this
+module compares it with the one in the server's answer. If a server does not support SHA-256, this module
+compares the MD5 that the server returns as the etag. If the answer contains neither, the complete object is
+read back.
 
 Some servers refuse requests with a checksum. Such a request is repeated without it, and later requests are
 sent without one.
@@ -44,7 +45,7 @@ from slam_asr.storage.retry import call_with_retries
 T = TypeVar("T")
 
 _MAX_PARTS = 10_000
-"""S3's limit; objects that would need more parts get larger ones."""
+"""S3's limit. An object that would need more parts gets larger ones."""
 _REFUSES_CHECKSUMS = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501", "400")
 """Codes with which servers refuse a header that they do not know, such as that of a checksum."""
 
@@ -57,8 +58,8 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
     """Upload a local file. The object is visible only when it is complete.
 
     Args:
-        uri: the object's URI; an existing one is replaced.
-        file: must not change meanwhile.
+        uri: the object's URI; an existing object is replaced.
+        file: the local file, which must not change during the upload.
         report: called with the number of bytes of each part that was sent.
 
     Raises:
@@ -66,13 +67,12 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
         StorageError: the bucket does not exist, access is denied, the server cannot be reached, or the file
             changed.
     """
-    # The file is read twice: the SHA-256 is in the metadata, which the first request of an upload must
-    # contain.
+    # The file is read twice, because the first request of an upload contains the metadata with the SHA-256.
     transfer = _Upload(uri, sha256_of_file(file))
     with open(file, "rb") as stream:
 
         def content(start: int, end: int) -> bytes:
-            # Threads share this file. `pread` leaves its position alone, unlike seek and read.
+            # Threads share this file. Unlike seek and read, `pread` does not change its position.
             part = os.pread(stream.fileno(), end - start, start)
             if len(part) != end - start:
                 raise StorageError(f"{file} changed while it was uploaded: run the same command again.")
@@ -87,7 +87,7 @@ def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -
     Args:
         uri: the object's URI.
         content: its bytes.
-        only_if_absent: do not replace an existing object.
+        only_if_absent: whether to refuse to replace an existing object.
 
     Raises:
         ObjectExists: the object exists and `only_if_absent` is true.
@@ -110,7 +110,7 @@ class _Upload:
             raise StorageError(f"{uri} is a bucket, but an object's name is needed: give s3://bucket/name.")
         self.target = {"Bucket": bucket, "Key": key}
         self.compared = True
-        """Whether the server's answers have shown so far that it received the right bytes."""
+        """Whether each answer of the server so far has shown that it received the right bytes."""
 
     def run(
         self, size: int, content: Callable[[int, int], bytes], report: Callable[[int], object] = no_report
@@ -118,8 +118,8 @@ class _Upload:
         """Write the object, replacing an existing one.
 
         Args:
-            size: in bytes.
-            content: returns the bytes in [start, end).
+            size: size of the object in bytes.
+            content: a function that returns the bytes in [start, end).
             report: called with the number of bytes of each part that was sent.
         """
         part_bytes = max(pieces.PIECE_BYTES, math.ceil(size / _MAX_PARTS))
@@ -138,7 +138,7 @@ class _Upload:
 
         def send_part(start: int, end: int, cancelled: threading.Event) -> dict[str, Any]:
             part: dict[str, Any] = {"PartNumber": start // part_bytes + 1}
-            # Only now are the bytes read, so that parts that wait for a slot take no memory.
+            # The bytes are read only after a slot is free, so that waiting parts take no memory.
             with _part_slots(os.getpid()):
                 part_content = content(start, end)
                 answer = self._call(lambda: self._send("upload_part", part_content, target | part), cancelled)
@@ -153,7 +153,7 @@ class _Upload:
                     report(end - start)
             self._call(lambda: self._complete(target | {"MultipartUpload": {"Parts": parts}}, size))
         except BaseException:
-            # A single attempt whose own failure is ignored: the first failure is the one to report.
+            # A single attempt. If it fails too, only the first failure is reported.
             with contextlib.suppress(Exception):
                 client().abort_multipart_upload(**target)
             raise
@@ -165,11 +165,11 @@ class _Upload:
         try:
             require_fields(client().complete_multipart_upload(**arguments), "ETag")
         except ClientError as error:
-            # An earlier attempt may have completed the upload, and only its answer was lost.
+            # An earlier attempt may have completed the upload although its answer was lost.
             existing = head(self.uri) if error_code(error) == "NoSuchUpload" else None
             if existing is None or existing.sha256 != self.sha256:
                 raise
-        # An object with another checksum is not an error: another writer has replaced this one since.
+        # An object with another checksum is not an error, because another writer has replaced this one since.
         known = head(self.uri)
         if known is not None and known.sha256 == self.sha256 and known.bytes != size:
             raise StorageError(
@@ -203,7 +203,7 @@ class _Upload:
             elif has_conditions:
                 raise TemporaryFailure("it was removed meanwhile")
             else:
-                # If several write at once, the last one wins.
+                # Without conditions, the last of several simultaneous writers wins.
                 self._send("put_object", content, arguments)
                 self._require_writer(head(self.uri), writer)
 
@@ -238,13 +238,13 @@ class _Upload:
         return answer
 
     def _read_back(self) -> None:
-        """Compare the complete object, if the server's answers did not show what it received.
+        """Read the object back and compare it, if the server's answers did not show that it is right.
 
         Raises:
             StorageError: the object differs.
         """
         known = None if self.compared else head(self.uri)
-        # An object with another checksum is not an error: another writer has replaced this one since.
+        # An object with another checksum is not an error, because another writer has replaced this one since.
         if known is None or known.sha256 not in (None, self.sha256):
             return
         with ObjectStream(self.uri) as stream:
@@ -263,10 +263,10 @@ class _Upload:
 
 @functools.cache
 def _part_slots(process: int) -> threading.BoundedSemaphore:
-    """Return the semaphore that limits how many parts a process holds in memory at once, over all files.
+    """Return the semaphore that limits the number of parts in a process's memory, over all files.
 
-    Each process has its own: in a forked one, the threads that held a slot do not exist and would never
-    release it.
+    Each process has its own semaphore. In a forked process, the parent's threads do not exist, so they would
+    never release the slots that they held.
 
     Args:
         process: id of this process.
@@ -275,12 +275,12 @@ def _part_slots(process: int) -> threading.BoundedSemaphore:
 
 
 def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]) -> dict[str, Any]:
-    """Make a request with a checksum, or without one if the user has switched it off or the server refuses.
+    """Make a request with a checksum, or without one if the user or the server refuses checksums.
 
     Args:
         operation: name of boto3's method.
-        arguments: that method's arguments, except the checksum.
-        checksum: the arguments that ask for a checksum or hold one.
+        arguments: the method's arguments, except those in `checksum`.
+        checksum: the arguments that request or contain a checksum.
     """
     from botocore.exceptions import ClientError
 
@@ -294,7 +294,7 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
         code = error_code(error)
         if code not in _REFUSES_CHECKSUMS:
             raise
-        # If the checksum is not what the server refuses, this raises the server's error again.
+        # If the server refused the request for another reason, this raises the server's error again.
         answer = getattr(client(checksums=False), operation)(**arguments)
         remember_refusal()
         log_line(

@@ -7,7 +7,7 @@ PIECE = 100_000
 
 @pytest.fixture
 def small_pieces(monkeypatch) -> int:
-    """Make the pieces of a transfer small, so that a megabyte has many. Returns their size in bytes."""
+    """Make the pieces of a transfer small, so that a megabyte has many; return their size in bytes."""
     from moto.s3 import models
 
     from slam_asr.storage import objects, pieces

@@ -91,7 +91,9 @@ def test_no_option_takes_an_address_without_a_bucket(command, options, tmp_path,
         (slam_asr, ["compare", "a", "b", "--output", ""], "--output"),
     ],
 )
-def test_an_empty_option_is_not_the_working_folder(command, options, name, tmp_path, monkeypatch):
+def test_an_empty_option_is_refused_instead_of_meaning_the_working_folder(
+    command, options, name, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert sentence(command, options) == f"{name} is empty: give a value, or leave the option out."
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ def content_of(name: str, size: int) -> bytes:
 
 
 def fill_with(content: bytes, log=None, pause: float = 0.0):
-    """A function that writes `content` in two halves, and then a line to the file `log`."""
+    """Return a function that writes `content` in two halves, and then adds a line to the file `log`."""
 
     def fill(file):
         file.write(content[: len(content) // 2])
@@ -43,7 +43,7 @@ def hold(cache: DiskCache, name: str, size: int = 1000):
 
 
 def names(folder) -> list[str]:
-    """Names of all files in a cache, temporary ones included, but not its locks."""
+    """Return the names of all files in a cache, with temporary ones, but without its locks."""
     return sorted(f.name for f in folder.iterdir() if f.name != ".locks")
 
 
@@ -89,7 +89,7 @@ def test_the_limit_is_never_exceeded_and_held_files_remain(tmp_path):
             except CacheFull:
                 continue
             time.sleep(0.002)
-            # Read by name: the file must still exist.
+            # The file is read by its name, so it must still exist.
             assert held.path.read_bytes() == content_of(name, size)
             held.release()
 
@@ -178,7 +178,7 @@ def test_a_killed_process_leaves_no_locks_and_no_files_that_cannot_be_removed(tm
     assert os.listdir(tmp_path / ".locks") == []
 
 
-def test_an_object_half_fetched_by_a_killed_process_is_fetched_by_the_one_that_waits(tmp_path):
+def test_an_object_that_a_killed_process_half_fetched_is_fetched_by_the_waiting_process(tmp_path):
     cache = DiskCache(tmp_path, 3000)
     process = fork.Process(
         target=lambda: cache.hold(
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_while_fetching_is_reported(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of a megabyte."""
+    """Mount a disk of one megabyte."""
     (tmp_path / "disk").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "disk")]
     if subprocess.run(mount, capture_output=True).returncode:
@@ -285,7 +285,7 @@ def test_a_disk_smaller_than_the_limit_is_used_up_to_its_size(small_disk):
     assert not [n for n in names(small_disk / "cache") if n.startswith(".")]
 
 
-def test_a_process_that_is_forked_meanwhile_does_not_hold_the_lock(tmp_path):
+def test_a_process_that_is_forked_during_a_fetch_does_not_hold_the_lock(tmp_path):
     cache, filling, resume = DiskCache(tmp_path, 3000), threading.Event(), threading.Event()
 
     def fill(file):

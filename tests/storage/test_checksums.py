@@ -1,4 +1,4 @@
-"""Uploads work with servers that refuse checksums, and are then compared in another way."""
+"""Uploads work with servers that refuse checksums, and what they stored is then verified in another way."""
 
 import pytest
 
@@ -11,14 +11,14 @@ ROOT = "s3://bucket/store"
 
 
 def sent_checksums(proxy) -> int:
-    """Number of requests with a header of a checksum."""
+    """Count the requests with a checksum in a header."""
     return sum(
         any(n.startswith(("x-amz-checksum-", "x-amz-sdk-")) for n in r.headers) for r in proxy.requests
     )
 
 
 def refuse_checksums(status: int, code: str):
-    """A rule that refuses headers of checksums, as Backblaze B2 did (boto/s3transfer#327)."""
+    """Return a rule that refuses headers with checksums, as Backblaze B2 did (boto/s3transfer#327)."""
     names = ("x-amz-checksum-", "x-amz-sdk-checksum-algorithm", "x-amz-trailer")
     return lambda request: (
         (status, code)
@@ -43,7 +43,7 @@ def test_a_server_that_refuses_checksums_works(faulty_s3, small_pieces, tmp_path
         content,
         b"first",
     ]
-    # Only the first request had a checksum.
+    # Only the first request had a checksum, and it was refused.
     assert faulty_s3.faults.total() == sent_checksums(faulty_s3) == 1
     printed = capsys.readouterr().out
     assert f'refuses checksums: {answer[1]} ("{answer[1]}, from the proxy")' in printed
@@ -62,7 +62,9 @@ def test_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_pieces, t
     assert fetch(f"{ROOT}/x").read_bytes() == content
 
 
-def test_botos_own_variable_is_honoured(faulty_s3, small_pieces, tmp_path, monkeypatch):
+def test_the_variable_of_boto3_that_switches_checksums_off_is_honoured(
+    faulty_s3, small_pieces, tmp_path, monkeypatch
+):
     faulty_s3.fault_rate = 0
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     (tmp_path / "file").write_bytes(b"c" * 250_000)
@@ -84,9 +86,9 @@ def test_a_flipped_bit_is_noticed_without_checksums(faulty_s3, monkeypatch):
 
 
 def test_without_checksum_and_md5_the_object_is_read_back(faulty_s3, tmp_path):
-    """Etags are no MD5 sums if the bucket encrypts with keys of a key management service."""
+    """An etag is not an MD5 sum if the bucket encrypts with keys of a key management service."""
     faulty_s3.checks, faulty_s3.fault_rate = False, 0
-    # By moto's rules, the etag is still an MD5 sum; but it could be anything.
+    # moto's etag is still an MD5 sum, but the code may not rely on it.
     client().put_bucket_encryption(
         Bucket="bucket",
         ServerSideEncryptionConfiguration={

@@ -27,7 +27,7 @@ NAME, PASSWORD, TOKEN = "AKIARECOGNISABLE", "rec0gnisable/secret+key", "recognis
 
 
 def in_use() -> tuple[str | None, ...]:
-    """Access key, secret key, token, endpoint and region of the present client."""
+    """Return access key, secret key, token, endpoint and region of the current client."""
     present = client()
     keys = present._request_signer._credentials
     return keys.access_key, keys.secret_key, keys.token, present.meta.endpoint_url, present.meta.region_name
@@ -35,7 +35,7 @@ def in_use() -> tuple[str | None, ...]:
 
 @pytest.fixture
 def no_credentials(bucket, s3_server, monkeypatch, tmp_path):
-    """No AWS settings in the environment or in the home folder."""
+    """Remove all AWS settings from the environment and the home folder."""
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -43,7 +43,7 @@ def no_credentials(bucket, s3_server, monkeypatch, tmp_path):
 
 
 def mount(folder: Path, monkeypatch, **files: str) -> Path:
-    """Create a secret as Kubernetes mounts it: symbolic links to the folder of its present version."""
+    """Create a secret as Kubernetes mounts it: symbolic links to the folder of its current version."""
     version = folder / f"..{len(list(folder.glob('..*')))}" if folder.exists() else folder / "..0"
     version.mkdir(parents=True)
     for name, content in files.items():
@@ -90,7 +90,7 @@ def test_the_environment_takes_precedence_over_a_mounted_secret(
     monkeypatch.setenv("AWS_REGION", "us-west-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "c")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "d")
-    # Never the access key of one source with the secret key or token of the other.
+    # The access key of one source is never combined with the secret key or token of the other.
     assert in_use() == ("c", "d", None, s3_server, "us-west-1")
 
 
@@ -141,7 +141,7 @@ def test_a_forked_process_has_its_own_connections(bucket):
 
 
 def failures(s3_server: str):
-    """Ways to fail, as (environment variables, the server's answer); each is reported in one sentence."""
+    """Yield ways to fail: environment variables, and the server's answer."""
     userinfo = s3_server.replace("//", f"//{NAME}:{PASSWORD}@")
     yield {}, (403, "AccessDenied")
     yield {}, (403, "SignatureDoesNotMatch")
@@ -222,7 +222,7 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
         assert secret not in everything
 
 
-def test_the_logging_of_boto3_is_not_configured(bucket):
+def test_the_logging_of_boto3_is_left_unchanged(bucket):
     program = (
         "import logging; from slam_asr.storage import objects, uploads\n"
         "uploads.write('s3://bucket/x', b'x'); objects.read('s3://bucket/x')\n"

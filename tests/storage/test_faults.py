@@ -1,4 +1,4 @@
-"""While a fifth of all requests fail, every call returns the right bytes, and a flipped bit is never read."""
+"""When a fifth of all requests fail, every call returns the right bytes, and a flipped bit is never read."""
 
 import os
 import random
@@ -84,7 +84,7 @@ def test_content_of_every_size_survives_faults(faulty_s3, small_pieces, tmp_path
 
 @pytest.mark.slow
 def test_a_listing_of_several_pages_survives_faults(faulty_s3, bucket, monkeypatch):
-    # moto takes long for a page of a thousand names, on a busy machine longer than the fixture's 0.3 s.
+    # On a busy machine, moto takes longer than the fixture's 0.3 s for a page of a thousand names.
     monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "3")
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "120")
     names = sorted(f"{i:04}" for i in range(2345))
@@ -112,13 +112,13 @@ def test_folders_survive_faults(faulty_s3, small_pieces, tmp_path):
 
 
 def test_one_of_several_conditional_writers_wins_under_faults(faulty_s3):
-    # moto lets two simultaneous conditional writers win, so it gets one request at a time.
+    # moto may let two simultaneous conditional writers win, so it gets one request at a time.
     faulty_s3.one_at_a_time = True
     for attempt in range(3):
         winners = []
 
         def compete(attempt=attempt, winners=winners) -> None:
-            # All write the same content, so none can tell from the content that it was first.
+            # All write the same content, so the content does not show which of them was first.
             if write_bytes(f"{ROOT}/claim-{attempt}", b"mine", replace=False):
                 winners.append(threading.get_ident())
 
@@ -139,7 +139,7 @@ def test_a_server_without_conditional_writes_is_supported(faulty_s3, answer):
 
 
 def fail_first(count: int, kind, method: str):
-    """A rule that makes the first `count` requests of a method fail."""
+    """Return a rule that makes the first `count` requests of a method fail."""
     remaining = [count]
 
     def rule(request):
@@ -231,7 +231,7 @@ def write_bytes_directly(bucket, content: bytes) -> None:
 def test_progress_of_a_download_that_starts_again_counts_each_byte_once(
     bucket, small_pieces, faulty_s3, tmp_path, monkeypatch
 ):
-    # One piece after the other: two have arrived when the object is replaced.
+    # Pieces are fetched one after another, so two have arrived when the object is replaced.
     monkeypatch.setattr(pieces, "PARALLEL_PIECES", 1)
     old, new = noise(5 * small_pieces, seed=1), noise(5 * small_pieces, seed=2)
     write_bytes(f"{ROOT}/x", old)

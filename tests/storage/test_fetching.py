@@ -1,4 +1,4 @@
-"""An object is fetched once and completely, by one process, and a killed upload changes nothing.
+"""An object is fetched once, by one process; what a killed process leaves does no harm.
 
 A full disk is reported in one sentence.
 """
@@ -47,7 +47,7 @@ def test_concurrent_workers_fetch_each_object_once(faulty_s3, small_pieces, tmp_
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-def test_a_fetch_restarts_after_a_killed_one(faulty_s3, small_pieces, tmp_path):
+def test_an_object_is_fetched_again_after_a_killed_fetch(faulty_s3, small_pieces, tmp_path):
     faulty_s3.fault_rate = 0
     write_bytes("s3://bucket/folder/a", NOISE)
     faulty_s3.rule = lambda request: STALL if "bytes=200000" in request.headers.get("range", "") else None

@@ -23,7 +23,7 @@ from slam_asr.storage import (
 )
 
 NAMES = ["a-b/x", "a.txt", "a/b/c", "a/é ü", "a0", "z"]
-"""Sorted by their bytes: '-' and '.' before '/', '0' after it."""
+"""Sorted by their bytes: '-' and '.' come before '/', and '0' comes after it."""
 
 
 @pytest.fixture(params=["folder", "prefix"])
@@ -92,7 +92,7 @@ def test_a_file_larger_than_a_part_arrives_complete(root, tmp_path):
     assert fetch(join(root, "large")).read_bytes() == content
 
 
-def test_the_file_that_vouches_for_a_folder_is_published_last(bucket, tmp_path, monkeypatch):
+def test_the_file_that_shows_that_a_folder_is_complete_is_published_last(bucket, tmp_path, monkeypatch):
     for name in ("x", "sub/y", "stage.json", ".hidden"):
         write_bytes(tmp_path / "folder" / name, name)
     order = []
@@ -124,5 +124,5 @@ def test_an_object_whose_name_points_outside_the_folder_is_not_fetched(bucket, t
         ("/a", "s3://bucket/m", "/a"),
     ],
 )
-def test_a_relative_path_is_relative_to_the_manifests_folder(path, folder, expected):
+def test_a_relative_path_is_relative_to_the_given_folder(path, folder, expected):
     assert resolve(path, folder) == expected

@@ -35,11 +35,11 @@ CALLS = {
 
 
 def message_of(call, uri: str) -> str:
-    """The message of the error that a call raises: a single sentence."""
+    """Return the message of the error that a call raises, after checking that it is a single sentence."""
     with pytest.raises(UserError) as raised:
         call(uri)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
-    # boto3's own error may hold credentials, so even a traceback must not show it.
+    # boto3's own error may contain credentials, so even a traceback must not show it.
     assert "botocore" not in "".join(traceback.format_exception(raised.value)).replace(
         "site-packages/botocore", ""
     )
@@ -47,7 +47,7 @@ def message_of(call, uri: str) -> str:
 
 
 BEGIN_WITH_HEAD = ("info", "stream", "fetch")
-"""The calls that ask for the object's size first. The answer to HEAD has no body, so no precise reason."""
+"""The calls that begin with a HEAD request. Its answer has no body, and thus no precise reason."""
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_a_permanent_failure_is_not_retried(faulty_s3, answer, reason, reason_wi
         else:
             expected = reason_without_body if name in BEGIN_WITH_HEAD else reason
             assert expected in message_of(call, "s3://bucket/x"), name
-        # If the answer could mean another region, boto3 itself asks once for the bucket's region.
+        # If the answer could mean another region, boto3 itself requests the bucket's region once.
         assert len([r for r in faulty_s3.requests if (r.method, r.target) != ("HEAD", "/bucket")]) == 1, name
 
 
 @pytest.mark.parametrize("name", ["read", "stream", "fetch", "folder"])
-def test_a_missing_object_is_not_asked_for_again(faulty_s3, name):
+def test_the_request_for_a_missing_object_is_not_repeated(faulty_s3, name):
     faulty_s3.fault_rate = 0
     message = message_of(CALLS[name], "s3://bucket/nothing").lower()
     assert "there is no" in message or "nothing at" in message
@@ -101,7 +101,7 @@ def test_an_unreachable_endpoint_is_retried_until_the_time_limit(bucket, name, m
     )
 
 
-def test_a_silent_server_is_waited_for_until_the_time_limit(faulty_s3, monkeypatch):
+def test_a_silent_server_is_given_up_after_the_time_limit(faulty_s3, monkeypatch):
     faulty_s3.rule = lambda request: STALL
     monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.2")
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0")

@@ -1,4 +1,4 @@
-"""A stage whose output is in object storage is finished when its record exists, and not before."""
+"""A stage with its output in object storage counts as finished only when its record exists."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ INPUTS = {"recipe": "a", "seed": 1}
 
 
 class Work:
-    """A stage's work that counts its calls."""
+    """A stage's work, which counts its calls."""
 
     def __init__(self, text: str = "result") -> None:
         self.text, self.calls = text, 0
@@ -43,7 +43,7 @@ class Work:
 def test_a_finished_stage_is_not_repeated_despite_network_faults(faulty_s3, tmp_path, capsys):
     work = Work()
     for attempt in range(6):
-        # A pod that starts later shares only object storage with this one.
+        # A later pod shares only object storage with this one, so the cache is removed.
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         record = run_stage("a-stage", OUTPUT, INPUTS, work)
         assert record.folder.startswith("s3://bucket/results/") and "{" not in record.folder

@@ -1,4 +1,4 @@
-"""What must be writable is tried before work begins; a training run stops if no checkpoint can be written."""
+"""Outputs are tried before the work begins; a training run stops if it cannot write a checkpoint."""
 
 import stat
 
@@ -11,14 +11,14 @@ from slam_asr.artifacts.stage_record import Outcome, run_stage
 from slam_asr.errors import StorageError, UserError
 from slam_asr.pretrained.copy_to_bucket import copy_models
 from slam_asr.stages.transcribe import transcribe
-from slam_asr.storage import exists, read_bytes, require_writable, walk
+from slam_asr.storage import exists, read_bytes, require_writable, walk, write_atomically
 from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, Snapshot
 
 INPUTS = {"seed": 1}
 
 
 def refuse(*methods: str, text: str = ""):
-    """A rule that answers requests of these methods, whose target has this text, with 403."""
+    """Return a rule that answers with 403 to requests of these methods whose target contains this text."""
     return lambda request: (
         (403, "AccessDenied") if request.method in methods and text in request.target else None
     )
@@ -26,7 +26,7 @@ def refuse(*methods: str, text: str = ""):
 
 @pytest.fixture
 def stage():
-    """Runs a stage and counts how often it works."""
+    """Return a function that runs a stage and returns how often its work was called."""
 
     def run(output: str, **inputs) -> int:
         calls = []
@@ -58,13 +58,13 @@ def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     # A finished stage does nothing, so it needs no permission to write.
     faulty_s3.rule = refuse("PUT", "DELETE")
     assert stage("s3://bucket/y") == 0
-    # Started again with other inputs, it tries first, and leaves the earlier record in place.
+    # With other inputs, the stage tries the output first, and leaves the earlier record in place.
     with pytest.raises(StorageError, match="access is denied"):
         stage("s3://bucket/y", seed=2)
     assert exists("s3://bucket/y/stage.json")
 
 
-def test_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage, tmp_path):
+def test_a_missing_bucket_and_a_file_in_place_of_a_folder_are_noticed_first(bucket, stage, tmp_path):
     with pytest.raises(
         StorageError, match=r"^s3://no-such-bucket/y cannot be written: there is no such bucket"
     ):
@@ -87,7 +87,7 @@ def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
     assert stat.S_ISDIR(tmp_path.stat().st_mode) and list(tmp_path.iterdir()) == []
 
 
-def test_transcribe_and_copy_models_try_first(faulty_s3, tmp_path):
+def test_transcribe_and_copy_models_try_their_output_first(faulty_s3, tmp_path):
     faulty_s3.rule = refuse("PUT")
     with pytest.raises(StorageError, match="access is denied"):
         transcribe(None, [str(tmp_path / "a.wav")], "no-model", output="s3://bucket/out")
@@ -111,7 +111,7 @@ def weight(folder: str) -> float:
     return float(checkpoint.require(folder).tensors("weights")["w"][0])
 
 
-def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
+def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_on_local_disk(
     faulty_s3, process_group, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0.3")
@@ -125,11 +125,11 @@ def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
     writer.wait()
     assert writer.failure is not None
     tried = faulty_s3.faults.total()
-    assert tried > 1  # for as long as its patience
+    assert tried > 1  # the upload was retried for SLAM_ASR_S3_PATIENCE seconds
     writer.save(snapshot(3))
     with pytest.raises(StorageError) as raised:
         writer.close()
-    assert faulty_s3.faults.total() == tried  # none after the one that failed
+    assert faulty_s3.faults.total() == tried  # no further checkpoint was tried
     here = str(tmp_path / UNSAVED)
     assert str(raised.value).startswith(
         "The checkpoint of step 2 could not be written: s3://bucket/x/checkpoints/"
@@ -144,11 +144,11 @@ def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
         in (capsys.readouterr().out)
     )
     assert weight(folder) == 1.0 and weight(here) == 2.0
-    # The same command on the same machine uploads it.
+    # The next start of the same command on the same machine uploads the checkpoint.
     faulty_s3.rule = lambda request: None
     checkpoint.recover(here, folder, keep=2)
     assert weight(folder) == 2.0
-    # A newer checkpoint is not replaced by it.
+    # A newer checkpoint is not replaced by the local one.
     writer = CheckpointWriter(folder, tmp_path, keep=2)
     writer.save(snapshot(5))
     writer.close()
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
     assert weight(folder) == 5.0
 
 
-def test_a_checkpoint_is_tried_again_for_as_long_as_its_patience(
+def test_the_upload_of_a_checkpoint_is_retried_for_the_seconds_of_patience(
     faulty_s3, process_group, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "20")
@@ -187,9 +187,7 @@ def test_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(process_
         writer.close()
 
 
-def test_a_local_path_is_needed_where_no_address_is_possible(tmp_path, monkeypatch):
-    from slam_asr.storage import write_atomically
-
+def test_a_function_for_local_files_refuses_an_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match="is in object storage"):
         write_atomically("s3://bucket/x", b"x")
