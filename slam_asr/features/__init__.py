@@ -1,1 +1,1 @@
-"""Extraction and maintenance of features: each utterance is encoded once, and every run uses the result."""
+"""Extraction and maintenance of features. Each utterance is encoded once, and every run uses the result."""

@@ -1,7 +1,8 @@
 """Worker processes that read and prepare audio ahead of the encoder.
 
-Workers import torch but not transformers. They send arrays through pipes rather than through shared memory,
-because /dev/shm has only 64 MB in a container by default.
+Workers import torch but not transformers. They send arrays through pipes instead of shared memory, because
+/dev/shm has only 64 MB in a container by default, and a process crashes if it is full
+(https://github.com/pytorch/pytorch/issues/5040).
 """
 
 import multiprocessing
@@ -26,16 +27,16 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
-# What a full /dev/shm does to a process: https://github.com/pytorch/pytorch/issues/5040.
 _Arrays = tuple[list[np.ndarray], int]
-"""`inputs` and `samples` of a `Prepared`, as float32 arrays: tensors would be sent through shared memory."""
+"""`inputs` of a `Prepared` as float32 arrays, because tensors would be sent through shared memory; and its
+`samples`."""
 
 
 def default_workers(processes: int, on_gpu: bool) -> int:
-    """Number of workers per extraction process, for a recipe that does not set it.
+    """Return the number of workers per extraction process, for a recipe that does not set it.
 
     If the encoder runs on a GPU, the CPU cores are free for workers. If it runs on the CPU, it needs the
-    cores itself, and a single worker is fast enough for it.
+    cores itself, and a single worker prepares audio fast enough.
 
     Args:
         processes: number of processes of the extraction on this machine.
@@ -50,8 +51,8 @@ class AudioLoader:
     """Reads and prepares utterances in worker processes, which end when this process ends.
 
     Args:
-        preparer: turns a waveform into the encoder's input.
-        workers: number of processes.
+        preparer: converts a waveform to the encoder's input.
+        workers: number of worker processes.
     """
 
     def __init__(self, preparer: Preparer, workers: int) -> None:
@@ -71,9 +72,9 @@ class AudioLoader:
     def prepare(self, batches: Iterable[tuple[Tag, list[Utterance]]]) -> Iterator[tuple[Tag, list[Prepared]]]:
         """Prepare batches in order, while the workers stay ahead of the caller.
 
-        A batch is returned once enough utterances of later batches are queued: at least as many as the batch
+        A batch is yielded once enough utterances of later batches are queued: at least as many as the batch
         has, and at least two per worker. Workers therefore have work while the caller encodes the batch. At
-        the end, the remaining batches are returned without waiting for more.
+        the end, the remaining batches are yielded at once.
 
         Args:
             batches: pairs of a tag, which is returned unchanged, and a list of utterances.
@@ -82,7 +83,8 @@ class AudioLoader:
             Each batch's tag and its prepared utterances, in the order of the batch.
 
         Raises:
-            AudioError: audio that cannot be used.
+            AudioError: an audio file is missing, damaged, empty or too short.
+            InputError: an audio file differs from its manifest.
             ConfigurationError: a worker was killed.
         """
         pending: deque[tuple[Tag, list[Future[_Arrays]]]] = deque()
@@ -111,17 +113,17 @@ class AudioLoader:
 
 
 _preparer: Preparer | None = None
-"""The preparer of this worker process, set when it starts so that it is not sent with each utterance."""
+"""The preparer of this worker process. It is set at the start, so that it is not sent with each utterance."""
 
 
 def _start_worker(preparer: Preparer) -> None:
     global _preparer
     _preparer = preparer
-    # `die_with_parent` would not work here, because the kernel's parent is the fork server. The parent that
-    # multiprocessing reports is the owner of the pool.
+    # `die_with_parent` would not work here, because the kernel's parent of this process is the fork server.
+    # The parent that multiprocessing reports is the owner of the pool.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the owner, which ends its workers
-    # The workers share the cores already; several threads in each of them would compete.
+    # The workers already share the cores. Several threads in each worker would compete for them.
     torch.set_num_threads(1)
 
 

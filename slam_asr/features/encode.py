@@ -1,7 +1,7 @@
 """Encoding of planned shards on one device. Each shard is published as soon as it is complete.
 
 While the encoder works on one batch, worker processes prepare the next batches, and a thread writes the
-previous shard, or a piece of one that takes long.
+previous shard, or a piece of a shard that takes long.
 """
 
 import time
@@ -36,7 +36,7 @@ class EncodingTask:
     namespace: FeatureNamespace
     """The part of the store to which shards are written."""
     fingerprint: dict[str, Any]
-    """Everything that determines the features."""
+    """Everything that determines the features; see `extraction.fingerprint_of`."""
 
 
 @dataclass
@@ -50,16 +50,16 @@ class AudioBatch:
     is_last: bool
     """Whether this is the last batch of its shard."""
     resumed: list["EncodedBatch"] = field(default_factory=list)
-    """In the last batch of a shard: the shard's batches that an interrupted extraction has encoded."""
+    """In the last batch of a shard: the batches of the shard that an interrupted extraction has encoded."""
 
 
 @dataclass
 class EncodedBatch:
-    """A batch's features while they are copied to the host's memory."""
+    """A batch's features, which may still be on their way from the GPU to the host's memory."""
 
     batch: AudioBatch
     features: list[feature_dtype.QuantizedFrames]
-    """Per utterance, frames [frames, encoder width] in the store's dtype, and scales [frames] for fp8."""
+    """For each utterance, frames [frames, encoder width] in the store's dtype, and scales for fp8."""
     copied: torch.cuda.Event | None = None
     """Marks the end of the copies on the GPU; None if the features were computed on the CPU."""
 
@@ -72,7 +72,7 @@ class EncodedBatch:
 class ShardWriter:
     """Collects batches until their shard is complete, then writes it while the next shard is computed.
 
-    If a shard takes longer than `PIECE_SECONDS`, what it has so far is saved in pieces.
+    If a shard takes longer than `PIECE_SECONDS`, the features that it has so far are saved in pieces.
 
     Args:
         namespace: the part of the store to which shards are written.
@@ -90,14 +90,14 @@ class ShardWriter:
         self._features: dict[str, feature_dtype.QuantizedFrames] = {}
         self._spans: dict[str, int] = {}
         self._in_pieces = 0
-        """How many of the features are saved in pieces."""
+        """Number of entries in `_features` that are saved in pieces."""
         self._saved = clock()
         """Time by `clock` at which the writing of the last piece or shard began."""
         self._thread = ThreadPoolExecutor(1, "write-shard")
         self._writing: Future[None] | None = None
 
     def add(self, encoded: EncodedBatch) -> None:
-        """Add a batch. All batches of a shard must be added before any batch of the next.
+        """Add a batch. All batches of a shard must be added before any batch of the next shard.
 
         Raises:
             OSError: the disk is full.
@@ -113,12 +113,12 @@ class ShardWriter:
             self._submit(self._publish, shard, self._features, self._spans)
             self._features, self._spans, self._in_pieces = {}, {}, 0
         elif self.clock() - self._saved >= PIECE_SECONDS:
-            # A dictionary retains the order of insertion, so all after the first `_in_pieces` are new.
+            # A dictionary retains the order of insertion: all entries after the first `_in_pieces` are new.
             self._submit(self._save_piece, shard, dict(islice(self._features.items(), self._in_pieces, None)))
             self._in_pieces = len(self._features)
 
     def _submit(self, write: Callable[..., None], *arguments: Any) -> None:
-        self.finish()  # so that at most one complete shard is queued
+        self.finish()  # so that at most one shard waits in memory while the next is collected
         self._writing = self._thread.submit(write, *arguments)
         self._saved = self.clock()
 
@@ -139,10 +139,10 @@ class ShardWriter:
         content, index = pack(features, self.fingerprint, spans)
         path = self.namespace.shard_path(index.shards[0].name)
         existing = info(path)
-        # A shard is named by the SHA-256 of its content, so an existing one of the same size is the same.
+        # A shard is named by the SHA-256 of its content, so an existing file of the same size is identical.
         if existing is None or existing.bytes != len(content):
             write_bytes(path, content)
-        # After the shard, because a resumed extraction does not compute a shard that has a receipt.
+        # Written after the shard, because a resumed extraction does not compute a shard that has a receipt.
         write_bytes(shard.receipt, index.to_bytes())
         remove_pieces(shard)
 
@@ -153,8 +153,8 @@ class ShardWriter:
         # The shard itself does not need the piece, so the extraction continues.
         except (OSError, UserError) as error:
             log_line(
-                "warning: the features so far could not be saved; if this extraction is interrupted, another "
-                f"has to compute them again: {error}"
+                "warning: the features so far could not be saved; after an interruption, they must be computed "
+                f"again: {error}"
             )
 
 
@@ -199,8 +199,8 @@ def run_shards(
             encoded = _copy_to_host(
                 batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
             )
-            # Adding a batch waits until its copy is complete. The previous batch is added only now, when the
-            # GPU already has this one to compute.
+            # `add` waits until the batch is copied. The previous batch is therefore added only now, when the
+            # GPU already has the current one to compute.
             if previous is not None:
                 writer.add(previous)
             previous = encoded
@@ -213,13 +213,16 @@ def run_shards(
 def plan_batches(
     shards: list[PlannedShard], spec: EncoderSpec, budget: float, meter: Meter
 ) -> Iterator[AudioBatch]:
-    """Divide shards into batches of utterances of similar lengths, because a batch is padded to its longest.
+    """Divide shards into batches of utterances with similar lengths, so that they need little padding.
 
     Args:
         shards: the shards to divide. A shard that another extraction has finished meanwhile is skipped.
         spec: the encoder.
         budget: maximum audio per batch in seconds, padding included.
-        meter: counts the utterances of skipped shards as done.
+        meter: counts the utterances of skipped shards and of saved batches as done.
+
+    Yields:
+        The batches to encode, shard by shard. The last one of a shard also has the shard's saved batches.
     """
     for shard in shards:
         if exists(shard.receipt):
@@ -228,8 +231,8 @@ def plan_batches(
         in_pieces = read_pieces(shard)
         resumed: list[EncodedBatch] = []
         samples = shard.audio.samples.tolist()
-        # The position breaks ties, so that a resumed extraction forms the same batches (see
-        # `features.pieces`).
+        # Equal lengths are ordered by position, so that a resumed extraction forms the same batches; see
+        # `features.pieces`.
         longest_first = sorted(range(len(samples)), key=lambda i: (-samples[i], i))
         groups = batches_of([spec.seconds_of(samples[i]) for i in longest_first], budget)
         for number, group in enumerate(groups, start=1):
@@ -242,8 +245,8 @@ def plan_batches(
                 resumed=resumed if number == len(groups) else [],
             )
             audio_ids = [u.audio_id for u in batch.utterances]
-            # Batches are taken from pieces as a unit: rounding depends on what is encoded together. The last
-            # one is in no piece, unless the size of batches has changed since, and makes the shard complete.
+            # A batch is taken from pieces only if all its utterances are in them, because rounding depends on
+            # which utterances are encoded together. The last batch is always encoded: it completes the shard.
             if not batch.is_last and all(audio_id in in_pieces for audio_id in audio_ids):
                 resumed.append(EncodedBatch(batch, [in_pieces[audio_id] for audio_id in audio_ids]))
                 meter.update(len(batch.utterances))

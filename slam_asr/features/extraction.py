@@ -1,8 +1,8 @@
-"""An extraction: it finds the missing shards, divides them among processes, and publishes the indexes.
+"""An extraction: finds the missing shards, divides them among processes, and publishes the indexes.
 
 The shards to compute are planned from the manifests. A run after an interruption finds the finished shards
 and computes only the others. If n processes share the work, on one machine or on many, each takes every n-th
-shard; the store's bytes do not depend on n. On a machine with several GPUs, each GPU gets a process,
+shard. The bytes of the shards do not depend on n. On a machine with several GPUs, each GPU gets a process,
 `python -m slam_asr.features.extraction JOB`.
 """
 
@@ -38,7 +38,7 @@ STAGE = "extract-features"
 
 @dataclass(kw_only=True)
 class ExtractionJob(Job):
-    """The instructions for one of several processes."""
+    """The instructions for one of several processes on a machine."""
 
     recipe: str
     """The resolved recipe, as YAML."""
@@ -47,7 +47,7 @@ class ExtractionJob(Job):
     output: str
     """Path or URI of the store."""
     work_shard: dict[str, int]
-    """The fields of the `WorkShard` that all processes of this machine compute together."""
+    """The fields of the `WorkShard` that the processes of this machine compute together."""
 
 
 class Extraction:
@@ -56,7 +56,7 @@ class Extraction:
     Args:
         recipe: the recipe.
         spec: the recipe's encoder.
-        files: paths of the manifests. Audio that is in several of them is computed for the first.
+        files: paths of the manifests. Audio that is in several manifests counts only for the first.
         output: path or URI of the store.
         work_shard: which of the planned shards this extraction computes.
         quiet: log nothing, because the stage that started this process has already done so.
@@ -78,18 +78,18 @@ class Extraction:
         self.audio = self._distinct_audio(quiet)
 
     def _distinct_audio(self, quiet: bool) -> list[Audio]:
-        """For each manifest, the audio that is in no earlier manifest."""
+        """Return, for each manifest, the audio that is in no earlier manifest."""
         distinct: list[Audio] = []
         for file in self.files:
             audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet), samples_of)
             for earlier in distinct:
-                # `distinct_audio` has sorted both lists, as `isin_sorted` needs it for the second.
+                # `isin_sorted` needs sorted ids as its second argument, which `distinct_audio` returns.
                 audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
             distinct.append(audio)
         return distinct
 
     def plans(self) -> list[ExtractionPlan]:
-        """Plan the extraction of each manifest, given the present state of the store."""
+        """Plan the extraction of each manifest, given the current state of the store."""
         options = self.recipe.features
         return [
             ExtractionPlan(audio, self.namespace, self.fingerprint, self.spec, options, self.work_shard)
@@ -98,9 +98,9 @@ class Extraction:
 
     @staticmethod
     def missing(plans: list[ExtractionPlan], process: int = 0, processes: int = 1) -> list[PlannedShard]:
-        """The shards that one of several processes must compute.
+        """Return the shards that one of several processes must compute.
 
-        All shards are assigned to processes before existing ones are left out. The assignment therefore does
+        Shards are assigned to processes before the existing ones are omitted. The assignment therefore does
         not depend on the progress of the other processes.
 
         Args:
@@ -112,7 +112,7 @@ class Extraction:
         return [shard for plan, shard in own[process::processes] if plan.is_missing(shard)]
 
     def is_intact(self, record: Record) -> bool:
-        """Whether the indexes that a finished extraction recorded, and their shards, still exist."""
+        """Return whether the indexes in a finished extraction's record, and their shards, still exist."""
         sizes = self.namespace.shard_sizes()
         names = set(self.namespace.index_names())
         for name in record.facts.get("indexes", []):
@@ -170,7 +170,7 @@ class Extraction:
         )
 
     def encode(self, shards: list[PlannedShard], device: "torch.device") -> None:
-        """Compute shards on one device and publish each."""
+        """Compute shards on one device and publish each; see `encode.encode_shards`."""
         from slam_asr.features.encode import EncodingTask, encode_shards
 
         encode_shards(EncodingTask(self.recipe, self.spec, self.namespace, self.fingerprint), shards, device)
@@ -185,7 +185,7 @@ class Extraction:
         )
         remedy = "encoder.batch_seconds or features.processes"
         with processes_of("slam_asr.features.extraction", job, processes, remedy) as running:
-            # Leave as soon as any process fails: `processes_of` then ends the others and raises.
+            # The loop ends as soon as any process fails. `processes_of` then ends the others and raises.
             while any(process.poll() is None for process in running) and not any(
                 process.poll() for process in running
             ):
@@ -201,12 +201,12 @@ class Extraction:
 
 
 def fingerprint_of(recipe: Recipe, spec: "EncoderSpec") -> dict[str, Any]:
-    """Everything that determines the values in a store: encoder weights, preprocessing and dtype."""
+    """Return everything that determines the features' values: encoder weights, preprocessing and dtype."""
     return {**spec.fingerprint(), "dtype": recipe.features.dtype}
 
 
 def main() -> None:
-    """Entry point of one of several processes on a machine."""
+    """Compute the shards of one of several processes on a machine."""
     import torch
 
     from slam_asr.models.encoders.registry import describe_encoder
@@ -227,8 +227,8 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", job.process)
             torch.cuda.set_device(device)
-        # Each process makes the plan by itself. All plans are equal, because the store records which indexes
-        # existed when the extraction first started.
+        # Each process makes the plan for itself. All plans are equal, because the store records the indexes
+        # that existed when the extraction first started.
         extraction.encode(extraction.missing(extraction.plans(), job.process, job.processes), device)
 
 

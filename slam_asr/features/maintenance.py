@@ -31,17 +31,17 @@ class Contents:
     shard_sizes: dict[str, int]
     """Size in bytes of each existing shard, keyed by file name."""
     receipts: list[str] = field(default_factory=list)
-    """Paths of the receipts that running and interrupted extractions have written."""
+    """Paths of the receipts of running and interrupted extractions; see `PlannedShard.receipt`."""
     pieces: list[str] = field(default_factory=list)
     """Paths of the saved pieces of incomplete shards."""
 
     @property
     def orphans(self) -> list[str]:
-        """File names of the shards that neither an index nor a receipt refers to."""
+        """File names of the shards to which neither an index nor a receipt refers."""
         named = {s.name for s in self.index.shards} if self.index else set()
         for receipt in self.receipts:
             named |= {s.name for s in self.namespace.read_index(receipt).shards}
-        # An extraction that was killed between a shard and its receipt leaves such a shard.
+        # An extraction that was killed after it wrote a shard and before its receipt leaves such a shard.
         return sorted(self.shard_sizes.keys() - named)
 
     @property
@@ -110,7 +110,7 @@ def verify_store(store: str, repair: bool = False) -> None:
 
     Raises:
         InputError: no store exists there, or some of its shards are damaged, missing or cut short.
-        StorageError: object storage cannot be read; then no shard is removed.
+        StorageError: object storage cannot be read. No shard is removed in that case.
     """
     all_contents = [_contents(namespace) for namespace in _require_namespaces(store)]
     damaged: list[str] = []
@@ -130,7 +130,7 @@ def verify_store(store: str, repair: bool = False) -> None:
             if not intact:
                 damaged.append(namespace.shard_path(shard.name))
             meter.update()
-    # All are listed before the error, whose message has only their numbers.
+    # All of these shards are logged before the error, whose message has only their numbers.
     for path in (*damaged, *lost):
         log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:
@@ -163,8 +163,8 @@ def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
             while chunk := stream.read(_CHUNK_BYTES):
                 hashed.update(chunk)
     except Damaged:
-        # An object may have a checksum of its own, which the stream compares. Any other failure of the store
-        # says nothing about the shard, and is raised.
+        # The stream compares the checksum in the object's metadata, if it has one. Other errors are raised,
+        # because they do not show that the shard is damaged.
         return False
     return hashed.hexdigest() == shard.sha256
 
@@ -182,10 +182,10 @@ def prune_store(
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
-        keep: manifests, or folders of build-manifest. Shards that hold none of their audio are also removed.
-        drop: names of encoders' folders in the store, as `features ls` shows them, to remove completely.
-        unfinished: also remove the shards of unfinished extractions.
-        yes: remove the files, rather than only report them.
+        keep: manifests, or folders of build-manifest. Shards without any of this audio are removed too.
+        drop: folders in the store to remove completely, by the names that `features ls` shows.
+        unfinished: also remove the shards and pieces of unfinished extractions.
+        yes: remove the files instead of only reporting them.
 
     Raises:
         InputError: no store exists there, or it has no folder of that name.
@@ -205,21 +205,21 @@ def prune_store(
             files = _removable(_contents(namespace), needed, unfinished, yes)
         size = sum(f.bytes for f in walk(namespace.root) if join(namespace.root, f.name) in set(files))
         if yes:
-            # Remove indexes and receipts before the shards that they vouch for. Then none of them refers to a
-            # removed shard, even after an interruption.
+            # Indexes and receipts are removed before the shards to which they refer. None of them then refers
+            # to a removed shard, even after an interruption.
             for file in sorted(files, key=lambda f: "/shards/" in f):
                 delete(file)
         log_line(f"{name_of(namespace.root)}: {_number(len(files), 'file')}, {size / 1e6:,.1f} MB, {verb}")
 
 
 def _audio_ids_of(manifests: Iterable[str]) -> np.ndarray:
-    """Sorted audio ids, uint8 [n, 32], of all utterances in the manifests."""
+    """Return the sorted audio ids, uint8 [n, 32], of all utterances in the manifests."""
     audio_ids = {u.audio_id for file in manifest_files(list(manifests)) for _, u in iterate_manifest(file)}
     return to_array(sorted(audio_ids))
 
 
 def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, yes: bool) -> list[str]:
-    """Paths of the files that can be removed.
+    """Return the paths of the files that can be removed.
 
     If an index refers to a shard that is removed, all indexes are replaced by a single index of the remaining
     shards.
@@ -228,7 +228,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
         contents: the files of a namespace.
         needed: sorted audio ids, uint8 [n, 32], whose features must remain; all if not given.
         unfinished: whether to include the shards of unfinished extractions, and the pieces of shards.
-        yes: whether to write the single index now, before the caller removes the others.
+        yes: whether to write the single index now, before the caller removes the old ones.
     """
     namespace, index = contents.namespace, contents.index
     files = [namespace.shard_path(name) for name in contents.orphans]
@@ -239,7 +239,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
         files += contents.pieces + contents.receipts
         files += [namespace.shard_path(name) for name in sorted(removable)]
     if needed is not None and index is not None:
-        # A shard remains if any of its audio is needed: shards are never changed, only removed.
+        # A shard remains if any of its audio is needed, because shards are never changed, only removed.
         remains = np.zeros(len(index.shards), bool)
         remains[index.columns["shard"][isin_sorted(index.columns["address"], needed)]] = True
         if not remains.all():
@@ -251,7 +251,7 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
             files += [namespace.index_path(name) for name in namespace.index_names()]
             remaining = merge(index.fingerprint, index.width, [index.select(remains[index.columns["shard"]])])
             name = f"remaining-{digest(remaining.audio_ids())[:16]}"
-            # An earlier pruning may have written the same index, under this name. It must not be removed.
+            # An earlier pruning may have written the same index under this name. It must not be removed.
             files = [f for f in files if f != namespace.index_path(name)]
             if yes:
                 write_bytes(namespace.index_path(name), remaining.to_bytes())

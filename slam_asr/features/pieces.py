@@ -1,10 +1,10 @@
-"""Pieces of a shard that is not complete yet, so that an interruption loses only the last minutes of work.
+"""Pieces: saved parts of an incomplete shard, so that an interruption loses only the last minutes of work.
 
 A slow encoder may take an hour to fill a shard, and a cluster may end a pod at any time, with about a second
-to finish. The batches that were encoded since the last piece are therefore saved every `PIECE_SECONDS`. An
-extraction that is started again plans the same shards and the same batches, reads the batches that pieces
-hold, and encodes the others: the shard has the same bytes as without an interruption. Its pieces are removed
-when it is written.
+to finish. Every `PIECE_SECONDS`, the batches that were encoded since the last piece are therefore saved as a
+new one. An extraction that is started again plans the same shards and the same batches, reads the saved
+batches, and encodes the others. The shard then has the same bytes as without an interruption. When it is
+written, its pieces are removed.
 """
 
 from slam_asr.artifacts.feature_store.namespace import unpack
@@ -13,7 +13,7 @@ from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import delete, exists, join, name_of, read_bytes, sha256_of_bytes, walk
 
 PIECE_SECONDS = 180.0
-"""Seconds between two pieces of a shard. A GPU usually fills a shard sooner, and then there are none."""
+"""Seconds between two pieces of a shard. A GPU usually fills a shard sooner, and then no piece is saved."""
 _SUFFIX = ".safetensors"
 
 
@@ -28,7 +28,7 @@ def read_pieces(shard: PlannedShard) -> dict[str, QuantizedFrames]:
         try:
             content = read_bytes(path)
         except Exception:
-            # Another extraction of the same audio may have finished the shard, and removed its pieces.
+            # Another extraction of the same audio may have finished the shard and removed its pieces.
             if exists(path):
                 raise
             continue
@@ -45,5 +45,5 @@ def remove_pieces(shard: PlannedShard) -> None:
 
 
 def _pieces(shard: PlannedShard) -> list[str]:
-    # Other files are temporary ones, which another process may still be writing.
+    # Files with another suffix are temporary ones, which another process may still be writing.
     return [join(shard.pieces, f.name) for f in walk(shard.pieces) if f.name.endswith(_SUFFIX)]

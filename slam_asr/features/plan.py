@@ -1,7 +1,7 @@
-"""The plan of an extraction: which shards to compute, and which utterances each of them holds.
+"""The plan of an extraction: the shards to compute, and the utterances that each of them holds.
 
 Utterances are sorted by audio id. Audio ids are digests, so every shard holds a random mixture of the
-manifest's utterances. The order does not depend on that of the manifest.
+manifest's utterances, and the order of the manifest does not matter.
 """
 
 import hashlib
@@ -39,30 +39,30 @@ class Audio:
 
     manifest: Sequence[Utterance]
     rows: np.ndarray
-    """[utterances] int: position in the manifest of an utterance with each audio id."""
+    """int64 [distinct]: for each audio id, the position in the manifest of the first utterance with it."""
     audio_ids: np.ndarray
-    """[utterances, 32] uint8: the audio ids, sorted."""
+    """uint8 [distinct, 32]: the audio ids, sorted."""
     samples: np.ndarray
-    """[utterances] int64: length of each in samples at 16 kHz."""
+    """int64 [distinct]: the length of each in samples at 16 kHz."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, selection: np.ndarray | slice) -> "Audio":
-        """The part of the audio that a mask [utterances], positions [n] or a slice selects."""
+        """Return the part that a mask, bool [distinct], positions, int [n], or a slice selects."""
         return Audio(self.manifest, self.rows[selection], self.audio_ids[selection], self.samples[selection])
 
     def digest(self) -> str:
-        """The SHA-256 of all audio ids, in hexadecimal."""
+        """Return the SHA-256 of all audio ids, in hexadecimal."""
         return hashlib.sha256(self.audio_ids.tobytes()).hexdigest()
 
     def seconds(self) -> float:
-        """Total duration in seconds."""
+        """Return the total duration in seconds."""
         return float(self.samples.sum()) / SAMPLE_RATE
 
 
 def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], int]) -> Audio:
-    """The audio of a manifest. Audio that several utterances share is included once.
+    """Collect the audio of a manifest. Audio that several utterances share is included once.
 
     Args:
         manifest: the utterances.
@@ -82,27 +82,27 @@ class PlannedShard:
     """A shard to compute, with the audio that it will hold."""
 
     number: int
-    """Position in the plan, from 0, which decides the work shard that the shard belongs to."""
+    """Position in the plan, counted from 0. It decides which work shard computes the shard."""
     audio: Audio
     receipt: str
-    """Path of the shard's own small index, written when it is finished so that a resumed run finds it."""
+    """Path of the index of this shard alone. It is written after the shard, to show that it is finished."""
     pieces: str
-    """Folder of the features that are saved before the shard is complete; see `features.pieces`."""
+    """Folder of the pieces that are saved before the shard is complete; see `features.pieces`."""
 
 
 class ExtractionPlan:
-    """The shards that hold a manifest's audio.
+    """The shards to compute for a manifest.
 
     Audio that was already in the store's indexes when the extraction first started is not computed again. A
-    file in the store names those indexes, so an interrupted extraction resumes with the same plan. Shards
-    that were lost since then are computed again.
+    file in the store names those indexes, so an interrupted extraction resumes with the same plan. Audio of
+    shards that were lost since then is computed again.
 
     Args:
         audio: the distinct audio of a manifest.
         namespace: the part of the store to which features are written.
         fingerprint: the fingerprint of the namespace.
         spec: the encoder.
-        features: the recipe's options, of which the size of shards and the dtype are used.
+        features: the recipe's section `features`, for the size of shards and the dtype.
         work_shard: which of the planned shards this extraction computes.
     """
 
@@ -126,8 +126,8 @@ class ExtractionPlan:
         self._pieces = join(namespace.root, "pieces", self.name)
         names = namespace.index_names()
         initial = [name for name in self._initial_indexes(names) if name in names]
-        # What was indexed at the start decides the content of the shards, so that every process and every
-        # later attempt plans the same ones. What is indexed now only decides which of them are missing.
+        # The indexes of the start decide the content of the shards, so that every process and every later
+        # attempt plans the same shards. The indexes of now only decide which of the shards are missing.
         indexed_at_start = self._merge(map(self._read_index, initial), audio.audio_ids)
         self.indexed = self._with_existing_shards(self._merge(map(self._read_index, names), audio.audio_ids))
         was_indexed = isin_sorted(audio.audio_ids, indexed_at_start.columns["address"])
@@ -135,7 +135,7 @@ class ExtractionPlan:
         self.reused = audio.select(was_indexed & ~lost)
         frame_bytes = bytes_per_frame(spec.width, features.dtype)
         self.shards: list[PlannedShard] = []
-        # Lost audio gets its own shards, numbered after the others, which therefore do not change.
+        # Lost audio gets shards of its own. They are numbered last, so that the other shards do not change.
         for missing in (audio.select(~was_indexed), audio.select(lost)):
             sizes = [spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
             for entries in plan_shards(sizes, limit):
@@ -146,11 +146,11 @@ class ExtractionPlan:
         self.own_shards = [shard for shard in self.shards if work_shard.takes(shard.number)]
 
     def _initial_indexes(self, names: list[str]) -> list[str]:
-        """Names of the indexes that existed when the first process started this extraction."""
+        """Return the names of the indexes that existed when the first process started this extraction."""
         path = join(self.namespace.root, "plans", f"{self.name}.json")
-        # Indexes of this plan itself come from its own work shards, which must not change it.
+        # The indexes that this plan's own work shards have published must not change the plan.
         others = [name for name in names if not name.startswith(self.name)]
-        # Without `replace`, the file of the first process remains, and all others read that.
+        # An existing file is not replaced: the first process writes it, and all others read it.
         write_bytes(path, json.dumps(others) + "\n", replace=False)
         try:
             return list(json.loads(read_bytes(path)))
@@ -166,15 +166,15 @@ class ExtractionPlan:
         return merge(self.fingerprint, self.spec.width, indexes, audio_ids)
 
     def _with_existing_shards(self, index: Index) -> Index:
-        """The entries whose shards exist and are complete."""
+        """Return the entries whose shards exist and are complete."""
         complete = np.array([self._shard_sizes.get(s.name) == s.bytes for s in index.shards], bool)
         return index.select(complete[index.columns["shard"]] if len(index) else np.zeros(0, bool))
 
     def is_missing(self, shard: PlannedShard) -> bool:
-        """Whether a shard must be computed: no index or receipt vouches for it, or the shard is lost."""
+        """Return whether a shard must be computed: it is in no index and has no receipt, or it was lost."""
         if isin_sorted(shard.audio.audio_ids, self.indexed.columns["address"]).all():
             return False
-        # The listing of receipts saves a request to the store for each shard that has none.
+        # With the listing of receipts, a shard that has none needs no request to the store.
         receipt = self._read_receipt(shard) if shard.receipt in self._receipts else None
         if receipt is None:
             return True
@@ -185,7 +185,7 @@ class ExtractionPlan:
         return True
 
     def _read_receipt(self, shard: PlannedShard) -> Index | None:
-        """The receipt of a shard; None if the shard is not finished or its index was already published."""
+        """Read a shard's receipt; return None if the shard is not finished, or its index was published."""
         if not exists(shard.receipt):
             return None
         try:
@@ -197,7 +197,7 @@ class ExtractionPlan:
             return None
 
     def publish(self) -> tuple[str, Index]:
-        """Write the index of this work shard's utterances.
+        """Write the index of this work shard's utterances, and remove the receipts and pieces of its shards.
 
         Returns:
             The name of the index, and the index itself.
@@ -222,7 +222,7 @@ class ExtractionPlan:
             )
         name = f"{self.name}-{self.work_shard}"
         write_bytes(self.namespace.index_path(name), index.to_bytes())
-        # Receipts are removed only now, when an index vouches for their shards.
+        # Receipts are removed only now, when an index refers to their shards.
         for shard in self.own_shards:
             delete(shard.receipt)
         # A killed extraction may have left pieces of a shard that it had just finished.
@@ -233,9 +233,9 @@ class ExtractionPlan:
         return name, index
 
     def _own_reused(self) -> Audio:
-        """This work shard's share of the audio that is not computed again."""
+        """Return this work shard's part of the audio that is not computed again."""
         return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.total))
 
     def own_seconds(self) -> float:
-        """Total duration in seconds of this work shard's audio, whether computed or reused."""
+        """Return the total duration in seconds of this work shard's audio, computed or reused."""
         return sum(shard.audio.seconds() for shard in self.own_shards) + self._own_reused().seconds()

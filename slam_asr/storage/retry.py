@@ -4,10 +4,11 @@ Failures that may be temporary (5xx, throttling, time-outs, resets, truncated an
 growing pauses for `PATIENCE` seconds. Permanent failures (403, 404) are raised at once. `failures`
 distinguishes the two.
 
-Two libraries were considered for this loop and not used. botocore's retry modes count attempts, share one quota among the threads
-of a client, so that all fail together, and do not retry an answer that breaks off while its body is read.
-With tenacity, each policy of this loop (the last pause ends at the limit, three failed checksums, the log,
-the final message) would be a function: 67 lines instead of 47, and 30 µs more per call.
+Two libraries were considered for this loop and not used. botocore's retry modes count attempts, share one
+quota among the threads of a client, so that all fail together, and do not retry an answer that breaks off
+while its body is read. With tenacity, each policy of this loop (the last pause ends at the limit, three
+failed checksums, the log, the final message) would be a function: 67 lines instead of 47, and 30 µs more per
+call.
 """
 
 import random

@@ -9,11 +9,11 @@ from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
 
 LENGTHS = (0.1, 0.73, 1.0, 2.345)
-"""Seconds of the utterances of a small manifest."""
+"""Durations in seconds of the utterances in a small manifest."""
 
 
 def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
-    """Write a tone of each length in seconds, and return utterances k0, k1 and so on, or from `first` on."""
+    """Write a tone of each length in seconds; return the utterances. Their keys are k0, k1 …, from `first` on."""
     utterances = []
     for i, seconds in enumerate(lengths, start=first):
         wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
@@ -25,7 +25,7 @@ def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
 
 @pytest.fixture
 def many(tmp_path):
-    """Manifest of fifty utterances: five shards with the options `SMALL`."""
+    """Write a manifest of fifty utterances, which fill five shards with the options `SMALL`."""
     utterances = utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
     write_manifest(tmp_path / "many.jsonl", utterances)
     return tmp_path / "many.jsonl"

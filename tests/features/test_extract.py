@@ -1,12 +1,13 @@
-"""Extraction computes the same audio once and loses nothing to an interruption.
+"""Extraction computes the same audio only once, and an interruption loses no finished shard.
 
-A store's bytes do not depend on the number of processes and runs that filled it, nor on the kind of storage.
+The bytes of shards do not depend on the number of processes and runs that wrote them, nor on the storage.
 """
 
 import dataclasses
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slam_asr.artifacts.feature_store.namespace import namespaces_in
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import write_manifest
+from slam_asr.artifacts.utterances import manifest_files
 from slam_asr.audio import load_audio
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
@@ -31,12 +34,12 @@ from tests.conftest import make_tone, write_wav
 from tests.features.conftest import LENGTHS, utterances_in
 
 STORES, KILLS = (20, 3) if os.environ.get("SLAM_ASR_SOAK") else (1, 2)
-"""How many stores are filled by runs that are killed, and how many runs are killed on the way to each."""
+"""Number of stores that are filled by killed runs, and number of runs that are killed for each store."""
 
 
 @pytest.fixture
 def manifest(tmp_path):
-    """The path of a manifest, and its utterances without the one that has the same audio as another."""
+    """Write a manifest; return its path, and its utterances without the one that repeats another's audio."""
     utterances = utterances_in(tmp_path)
     duplicate = dataclasses.replace(utterances[0], key="the same audio again")
     write_manifest(tmp_path / "manifest.jsonl", [*utterances, duplicate])
@@ -54,7 +57,7 @@ SMALL = {"encoder.frames": "all", "features.shard_megabytes": 1, "encoder.batch_
 
 
 def contents(store) -> dict[str, bytes]:
-    """Every file of a store except the records, which contain times."""
+    """Read every file of a store except the records, which contain times, and the locks."""
     return {
         f.name: read_bytes(f"{store}/{f.name}")
         for f in walk(str(store))
@@ -135,10 +138,6 @@ def test_audio_of_an_earlier_manifest_of_the_same_command_is_saved_once(tiny_mod
 
 
 def test_a_changed_encoder_never_reads_old_features(tiny_models, manifest, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     other = tmp_path / "other"
     shutil.copytree(tiny_models["encoder"], other)
     weights = load_file(other / "model.safetensors")
@@ -163,7 +162,7 @@ def test_a_changed_encoder_never_reads_old_features(tiny_models, manifest, tmp_p
 
 @pytest.fixture
 def undisturbed(tiny_models, many, tmp_path):
-    """Contents of the store that one uninterrupted process fills."""
+    """Return the contents of a store that one uninterrupted process filled."""
     extract_features(recipe(tiny_models, **SMALL), [str(many)], str(tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
 
@@ -263,9 +262,11 @@ def run_to_the_end(options, manifest, store, **environment) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_models, many, tmp_path, warmth):
+def test_a_store_has_the_same_bytes_after_runs_that_were_killed_at_any_moment(
+    tiny_models, many, tmp_path, warmth
+):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
-    # Only the runs that are killed must start cold, because their children are looked at.
+    # Only the runs that are killed must start cold, because the test looks at their child processes.
     run_to_the_end(options, many, tmp_path / "undisturbed", **warmth)
     expected = contents(tmp_path / "undisturbed")
     total = _shards_in(tmp_path / "undisturbed")
@@ -273,8 +274,8 @@ def test_killed_at_any_moment_and_resumed_the_store_has_the_same_bytes(tiny_mode
     killed = 0
     for number in range(STORES):
         store = tmp_path / f"store-{number}"
-        # Kill several runs, each when it has come further than the one before; then a run finishes. The
-        # moments are counted in shards, not in seconds: how long a start takes depends on the machine.
+        # Several runs are killed, each when it has come further than the one before; then a run finishes. The
+        # moments are counted in shards instead of seconds, because the time of a start varies.
         for reached in sorted(moments.sample(range(total), KILLS)):
             run = subprocess.Popen(
                 command(options, many, store), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -295,9 +296,9 @@ def _shards_in(store: Path) -> int:
 
 
 def _children_until(run: subprocess.Popen, store: Path, shards: int) -> list[psutil.Process]:
-    """All descendants of a process when its store has this many shards; none if it ends before."""
+    """Wait until a run's store has this many shards; return the run's descendants, or none if it ended."""
     while run.poll() is None:
-        # Looking for children reads the state of every process of the machine.
+        # The shards are counted first, because a search for children reads the state of every process.
         if _shards_in(store) >= shards and (children := psutil.Process(run.pid).children(recursive=True)):
             return children
         time.sleep(0.05)
@@ -305,7 +306,7 @@ def _children_until(run: subprocess.Popen, store: Path, shards: int) -> list[psu
 
 
 def _require_ended(children: list[psutil.Process]) -> None:
-    """The processes that a killed one started must end by themselves."""
+    """Check that the processes that a killed run started end by themselves."""
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, f"still running: {alive}"
 
@@ -314,8 +315,8 @@ def _require_ended(children: list[psutil.Process]) -> None:
 def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, bucket):
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
     run_to_the_end(options, many, tmp_path / "undisturbed")
-    # As on two machines: clocks a year apart, different host names and caches, and no lock between them.
-    # A program of this name starts warm (see tests/warm).
+    # The two runs differ as on two machines: clocks a year apart, other host names and caches, and no common
+    # lock. A program with a name like this starts warm (see tests/warm).
     elsewhere = tmp_path / "elsewhere_program.py"
     elsewhere.write_text(
         "import runpy, socket, sys, time\n"
@@ -341,7 +342,7 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
-def test_a_full_disk_loses_nothing(tiny_models, many, undisturbed, tmp_path):
+def test_extraction_resumes_after_a_full_disk(tiny_models, many, undisturbed, tmp_path):
     disk = tmp_path / "small disk"
     disk.mkdir()
     if (
@@ -395,8 +396,6 @@ def test_changed_audio_is_extracted_again_if_the_manifest_has_no_digests(tiny_mo
 
 
 def test_damaged_weights_are_reported_in_one_sentence(tiny_models, manifest, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_models["encoder"], broken)
     weights = broken / "model.safetensors"
@@ -422,10 +421,9 @@ def test_a_damaged_plan_is_reported_in_one_sentence(tiny_models, manifest, tmp_p
         extract_features(recipe(tiny_models), [str(manifest[0])], str(tmp_path / "s"))
 
 
-def test_a_folder_of_manifests_means_all_three_here_and_the_test_set_in_decoding(
+def test_a_folder_of_manifests_means_all_three_manifests_or_those_that_are_named(
     tmp_path, tiny_recipe, tiny_corpus
 ):
-    from slam_asr.artifacts.utterances import manifest_files
     from slam_asr.stages.build_manifest import build_manifest
 
     built = build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "m"))

@@ -1,4 +1,4 @@
-"""While a fifth of all requests fail, extraction writes and training reads the same features."""
+"""When a fifth of all requests fail, extraction still writes, and training reads, the same features."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ import torch
 
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import read_manifest
-from slam_asr.errors import StorageError
+from slam_asr.errors import StorageError, UserError
+from slam_asr.features import encode
 from slam_asr.features.maintenance import verify_store
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import walk
@@ -19,7 +20,7 @@ from tests.features.test_extract import SMALL, contents, recipe
 
 
 def all_features(store, manifest) -> dict[str, torch.Tensor]:
-    """The features of every utterance by key, read in windows of two shards as in training."""
+    """Read the features of every utterance, by key, in windows of two shards as in training."""
     shards = {}
     for utterance in read_manifest(manifest):
         shards.setdefault(store.entry(utterance.audio_id).shard, []).append(utterance)
@@ -51,9 +52,6 @@ def test_extraction_and_reading_survive_faults(tiny_models, many, tmp_path, faul
 def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothing(
     tiny_models, many, tmp_path, faulty_s3, monkeypatch
 ):
-    from slam_asr.errors import UserError
-    from slam_asr.features import encode
-
     options, published = recipe(tiny_models, **SMALL), []
 
     def breaking(self, shard, features, spans, real=encode.ShardWriter._publish):
@@ -74,7 +72,7 @@ def test_an_unreachable_endpoint_ends_extraction_with_a_message_and_loses_nothin
     assert contents("s3://bucket/store") == contents(tmp_path / "undisturbed")
 
 
-def test_a_failing_network_is_not_taken_for_damage(faulty_s3, monkeypatch):
+def test_a_failing_network_is_not_mistaken_for_damage(faulty_s3, monkeypatch):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "1")
     faulty_s3.fault_rate = 0
     namespace, index = publish("s3://bucket/f", some_features())

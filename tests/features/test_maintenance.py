@@ -17,7 +17,7 @@ from tests.features.test_extract import SMALL, contents, recipe
 
 @pytest.fixture(params=["folder", "prefix"])
 def store_of_three(request, tiny_models, tmp_path):
-    """A store's path, its manifest, and a function that fills it with three shards of ten utterances."""
+    """Return a store's path, a manifest, and a function that fills the store: three shards of ten each."""
     if request.param == "prefix":
         request.getfixturevalue("bucket")
         store = "s3://bucket/features"
@@ -82,7 +82,7 @@ def test_an_object_that_differs_from_its_own_checksum_is_a_damaged_shard(bucket,
     assert not exists(path)
 
 
-def test_pruning_retains_what_a_manifest_needs(store_of_three, tmp_path):
+def test_pruning_retains_the_shards_that_a_manifest_needs(store_of_three, tmp_path):
     store, manifest, extract = store_of_three
     record = extract()
     reader = FeatureStore(record.folder)

@@ -1,4 +1,4 @@
-"""An interruption loses only the minutes since the last piece, and the store has the same bytes."""
+"""An interruption loses only the work since the last piece, and the store has the same bytes in the end."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.features.test_extract import SMALL, contents, recipe
 
 @pytest.fixture(scope="module")
 def twenty(tiny_models, tmp_path_factory):
-    """A manifest of two shards with five batches of two utterances each, and an undisturbed store's files."""
+    """Return a manifest for two shards of five batches of two, and the files of an undisturbed store."""
     folder = tmp_path_factory.mktemp("twenty")
     write_manifest(folder / "m.jsonl", utterances_in(folder, [0.2 + 0.01 * i for i in range(20)]))
     extract_features(recipe(tiny_models, **SMALL), [str(folder / "m.jsonl")], str(folder / "store"))
@@ -32,7 +32,7 @@ def pieces_in(store: str) -> list[str]:
 
 
 def interrupted(store: str, manifest: str, options, monkeypatch, after: int) -> None:
-    """An extraction that saves each batch as a piece, and is killed after some batches."""
+    """Run an extraction that saves each batch as a piece, and interrupt it after some batches."""
     added = []
 
     def dying(self, encoded, real=ShardWriter.add):
@@ -72,7 +72,7 @@ def test_batches_saved_before_an_interruption_are_not_computed_again(
         return real(batch, features)
 
     monkeypatch.setattr(encode, "_copy_to_host", counted)
-    # In batches of four, of which the last one has two, only the first consists of saved utterances.
+    # With batches of four, four and two utterances, only the first one consists of saved utterances.
     options = recipe(tiny_models, **SMALL | ({"encoder.batch_seconds": 120} if "other" in kind else {}))
     capsys.readouterr()
     extract_features(options, [manifest], store)
@@ -80,7 +80,7 @@ def test_batches_saved_before_an_interruption_are_not_computed_again(
     assert sum(encoded) == 10 - saved
     assert f"resuming: {saved} utterances of an unfinished shard" in capsys.readouterr().out
     assert pieces_in(store) == []
-    if kind != "other batches":  # which round differently
+    if kind != "other batches":  # in other batches, values are rounded differently
         assert contents(store) == undisturbed
     assert len(FeatureStore(store).index) == 20
 
@@ -100,7 +100,7 @@ def test_pieces_of_unfinished_shards_are_listed_and_pruned(
 
 @pytest.fixture
 def writing(tmp_path):
-    """A writer of one shard with a clock that tests set, and a function that adds a batch at a time."""
+    """Return a writer of a shard, and a function that sets its clock, adds a batch and counts its pieces."""
     now = [0.0]
     writer = ShardWriter(FeatureNamespace(str(tmp_path)), {"dtype": "fp32"}, clock=lambda: now[0])
 
@@ -123,13 +123,13 @@ def writing(tmp_path):
     return writer, add
 
 
-def test_a_piece_is_saved_when_minutes_have_passed_since_the_last_one(writing, tmp_path):
+def test_a_piece_is_saved_every_three_minutes(writing, tmp_path):
     _, add = writing
     assert [add(s) for s in (10, 179, 181, 200, 360, 362)] == [0, 0, 1, 1, 1, 2]
     sizes = sorted(
         len(unpack(read_bytes(join(tmp_path, "pieces", f.name)))) for f in walk(tmp_path / "pieces")
     )
-    assert sizes == [3, 3], "each piece holds only what is new"
+    assert sizes == [3, 3], "each piece holds only new features"
     assert add(363, is_last=True) == 0
     assert len(list(walk(tmp_path / "shards"))) == 1
     assert [add(s) for s in (400, 544)] == [0, 1], "the time begins again with each shard"
