@@ -1,9 +1,9 @@
-"""Audio decoding: any usual file becomes float32 mono samples at 16 kHz, in [-1, 1].
+"""Audio decoding: a file of any usual format becomes float32 mono samples at 16 kHz, with full scale 1.
 
-Every sample that a file holds is decoded, also in files joined from several. Truncated and damaged files,
-and files that hold more than their header announces, raise `AudioError`, so that no model is trained on them.
-libsndfile and ffmpeg alone do not notice them (see `containers`, `mp3` and `media_lengths`). Files may be in
-object storage, and an utterance may be a segment of a file that libsndfile reads.
+Every sample that a file holds is decoded, even if the file was joined from several. Truncated and damaged
+files, and files that hold more than their header announces, raise `AudioError`, so that no model is trained
+on them. libsndfile and ffmpeg alone do not notice such files (see `containers`, `mp3` and `media_lengths`).
+Files may be in object storage, and an utterance may be a segment of a file that libsndfile reads.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ end."""
 
 
 def audio_sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of an audio file's bytes, on local disk or in object storage, as 64 hexadecimal digits.
+    """Return the SHA-256 of an audio file's bytes, on local disk or in object storage, in hexadecimal.
 
     Raises:
         AudioError: the file is missing.
@@ -64,17 +64,17 @@ class Clip:
     sample_rate: int
     """The file's own rate in Hz, before resampling."""
     channels: int
-    """Channels of the file; `samples` is their mean, unless one of them was named."""
+    """Number of channels in the file; `samples` is their mean, unless one of them was requested."""
     sha256: str | None = None
     """SHA-256 of the file's bytes; None if the file was not read into memory completely."""
     silent: bool = False
-    """Whether all samples are the same, as from a muted microphone."""
+    """Whether all samples have the same value, as from a muted microphone."""
     cancelled: bool = False
     """Whether the channels cancel each other in `samples`, because one is the inverse of another."""
 
     @property
     def duration(self) -> float:
-        """Seconds, a multiple of 1/16000: `round(duration * SAMPLE_RATE)` is the number of samples."""
+        """Length in seconds, a multiple of 1/16000; `round(duration * SAMPLE_RATE)` gives the samples."""
         return len(self.samples) / SAMPLE_RATE
 
 
@@ -98,17 +98,17 @@ def load_checked(
     duration: float | None = None,
     channel: int | None = None,
 ) -> np.ndarray:
-    """Decode a file or a segment, after a check that the file is the one that its manifest was built from.
+    """Decode a file or a segment, after checking that the file is unchanged since its manifest was built.
 
-    A complete file is read only once for both the check and the decoding. A file with many segments is hashed
-    once for all of them.
+    A complete file is read only once, for both the check and the decoding. A file with many segments is
+    hashed once for all of them.
 
     Args:
         path: the audio file.
         sha256: the file's expected SHA-256, or None for no check.
         start: where the segment begins, in seconds; None for the complete file.
         duration: length of the segment in seconds; None if it ends with the file.
-        channel: number of the channel to use, from 0; None for the mean of all.
+        channel: number of the channel to use, counted from 0; None for the mean of all.
 
     Returns:
         float32 [samples], mono at 16 kHz.
@@ -124,7 +124,7 @@ def load_checked(
     else:
         file = _local_copy(path)
         found = _sha256_of_local(file) if sha256 else None
-    # Without an expected digest none was computed, and both are None.
+    # If no digest is expected, none was computed, and both are None.
     if found != sha256:
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
@@ -144,12 +144,12 @@ def read_clip(
 
     Args:
         path: the audio file.
-        max_duration: limit in seconds on the length that the header announces, or on the segment's length.
-            Longer audio raises before it is decoded into memory.
+        max_duration: maximum length in seconds of the file, by its header, or of the segment. Longer audio
+            is refused before it is decoded.
         start: where the segment begins in the file, in seconds. Nothing before it is decoded.
         duration: length of the segment in seconds; None if it ends with the file.
-        content: the file's bytes, if they are already in memory; `path` is then only its name in messages.
-        channel: number of the channel to use, from 0; None for the mean of all.
+        content: the file's bytes, if they are already in memory; `path` is then used only in messages.
+        channel: number of the channel to use, counted from 0; None for the mean of all.
 
     Raises:
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
@@ -157,8 +157,7 @@ def read_clip(
     """
     file: Path | bytes | None = content
     if file is None:
-        # A complete object is read into memory, without a copy on disk. One copy serves all segments of an
-        # object.
+        # A complete object is read into memory. For segments, one copy of the object on disk serves them all.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
     clip = _clip(file, path, start, duration, channel, max_duration)
     if clip.cancelled:
@@ -172,11 +171,11 @@ def read_clip(
 
 
 def count_samples(path: str | os.PathLike) -> int:
-    """The number of samples, after resampling to 16 kHz, that a file holds.
+    """Count a file's samples, as after resampling to 16 kHz.
 
-    Only formats that ffmpeg reads are decoded for it, since their headers announce no exact length. For a
-    file that holds less or more than its header announces, it is the number that libsndfile would decode, or
-    0 in a format that ffmpeg reads: such damage is reported when the file is read.
+    A file that only ffmpeg reads is decoded, because its header announces no exact length. If a file holds
+    less or more than its header announces, the result is the number of samples that libsndfile would decode,
+    or 0 if only ffmpeg reads the file. Such damage is reported when the file is read.
 
     Raises:
         AudioError: the file is missing or is not audio.
@@ -198,8 +197,7 @@ def count_samples(path: str | os.PathLike) -> int:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
-        # The same formula as above, so that a later message about the damage names a length that fits this
-        # one.
+        # The formula is the same as above, so that a later message about the damage names the same length.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
 
 
@@ -211,7 +209,7 @@ def _is_media(file: Path | bytes) -> bool:
 
 
 def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
-    """The number of a file's channels; `content` is the file's bytes, if they are already in memory.
+    """Return the number of a file's channels; `content` is the file's bytes, if they are already in memory.
 
     Raises:
         AudioError: as for `count_samples`.
@@ -227,7 +225,7 @@ def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        # Asked only after a failure: asked before, it would cost a request for every object.
+        # Checked only after a failure, because a check in advance would need a request for every object.
         if exists(path):
             raise
         raise AudioError(
@@ -238,13 +236,13 @@ def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _content(path: str | os.PathLike) -> bytes:
-    """All bytes of an audio file."""
+    """Read all bytes of an audio file."""
     with _missing_as_audio_error(path):
         return read_bytes(path)
 
 
 def _local_copy(path: str | os.PathLike) -> Path:
-    """The audio file on local disk. An object is cached, so many segments of it need one download."""
+    """Return the audio file on local disk. An object is cached, so its segments need only one download."""
     with _missing_as_audio_error(path):
         file = fetch(path)
         if not file.is_file():
@@ -257,7 +255,8 @@ def _sha256_of_local(file: Path) -> str:
     return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 
 
-# Segments of one file are usually read one after another; 1024 allows for shuffled ones of many files.
+# Segments of one file are usually read one after another. With 1024 entries, shuffled segments of many files
+# are hashed only once too.
 @functools.lru_cache(maxsize=1024)
 def _cached_sha256(file: str, size: int, modified_ns: int) -> str:
     """Hash a file; `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
@@ -272,7 +271,7 @@ def _clip(
     channel: int | None,
     max_duration: float | None = None,
 ) -> Clip:
-    """Decode a file, or the bytes of one; `path` is its name in messages. All times are in seconds."""
+    """Decode a file, or the bytes of one; `path` is used only in messages. All times are in seconds."""
     with open_sound(file, path) as sound:
         sample_rate, channels = sound.sample_rate, sound.channels
         if channel is not None and channel >= channels:
@@ -283,13 +282,13 @@ def _clip(
             )
         if start is not None and not sound.has_segments:
             raise AudioError(
-                f"{path} has a format of which no segment can be read without decoding all that precedes it: "
+                f"{path} has a format in which no segment can be read without decoding everything before it: "
                 "convert it to flac, and name that file.",
                 NO_SEGMENTS,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
-        # By the header, before anything is decoded: an hour of audio takes 230 MB at 16 kHz, and more at its
-        # own rate.
+        # The header's length is checked before anything is decoded, because an hour of audio takes 230 MB at
+        # 16 kHz, and more at its own rate.
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
@@ -315,7 +314,7 @@ def _clip(
 
 
 def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: float | None) -> tuple[int, int]:
-    """The first sample of a segment (from 0) and its number of samples, both at the file's own rate."""
+    """Return the first sample of a segment (from 0) and its number of samples, at the file's own rate."""
     rate, available = sound.sample_rate, sound.frames
     first = round(start * rate)
     count = available - first if duration is None else round(duration * rate)

@@ -1,4 +1,4 @@
-"""What the header of an audio file announces, compared with what the file holds.
+"""Compares what the header of an audio file announces with what the file holds.
 
 libsndfile does not report that a file is shorter than its header announces, and returns the samples that
 remain. It ignores what follows the announced samples: the rest of a wav with a wrong length, and all streams
@@ -26,7 +26,7 @@ _MAX_REST = 128
 """Bytes after the announced samples that are ignored, at most 16 ms of telephone speech. Programs append
 marks of their own; an ID3v1 tag has 128 bytes."""
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"3DI")
-"""How the tags of music players begin, which may follow any format."""
+"""The first bytes of music players' tags, which may follow the audio in any format."""
 
 
 class ContainerFault(Exception):
@@ -95,7 +95,7 @@ def check_length(stream: BinaryIO) -> int | None:
 
 
 def _layout(head: bytes) -> _ChunkLayout | None:
-    """The layout of the chunks of a file that begins with `head`; None if it has no chunks."""
+    """Return the layout of the chunks in a file that begins with `head`; None if it has no chunks."""
     if head[:4] == b"FORM" and head[8:12] in _FORMS:
         samples = _FORMS[head[8:12]]
         return _ChunkLayout(12, ">4sI", samples, before_samples=8 if samples == b"SSND" else 0)
@@ -130,8 +130,8 @@ def _check_chunks(stream: BinaryIO, layout: _ChunkLayout, size: int, magic: byte
                 if offset > _MAX_REST:
                     raise ContainerFault("has a damaged header: its first samples would be missing")
         elif end is not None:
-            # The samples of a file with a wrong length hardly ever look like a complete chunk, whereas a file
-            # that was appended to this one does.
+            # Samples that follow a length that is too small hardly ever look like a complete chunk. A file
+            # that was appended to this one does, so its name is excluded.
             if name[:4] in _LAYOUTS or name[:4] == b"FORM" or not _CHUNK_NAME.match(name):
                 break
             if start + length > size:
@@ -143,7 +143,7 @@ def _check_chunks(stream: BinaryIO, layout: _ChunkLayout, size: int, magic: byte
 
 
 def _chunks(stream: BinaryIO, layout: _ChunkLayout, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name, the start and the length in bytes of each chunk. The start is that of its content."""
+    """Yield the name of each chunk, the offset of its content, and the length of its content in bytes."""
     header = struct.calcsize(layout.fields)
     position = layout.start
     while position + header <= size:
@@ -155,19 +155,19 @@ def _chunks(stream: BinaryIO, layout: _ChunkLayout, size: int) -> Iterator[tuple
         if length < 0:
             return
         position = start + length
-        # Padding up to the next multiple, which the chunk's length does not include.
+        # Padding up to the next multiple is not included in the chunk's length.
         position += -position % layout.alignment
 
 
 def _is_unknown(length: int, start: int, size: int, layout: _ChunkLayout) -> bool:
-    """Whether a length only says that the samples extend to the end of the file."""
+    """Return whether a length only means that the samples extend to the end of the file."""
     if length < 0 or length >= _UNKNOWN_LENGTH:
         return True
     return layout.fields in ("<4sI", ">4sI") and length >= _PIPE_LENGTH and start + length > size
 
 
 def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
-    """Whether a wav was never closed by its writer, so that its RIFF chunk still has the length 8.
+    """Return whether a wav was never closed by its writer, so that its RIFF chunk still has the length 8.
 
     libsndfile reads such a file to its end.
     """
@@ -176,9 +176,9 @@ def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
 
 
 def _sphere_extent(head: bytes) -> tuple[int, int] | None:
-    """The sizes of a NIST SPHERE file's header and samples, in bytes.
+    """Return the sizes of a NIST SPHERE file's header and samples, in bytes.
 
-    None if the samples are compressed or not counted.
+    The result is None if the samples are compressed, or the header does not give their number.
 
     Raises:
         ContainerFault: the header has no valid size.
@@ -196,7 +196,11 @@ def _sphere_extent(head: bytes) -> tuple[int, int] | None:
 
 
 def check_end(stream: BinaryIO, end: int, size: int) -> None:
-    """Compare the end of the announced content, in bytes, with that of the file."""
+    """Compare the end of the announced content, as an offset in bytes, with the size of the file.
+
+    Raises:
+        ContainerFault: the file ends earlier, or holds more than tags and padding after it.
+    """
     if end > size:
         raise ContainerFault(TRUNCATED_TEXT)
     if size - end <= _MAX_REST:
@@ -212,13 +216,13 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
 
 
 def end_of_tags(content: bytes, position: int) -> int:
-    """Skip the music players' tags and the zeros that begin at `position`; return the position after them."""
+    """Return the position after all tags of music players, and all zeros, that begin at `position`."""
     while True:
         rest = content[position : position + 32]
         if rest.startswith(b"TAG"):  # ID3v1
             position += 128
         elif rest.startswith(b"ID3") and len(rest) >= 10:
-            # ID3v2 has its size, without the header, in four bytes of 7 bits, to avoid sync words.
+            # ID3v2 has its size, without the header, in four bytes with 7 bits each, to avoid sync words.
             size = (rest[6] & 127) << 21 | (rest[7] & 127) << 14 | (rest[8] & 127) << 7 | rest[9] & 127
             position += 10 + size
         elif rest.startswith(b"APETAGEX") and len(rest) == 32:
@@ -235,7 +239,7 @@ def end_of_tags(content: bytes, position: int) -> int:
 
 
 def joined_ogg(content: bytes) -> list[tuple[int, int]]:
-    """Return where each link of a chained Ogg file begins and ends (RFC 3533, section 4).
+    """Return the offsets in bytes of the start and end of each link of a chained Ogg file (RFC 3533, 4).
 
     Raises:
         ContainerFault: a page is incomplete, or a link lacks its last page.
@@ -261,7 +265,7 @@ def joined_ogg(content: bytes) -> list[tuple[int, int]]:
 
 
 def _ogg_page_size(content: bytes, start: int) -> int | None:
-    """The size of an Ogg page in bytes; None if it is not complete (RFC 3533, section 6).
+    """Return the size of an Ogg page in bytes; None if it is not complete (RFC 3533, section 6).
 
     A page has a header of 27 bytes, whose last byte is the number of segments; then, for each segment, a byte
     with its size; then the segments.

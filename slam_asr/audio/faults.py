@@ -1,4 +1,4 @@
-"""Faults of audio files: the errors, and the reasons by which the statistics count them."""
+"""Faults of audio files: the errors, and the reasons under which the statistics count them."""
 
 from slam_asr.errors import InputError
 
@@ -28,7 +28,7 @@ class LengthError(AudioError):
     """An audio file that holds less or more than its header announces, or has damage between its frames."""
 
 
-# Ends of messages; the file's name goes in front.
+# Ends of messages, which begin with the file's name.
 NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
 """The fault of a file of an unknown format."""
 TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied"
@@ -36,5 +36,5 @@ TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied
 
 
 def more_than_announced(extra: str) -> str:
-    """Return what is wrong with a file that holds more than its header announces."""
+    """Describe the fault of a file that holds more than its header announces; `extra` says how much."""
     return f"holds more than its header announces ({extra}): write it again with a correct header"

@@ -1,4 +1,4 @@
-"""FLAC: where each of several joined files begins and ends, and whether one holds more than it announces.
+"""FLAC: finds the files that were joined in one, and files that hold more samples than they announce.
 
 The layout of header and frames is that of RFC 9639.
 """
@@ -10,7 +10,7 @@ from slam_asr.audio.faults import more_than_announced
 
 
 def joined_flac(content: bytes) -> list[tuple[int, int]]:
-    """Return where each FLAC file in `content` begins and ends: several if files were appended to each other.
+    """Return the offsets in bytes of the start and end of each FLAC file that was joined in `content`.
 
     Raises:
         ContainerFault: a file holds more samples than its header announces.
@@ -34,13 +34,16 @@ _BLOCK_SIZES = {
     **{i: 576 << (i - 2) for i in range(2, 6)},
     **{i: 256 << (i - 8) for i in range(8, 16)},
 }
-"""Samples per frame by its code (RFC 9639, section 9.1.1)."""
+"""Samples per frame, by the code in the frame's header (RFC 9639, section 9.1.1)."""
 _TAIL_BYTES = 2**15
 """Bytes at the end of a file that are searched for its last frame."""
 
 
 def _lengths(content: bytes, start: int, end: int) -> tuple[int, int | None]:
-    """The number of samples that a FLAC header announces, and the number after the last frame, if found."""
+    """Return the number of samples that a FLAC header announces, and the number up to the last frame's end.
+
+    The second number is None if no last frame is found.
+    """
     # STREAMINFO follows the marker `fLaC` and a block's header, 4 bytes each. It begins with the smallest
     # block size (16 bits), and has the number of samples (36 bits) before the final MD5 (RFC 9639, 8.2).
     info = content[start + 8 : start + 42]
@@ -56,7 +59,7 @@ def _lengths(content: bytes, start: int, end: int) -> tuple[int, int | None]:
     while (position := max(tail.rfind(b"\xff\xf8", 0, limit), tail.rfind(b"\xff\xf9", 0, limit))) >= 0:
         held = _frame_end(tail[position : position + 16], block)
         # Compressed samples may look like the header of a frame, but then the checksum of the frame is wrong.
-        # It is computed only if the frame contradicts the header, since it takes milliseconds.
+        # The checksum takes milliseconds, so it is computed only if the frame contradicts the file's header.
         if held == announced or (held is not None and _crc16(tail[position:]) == 0):
             return announced, held
         limit = position + 1
@@ -64,19 +67,19 @@ def _lengths(content: bytes, start: int, end: int) -> tuple[int, int | None]:
 
 
 def _frame_end(head: bytes, block: int) -> int | None:
-    """The number of samples up to the end of the frame that begins so; None if it is not a frame's header.
+    """Return the number of samples up to the end of a frame; None if `head` is not the header of a frame.
 
     The layout of the header is in RFC 9639, section 9.1.
 
     Args:
         head: the first bytes of the frame.
-        block: samples per frame, by which a stream with a fixed block size counts.
+        block: samples per frame, if the stream has a fixed block size.
     """
     if len(head) < 6:
         return None
     code = head[2] >> 4
-    # The number of the frame or sample is coded as in UTF-8, in 1 to 7 bytes: the leading ones of the first
-    # byte give their count, none stands for a single byte, and each further byte begins with the bits 10.
+    # The number of the frame or sample is coded as in UTF-8, in 1 to 7 bytes. The leading ones of the first
+    # byte give the number of bytes (none means a single byte), and each further byte begins with the bits 10.
     count = 8 - (~head[4] & 0xFF).bit_length() if head[4] >= 0xC0 else int(head[4] < 0x80)
     if not code or not count or count > 7 or len(head) < 4 + count:
         return None
@@ -106,7 +109,7 @@ _CRC16 = _crc16_table()
 
 
 def _crc16(frame: bytes) -> int:
-    """The CRC of a FLAC frame with its own checksum at its end: 0 if it is complete (RFC 9639, 9.3)."""
+    """Return the CRC-16 of a FLAC frame with its own checksum, which is 0 if it is intact (RFC 9639, 9.3)."""
     value = 0
     for byte in frame:
         value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]

@@ -1,13 +1,13 @@
-"""The files of phones and browsers, decoded by ffmpeg's libraries: MP4, QuickTime, WebM, WMA, AMR, AAC, CAF.
+"""Decodes the files of phones and browsers with ffmpeg: MP4, QuickTime, WebM, WMA, AMR, AAC and CAF.
 
-PyAV, an optional package, contains those libraries. A file is decoded from its start, frame by frame, so that
-a long one takes little memory. The format is found from the content, never from the name, and only that
-format's reader and the decoders of `DECODERS` are used: none that opens another file or an address, and none
-for pictures. The first audio track counts.
+PyAV, an optional package, contains ffmpeg's libraries. A file is decoded from its start, frame by frame, so
+that a long file takes little memory. The format is found from the content, never from the name. Only that
+format's reader and the decoders in `DECODERS` are used: none that opens another file or an address, and none
+for pictures. The first audio track is decoded.
 
-What an encoder adds is cut off where the file says so: the samples before the recording (edit lists of MP4,
-the codec delay of WebM), and those after its end (the track's duration in MP4 and CAF). AAC without a
-container and MP4 in fragments say nothing, so that up to two frames of silence remain.
+The samples that an encoder added are cut off if the file marks them: those before the recording (edit lists
+of MP4, the codec delay of WebM), and those after its end (the track's duration in MP4 and CAF). AAC without a
+container and MP4 in fragments have no such marks, so up to two frames of silence remain.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ NAMES = {
     "aac": "AAC",
     "caf": "CAF",
 }
-"""What ffmpeg's formats are called in messages."""
+"""The names of ffmpeg's formats in messages."""
 DECODERS = (
     *("aac", "alac", "mp3float", "mp3", "opus", "vorbis", "flac"),
     *("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3"),
@@ -42,13 +42,13 @@ DECODERS = (
     *("pcm_u8", "pcm_s8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be"),
     *("pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_mulaw", "pcm_alaw"),
 )
-"""ffmpeg's decoders that may run."""
+"""The decoders of ffmpeg that may be used."""
 _UNDECODABLE = "is damaged: it cannot be decoded to its end"
 _MAX_CHANNELS = 64
 _SLACK = 0.2
 """Seconds by which the decoded length may differ from that of the packets: encoders delay by a few frames."""
 _ROUNDING = 0.05
-"""Fraction by which it may differ as well: WebM and WMA round the length of a packet to milliseconds."""
+"""Further fraction by which it may differ, because WebM and WMA round a packet's length to milliseconds."""
 
 
 @dataclass
@@ -56,12 +56,12 @@ class Media:
     """The first audio track of a file."""
 
     read: Callable[[], Iterator[np.ndarray]]
-    """Decodes all of it: yields float32 [samples, channels], about a second each."""
+    """Decodes the complete track; yields blocks of float32 [samples, channels], about a second each."""
     sample_rate: int
     """Hz."""
     channels: int
     frames: int
-    """Estimated samples per channel, from the times of its packets."""
+    """Estimated samples per channel, from the times of the packets."""
 
 
 def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
@@ -74,7 +74,7 @@ def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
 
     Raises:
         ContainerFault: the file ends too early, is encrypted, or is damaged.
-        AudioError: it has no audio track, or one of an unknown codec.
+        AudioError: the file has no audio track, or its codec is not in `DECODERS`.
         ConfigurationError: PyAV is not installed.
     """
     if importlib.util.find_spec("av") is None:
@@ -95,14 +95,14 @@ class _Track:
     def __init__(self, stream: BinaryIO, kind: str, path: str | os.PathLike) -> None:
         self.stream, self.kind, self.path = stream, kind, path
         self.shortest = self.longest = 0.0
-        """Bounds of the length in seconds, by the packets."""
+        """Bounds of the length in seconds, from the times of the packets."""
         self.announced: float | None = None
-        """Length of the recording in seconds, without what the encoder added, if the header has it."""
+        """Length of the recording in seconds, without added samples; None if the header does not have it."""
 
     def measure(self) -> tuple[float, Any]:
         """Find the length that the packets announce, and the first decoded frame.
 
-        Its sample rate and channels are the true ones: those of a header omit what HE-AAC adds.
+        The frame has the true sample rate and number of channels. For HE-AAC, a header's may be half of them.
 
         Returns:
             The estimated length in seconds, and the frame.
@@ -114,10 +114,10 @@ class _Track:
         first, total, begin, end, tick, complete = None, 0, None, 0, 0, True
         for packet in self._packets():
             if first is None:
-                # Decoders lag: the first packets may give no frame.
+                # Decoders lag, so the first packets may give no frame.
                 first = next(iter(_decoded(packet)), None)
-            # The empty packet only flushes the decoder. Discarded ones are before the recording (edit lists
-            # of MP4).
+            # The empty packet only flushes the decoder. Packets to discard are before the recording (edit
+            # lists of MP4).
             if packet.size == 0 or packet.is_discard:
                 continue
             duration = packet.duration or 0
@@ -130,7 +130,7 @@ class _Track:
         if first is None:
             raise AudioError(f"{self.path} has no samples.", EMPTY)
         span = end - begin if begin is not None else total
-        # If some packet has no duration, their sum is no lower bound.
+        # If a packet has no duration, the sum is not a lower bound.
         self.shortest = float(total * tick) if complete else 0.0
         # The span includes gaps between packets, which the sum of durations does not.
         self.longest = float(max(total, span) * tick)
@@ -151,7 +151,7 @@ class _Track:
                     raise ContainerFault(
                         "changes its sample rate or number of channels: write it again as one stream"
                     )
-                # The last frame waits, because its end may not belong to the recording.
+                # The last frame is held back, because its end may not belong to the recording.
                 if waiting >= rate:
                     yield np.concatenate(pending)
                     done, waiting, pending = done + waiting, 0, []
@@ -165,7 +165,7 @@ class _Track:
                 f"{(done + waiting) / rate:.2f} s can be decoded"
             )
         if pending:
-            # What exceeds the announced length within the last frame is the encoder's padding.
+            # Samples of the last frame beyond the announced length are the encoder's padding.
             excess = done + waiting - round(self.announced * rate) if self.announced else 0
             last = len(pending[-1])
             yield np.concatenate(pending)[: waiting - excess if 0 < excess < last else None]
@@ -181,7 +181,7 @@ class _Track:
         self.stream.seek(0)
         with (
             _errors_as_faults(),
-            # PyAV would pass the name of a file on to ffmpeg. An unnamed stream has none.
+            # PyAV would pass a file's name on to ffmpeg, so it gets a stream without a name.
             av.open(
                 _Unnamed(self.stream),
                 format=self.kind,
@@ -211,12 +211,12 @@ class _Track:
             yield packet
 
     def _has_exact_end(self, track: Any) -> bool:
-        """Whether the track's duration is that of the recording: fragments of MP4 announce no samples."""
+        """Return whether the track's duration is the recording's. Fragments of MP4 announce no samples."""
         return track.duration is not None and self.kind in ("mov", "caf") and track.frames > 0
 
 
 class _Unnamed(io.RawIOBase):
-    """A file without its name."""
+    """A stream that hides the name of its file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -247,16 +247,16 @@ def _errors_as_faults() -> Iterator[None]:
 
 
 def _decoded(packet: Any) -> list[Any]:
-    """Decode a packet into frames: none or several, since decoders lag."""
+    """Decode a packet into frames: none or several, because decoders lag."""
     with _errors_as_faults():
         frames: list[Any] = packet.decode()
         return frames
 
 
 def _as_float(frame: Any) -> np.ndarray:
-    """The samples of a frame as float32 [samples, channels], with full scale 1."""
+    """Return the samples of a frame as float32 [samples, channels], with full scale 1."""
     samples = frame.to_ndarray()
-    # Planar frames are [channels, samples], others [1, samples · channels].
+    # Planar frames are [channels, samples]; others are [1, samples · channels].
     samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
     if samples.dtype == np.uint8:
         # Only samples of 8 bits are unsigned: 128 is silence.

@@ -1,9 +1,9 @@
-"""Whether the files of phones and browsers are complete, found from their structure alone, without decoding.
+"""Checks whether the files of phones and browsers are complete, from their structure and without decoding.
 
 ffmpeg decodes what remains of a truncated file and reports no error, and it skips damage between two frames.
 Here every box, element, object or frame of MP4, WebM, WMA, AMR and AAC is followed to the end of the file.
-A recorder that never knows its length (MediaRecorder in a browser, AAC and AMR without a container) writes
-none: such a file is still refused if it was cut within a frame, but not if it was cut between two of them.
+Some recorders cannot write a length (MediaRecorder in a browser, AAC and AMR without a container). Their
+files are refused if they were cut within a frame, but not if they were cut between two frames.
 """
 
 import os
@@ -15,14 +15,14 @@ from slam_asr.audio.containers import ContainerFault, check_end, check_length
 from slam_asr.audio.faults import TRUNCATED_TEXT
 
 ENCRYPTED = "is encrypted: save it without protection"
-"""The fault of a file that only the player of a shop can decode; the file's name goes in front."""
+"""The fault of a file that only the player of a music shop can decode; the file's name comes before it."""
 
 _MP4_PARENTS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
 """Boxes on the way to the tables of samples (ISO/IEC 14496-12)."""
 _ENCRYPTED_SAMPLES = {b"enca", b"drms"}
 """Sample entries of encrypted audio: common encryption, and the music shop of iTunes."""
 _SAMPLE_COUNTS = {b"stsz": 8, b"trun": 4}
-"""Boxes with a number of samples, and its offset in bytes."""
+"""Boxes with a number of samples, and the offset of that number in bytes."""
 
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 _EBML_PARENTS = {_SEGMENT, _CLUSTER, 0x1654AE6B, 0xAE, 0x6D80, 0x6240}
@@ -40,12 +40,12 @@ _AMR_SIZES = {
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
-"""Bytes of a frame by its type, after each of the two beginnings of a file (RFC 4867, section 5)."""
+"""For each of the two beginnings of a file, the bytes of a frame by its type (RFC 4867, section 5)."""
 _ADTS_HEADER = 7
 
 
 def kind_of(head: bytes) -> str | None:
-    """Recognise a format that only ffmpeg reads by the first 16 bytes, whatever the name of the file.
+    """Recognise a format that only ffmpeg reads, by the first 16 bytes of a file.
 
     Returns:
         ffmpeg's name of the format, or None.
@@ -75,7 +75,7 @@ def check_media(stream: BinaryIO, kind: str) -> None:
 
 
 def _at(stream: BinaryIO, position: int, count: int) -> bytes:
-    """`count` bytes at a position, padded with zeros at the end of the file."""
+    """Read `count` bytes at a position, padded with zeros at the end of the file."""
     stream.seek(position)
     return stream.read(count).ljust(count, b"\0")
 
@@ -90,7 +90,7 @@ def _check_mp4(stream: BinaryIO, size: int) -> None:
             raise ContainerFault(ENCRYPTED)
         if name in _SAMPLE_COUNTS:
             (count,) = struct.unpack(">I", _at(stream, start + _SAMPLE_COUNTS[name], 4))
-            # A sample has at least one byte. ffmpeg allocates memory for as many as are announced.
+            # A sample has at least one byte. ffmpeg would allocate memory for all announced samples.
             if count > size:
                 raise ContainerFault(f"is damaged: it cannot hold {count} samples")
     if b"moov" not in names:
@@ -99,12 +99,12 @@ def _check_mp4(stream: BinaryIO, size: int) -> None:
 
 
 def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name of each box, and where its content begins and ends in the file, parents first."""
+    """Yield the name of each box, and the offsets of its content's start and end in bytes, parents first."""
     position = 0
     while position + 8 <= size:
         length, name = struct.unpack(">I4s", _at(stream, position, 8))
         start = position + 8
-        # A length of 1 announces one of 64 bits after the name; 0 means up to the end of the file.
+        # A length of 1 means that a length of 64 bits follows the name; 0 means up to the end of the file.
         if length == 1:
             (length,) = struct.unpack(">Q", _at(stream, start, 8))
             start += 8
@@ -128,8 +128,8 @@ def _check_matroska(stream: BinaryIO, size: int) -> None:
         if not id_bytes or id_bytes > 4 or not length_bytes:
             return check_end(stream, position, size)
         start = position + id_bytes + length_bytes
-        # All bits 1: the length is unknown, as a recorder writes it that cannot return to the beginning of
-        # its file.
+        # If all bits are 1, the length is unknown: the recorder could not return to the beginning of the
+        # file.
         is_open = length == (1 << 7 * length_bytes) - 1
         if not is_open and start + length > size:
             raise ContainerFault(TRUNCATED_TEXT)
@@ -143,10 +143,10 @@ def _check_matroska(stream: BinaryIO, size: int) -> None:
 
 
 def _ebml_number(data: bytes, marked: bool) -> tuple[int, int]:
-    """A number of variable length (RFC 8794, section 4), with or without the bit that marks its length.
+    """Parse a number of variable length (RFC 8794, section 4), with or without the bit that marks its length.
 
     Returns:
-        The number, and its bytes: 0 if none begins here.
+        The number, and its length in bytes, which is 0 if no number begins here.
     """
     if not data or not data[0]:
         return 0, 0
@@ -165,7 +165,7 @@ def _check_asf(stream: BinaryIO, size: int) -> None:
         if name == _ASF_HEADER and any(kind in _at(stream, position, length) for kind in _ASF_ENCRYPTION):
             raise ContainerFault(ENCRYPTED)
         if length < 24:
-            # A recording of which the length was unknown: what follows are its packets.
+            # The length of the recording was unknown. Its packets follow.
             return
         position += length
     check_end(stream, position, size)
@@ -188,8 +188,8 @@ def _check_adts(stream: BinaryIO, size: int) -> None:
     position = 0
     while position + _ADTS_HEADER <= size:
         head = _at(stream, position, _ADTS_HEADER)
-        # 13 bits, with the header: the last 2 of the fourth byte, the fifth byte, and the first 3 of the
-        # sixth.
+        # The length of a frame, with its header, has 13 bits: the last 2 of the fourth byte, the fifth byte,
+        # and the first 3 of the sixth.
         length = int.from_bytes(head[3:6]) >> 5 & 0x1FFF
         if not _is_adts(head) or length < _ADTS_HEADER:
             break
@@ -198,7 +198,7 @@ def _check_adts(stream: BinaryIO, size: int) -> None:
 
 
 def _is_adts(head: bytes) -> bool:
-    """Whether the header of an AAC frame begins here: 12 bits of 1, and layer 0 (ISO/IEC 14496-3, 1.A.2)."""
+    """Return whether `head` begins an AAC frame: 12 bits of 1, and layer 0 (ISO/IEC 14496-3, 1.A.2)."""
     return len(head) >= 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
 
 
@@ -214,4 +214,4 @@ _CHECKS: dict[str, Callable[[BinaryIO, int], None]] = {
     "aac": _check_adts,
     "caf": _check_caf,
 }
-"""By ffmpeg's name of the format."""
+"""The check of each format, by ffmpeg's name of the format."""

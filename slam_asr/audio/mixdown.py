@@ -14,9 +14,9 @@ _FULL_SCALE_LIMIT = 4.0
 """Largest absolute sample value. Loudly mastered float samples reach 2, and decoders of lossy formats
 exceed 1 slightly. Float samples in the range of integers reach hundreds, even in quiet speech."""
 _SILENT_RANGE = 2.0**-15
-"""Samples within a range of less than one step of 16 bits hold no sound."""
+"""A recording whose samples differ by less than one step of 16 bits holds no sound."""
 _CANCELLED_POWER = 1e-4
-"""The mean of the channels has less than this share of their power (-40 dB) if one is the other inverted."""
+"""If one channel is the inverse of another, the mean has less than this share of their power (-40 dB)."""
 
 
 class Mixdown:
@@ -25,16 +25,16 @@ class Mixdown:
     Args:
         path: the file's name in messages.
         sample_rate: Hz.
-        channel: number of the channel to use, from 0; None for the mean of all.
+        channel: number of the channel to use, counted from 0; None for the mean of all.
     """
 
     def __init__(self, path: str | os.PathLike, sample_rate: int, channel: int | None) -> None:
         self.path, self.channel = path, channel
         self.count = 0
-        """Samples before resampling."""
+        """Number of samples so far, before resampling."""
         self._low, self._high, self._energy, self._power = np.inf, -np.inf, 0.0, 0.0
         self._parts: list[np.ndarray] = []
-        # Blocks give the same samples as the complete recording would, bit by bit.
+        # Resampling in blocks gives the same samples, bit by bit, as resampling the complete recording.
         self._resampler = (
             None
             if sample_rate == SAMPLE_RATE
@@ -42,10 +42,10 @@ class Mixdown:
         )
 
     def add(self, block: np.ndarray) -> None:
-        """Add float32 [samples, channels].
+        """Add the next block, float32 [samples, channels].
 
         Raises:
-            AudioError: samples are no audio with full scale 1.
+            AudioError: a sample is not finite, or far above full scale, which is 1.
         """
         if len(block) == 0:
             return
@@ -61,8 +61,7 @@ class Mixdown:
     def finish(self) -> np.ndarray:
         """Return float32 [samples], mono at 16 kHz."""
         if self._resampler is not None and self._parts:
-            # The filter looks ahead, so the resampler holds the last samples back until it knows that none
-            # follow.
+            # The filter looks ahead, so the resampler holds back the last samples until the end is known.
             self._parts.append(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         parts, self._parts = self._parts, []
         samples = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
@@ -80,10 +79,10 @@ class Mixdown:
 
 
 def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
-    """One channel, or the mean of all, of float32 [samples, channels].
+    """Return one channel of float32 [samples, channels], or the mean of all.
 
     Returns:
-        float32 [samples]; and the energy of the channels, on average, or 0 if no mean was taken.
+        float32 [samples]; and the mean energy of the channels, or 0 if no mean of samples was taken.
     """
     channels = samples.shape[1]
     if channels == 1 or channel is not None:
@@ -93,7 +92,7 @@ def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
 
 
 def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
-    """Raise if samples between `low` and `high` are no audio with full scale 1."""
+    """Raise if samples that range from `low` to `high` are not finite, or far above full scale (1)."""
     # NumPy's minimum and maximum are NaN if any sample is, so `peak` is too.
     peak = max(-low, high)
     if not np.isfinite(peak):

@@ -1,13 +1,13 @@
-"""Exact access to mp3: every frame is found and counted, and any stretch is decoded by itself.
+"""Exact access to mp3: finds and counts every frame, and decodes any stretch by itself.
 
-The length that libsndfile reports for an mp3 is not reliable. It is the count in the first Xing header even
-if more streams follow, and without such a header it is an estimate from the bit rate. Its seeking is not
-exact either. But every frame's header gives the size of the frame, so all frames of a file are found in
-milliseconds. A stretch is decoded from copies of its frames, preceded by those that its first frame depends
+The length that libsndfile reports for an mp3 is not reliable. It is the count in the first Xing header, even
+if more streams follow; without such a header, it is an estimate from the bit rate. libsndfile's seeking is
+not exact either. But the header of every frame gives the size of the frame, so all frames of a file are found
+in milliseconds. A stretch is decoded from copies of its frames and of the frames before it that it depends
 on. The samples are then equal to those of the complete file, bit by bit.
 
-A frame of layer III may begin with data in the frames before it, in their unused space: the bit reservoir.
-Its side information gives the number of these bytes (main_data_begin), as its first field.
+The data of a layer III frame may begin in the unused space of the frames before it, the bit reservoir. The
+first field of the frame's side information, main_data_begin, is the number of these bytes.
 """
 
 import io
@@ -38,9 +38,9 @@ _BIT_RATES = {
 _DECODER_DELAY = 529
 """Samples by which every mp3 decoder lags. LAME's tag does not include them, and mpg123 drops them."""
 _RESERVOIR = 511
-"""Bytes of earlier frames that a frame of MPEG 1 may use; one of MPEG 2 may use half of them."""
+"""Bytes of earlier frames that a frame of MPEG 1 may use; a frame of MPEG 2 may use half as many."""
 _FRAME_OVERHEAD = 38
-"""Bytes of a frame, at most, that are not part of that reservoir: header, checksum and side information."""
+"""Maximum bytes of a frame that the reservoir cannot use: header, checksum and side information."""
 _WARM_UP = 3
 """Frames after which the state of the decoder (overlap and filter bank) no longer depends on its start."""
 _COUNT_TOLERANCE = 2
@@ -50,11 +50,11 @@ _MAX_JUNK = 4096
 
 
 def _frame_sizes() -> list[int]:
-    """The size of a frame in bytes by the second and third byte of its header; 0 if they are not valid."""
+    """Return the size of a frame in bytes, by the second and third byte of its header; 0 if not valid."""
     sizes = [0] * 2**16
-    # The first byte is 0xFF, and the first three bits of the second are ones too: the sync word. Frames have
-    # 384 samples in layer I, and 1152 in the others, but 576 in layer III of MPEG 2. The factors are samples
-    # per frame / 8 bits per byte; layer I counts in slots of 4 bytes.
+    # The sync word is the first byte, 0xFF, and the first three bits of the second, also ones. Frames have
+    # 384 samples in layer I, 576 in layer III of MPEG 2, and 1152 otherwise. The factors are samples per
+    # frame / 8 bits per byte; layer I counts in slots of 4 bytes.
     for bits in range(0xE000, 0x10000):
         version, layer = bits >> 11 & 3, bits >> 9 & 3
         bit_rate, rate, padding = bits >> 4 & 15, bits >> 2 & 3, bits >> 1 & 1
@@ -77,16 +77,16 @@ class _Part:
     """A run of frames that one encoder wrote."""
 
     offsets: np.ndarray
-    """int64 [frames + 1]: where each frame begins in the file, in bytes, and where the last one ends."""
+    """int64 [frames + 1]: the offset of each frame in the file, in bytes, and the end of the last one."""
     delay: int = 0
-    """Samples at the start that are not part of the recording, with the decoder's delay; 0 if unknown."""
+    """Samples at the start that are not part of the recording, with `_DECODER_DELAY`; 0 if unknown."""
     padding: int = 0
     """Samples at the end that are not part of the recording."""
 
 
 @dataclass(frozen=True)
 class Mp3:
-    """Where the frames of an mp3 file are, and how many samples they hold."""
+    """The places of the frames in an mp3 file, and the number of samples in them."""
 
     parts: tuple[_Part, ...]
     header: bytes
@@ -114,7 +114,7 @@ class Mp3:
 
     @property
     def samples_per_channel(self) -> int:
-        """Length of the complete file."""
+        """Number of samples in the complete file, per channel."""
         return sum(map(self._samples_of, self.parts))
 
     @property
@@ -146,17 +146,17 @@ class Mp3:
         return np.concatenate(found)
 
     def _read_part(self, part: _Part, stream: BinaryIO, first: int, count: int) -> np.ndarray:
-        """Decode samples of a part; `first` counts all samples that the decoder gives, with the delay."""
+        """Decode samples of a part. `first` is counted from the part's first frame, with its delay."""
         size = self.samples_per_frame
         end = min(-(-(first + count) // size), len(part.offsets) - 1)
-        # Frames from `exact` on are decoded as in the complete file. Those before, from `begin` on, only fill
-        # the reservoir.
+        # Frames from `exact` on are decoded as in the complete file. The frames from `begin` to `exact` only
+        # fill the reservoir.
         exact = max(0, first // size - _WARM_UP)
         begin = _first_needed(part.offsets, exact)
         stream.seek(int(part.offsets[begin]))
         content = bytearray(stream.read(int(part.offsets[end] - part.offsets[begin])))
-        # mpg123 drops the decoder's delay from the first frame. That is a frame of silence, so that those
-        # of the file lose nothing.
+        # mpg123 drops the decoder's delay from the first frame. A frame of silence is put first, so that the
+        # frames of the file lose nothing.
         lead = self._silent_frame(1, b"")
         self._silence(content, (part.offsets[begin : exact + 1] - part.offsets[begin]).tolist(), len(lead))
         counting = self._silent_frame(13, b"Xing" + struct.pack(">II", 1, end - begin + 1))
@@ -167,10 +167,10 @@ class Mp3:
             return sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
 
     def _silence(self, content: bytearray, offsets: list[int], lead: int) -> None:
-        """Turn the frames that are needed only for the reservoir into silence; their data remain.
+        """Turn the frames that are needed only for the reservoir into silence. Their data remain.
 
-        Otherwise mpg123 would decode them too, and complain on standard error: they refer to data in frames
-        that are not in `content`.
+        Otherwise mpg123 would decode them too, and complain on standard error that they refer to data in
+        frames that are not in `content`.
 
         Args:
             content: consecutive frames, which are changed.
@@ -182,7 +182,7 @@ class Mp3:
         for start, end in pairwise(offsets):
             start += 4 if content[start + 1] & 1 else 6  # a checksum takes two bytes
             # mpg123 passes on only the part of the reservoir that a frame uses, so each frame claims to use
-            # all of it. Zeros after main_data_begin (9 bits in MPEG 1, 8 in MPEG 2) stand for no sound.
+            # all of it. Zeros after main_data_begin (9 bits in MPEG 1, 8 in MPEG 2) mean no sound.
             used = min(reserved, self.reservoir)
             begin = used << 7 if self.is_mpeg1 else used << 8
             content[start : start + side] = begin.to_bytes(2).ljust(side, b"\0")
@@ -205,8 +205,8 @@ class Mp3:
 
         If the content is a Xing header, libsndfile takes the number of frames from it, and mpg123 gives no
         samples for the frame. Without the header, libsndfile would estimate the length from the bit rate, and
-        cut what is longer. `bit_rate` is the index of a bit rate, from 1; at 13 such a header fits into the
-        frame at every sample rate.
+        omit the samples beyond it. `bit_rate` is the index of a bit rate, from 1. With index 13, a Xing
+        header fits into the frame at every sample rate.
         """
         second = self.header[1] | 1  # no checksum
         third = bit_rate << 4 | self.header[2] & 0x0C
@@ -215,7 +215,7 @@ class Mp3:
 
 
 def _first_needed(offsets: np.ndarray, exact: int) -> int:
-    """The first frame to decode so that the reservoir of frame `exact` is complete."""
+    """Return the number of the first frame that is needed to fill the reservoir of frame `exact`."""
     first, reserved = exact, 0
     while first > 0 and reserved < _RESERVOIR:
         first -= 1
@@ -224,7 +224,7 @@ def _first_needed(offsets: np.ndarray, exact: int) -> int:
 
 
 def may_be_mp3(head: bytes) -> bool:
-    """Whether a file that begins with these 4 bytes may be an mp3: it begins with a frame or an ID3 tag."""
+    """Return whether a file that begins with these 4 bytes may be an mp3: with a frame or an ID3 tag."""
     return head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
 
 
@@ -258,7 +258,7 @@ def find_frames(content: bytes) -> Mp3 | None:
 
 
 def _same_format(header: bytes, other: bytes) -> bool:
-    """Whether version, layer, sample rate and number of channels are the same in two headers of 4 bytes."""
+    """Return whether two headers of 4 bytes have the same version, layer, sample rate and channels."""
     return (
         (header[1] ^ other[1]) & 0xFE == 0  # all but the bit for a checksum
         and (header[2] ^ other[2]) & 0x0C == 0
@@ -267,7 +267,7 @@ def _same_format(header: bytes, other: bytes) -> bool:
 
 
 def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
-    """The offsets of frames that follow each other, and the end of the last one."""
+    """Return the offsets of successive frames, and the end of the last one."""
     sizes, last_header = _SIZES, len(content) - 4
     version, channels = header[1] & 0xFE, header[3] >> 6 == 3
     offsets = [position]
@@ -284,7 +284,7 @@ def _run_of_frames(content: bytes, position: int, header: bytes) -> list[int]:
 
 
 def _first_frame(content: bytes, start: int) -> int | None:
-    """Where the first frame at or after `start` begins; None if there is none.
+    """Return the offset of the first frame at or after `start`; None if no frame is found.
 
     Other data may look like a frame's header, so another frame or the end of the file must follow.
     """
@@ -300,7 +300,7 @@ def _first_frame(content: bytes, start: int) -> int | None:
 
 
 def _after_tags(content: bytes, position: int) -> int | None:
-    """Where the next frame begins after the tags of music players at `position`; None at the file's end.
+    """Return the offset of the next frame after the tags at `position`; None at the end of the file.
 
     Raises:
         ContainerFault: bytes other than tags and zeros are between two frames, or too many at the end.
@@ -315,11 +315,11 @@ def _after_tags(content: bytes, position: int) -> int | None:
 
 
 def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[_Part]:
-    """Divide a run of frames at those with an encoder's header: each begins another recording."""
+    """Divide a run of frames at the frames with an encoder's header, each of which begins a recording."""
     side = file.side_information
     marks = []
     for number, offset in enumerate(offsets[:-1]):
-        # A header is in a frame of silence, whose side information is zero; mpg123 recognises it likewise.
+        # A header is in a frame of silence, whose side information is zero. mpg123 uses the same rule.
         # Two bytes are skipped, because they may be a checksum.
         tag = offset + 4 + side
         if content[tag : tag + 4] in (b"Xing", b"Info") and not any(content[offset + 6 : tag]):
@@ -332,7 +332,7 @@ def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator
 
 
 def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) -> _Part:
-    """The frames after an encoder's header, of which `tag` is the offset in bytes."""
+    """Return the frames after an encoder's header, whose offset in bytes is `tag`."""
     # `Xing` or `Info`, flags, and then the fields that the flags announce: the number of frames (4 bytes), of
     # bytes (4), a table of positions for seeking (100), and the quality (4).
     flags, announced = struct.unpack(">II", content[tag + 4 : tag + 12].ljust(8, b"\0"))

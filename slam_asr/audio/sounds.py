@@ -1,4 +1,4 @@
-"""An audio file as one sequence of samples, whatever its format, and also if it was joined from several."""
+"""Opens an audio file as one sequence of samples, in any format, even if it was joined from several files."""
 
 import contextlib
 import functools
@@ -28,14 +28,14 @@ _SAMPLE_BYTES = {
     **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
 }
-"""Bytes of a sample by libsndfile's name of the encoding. Compressed ones are missing."""
-# An Ogg file that is cut off has no length either: https://github.com/libsndfile/libsndfile/issues/989.
+"""Bytes of a sample, by libsndfile's name of the encoding. Compressed encodings are missing."""
 _NO_LENGTH = 2**62
-"""libsndfile reports its maximum, 2**63 - 1, where a header has no length."""
+"""libsndfile reports its maximum, 2**63 - 1, if a header has no length, and for an Ogg file that was cut off
+(https://github.com/libsndfile/libsndfile/issues/989)."""
 _BLOCK = 2**22
 """Samples of all channels together that are decoded at once: 17 MB."""
 _Layout = Mp3 | list[tuple[int, int]]
-"""The frames of an mp3, or where each of several joined files begins and ends in bytes."""
+"""The frames of an mp3, or the offsets in bytes of the start and end of each joined file."""
 
 
 @dataclass
@@ -49,24 +49,24 @@ class Sound:
     channels: int
     read: Callable[[int, int], Iterator[np.ndarray]]
     """Decodes `count` samples from the sample `first` (from 0) on, as blocks of float32 [samples, channels].
-    They are fewer if the file is damaged."""
+    A damaged file may give fewer samples."""
     sample_bytes: int = 0
     """Bytes of one sample of one channel in the file; 0 if it is compressed."""
     estimated: bool = False
     """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
     has_segments: bool = True
-    """Whether a part can be read. If not, `read` decodes the complete file, whatever it is called with."""
+    """Whether a part can be read. If not, `read` decodes the complete file, whatever its arguments are."""
 
 
 class _Content(io.BytesIO):
-    """The bytes of a file, for libsndfile, which seeks before their start if the header is damaged."""
+    """The bytes of a file. libsndfile seeks to positions before their start if the header is damaged."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Seek as in a file, but to the start where a file would raise an error."""
+        """Seek as in a file. If that fails, seek to the start."""
         try:
             return super().seek(offset, whence)
         except (ValueError, OverflowError):
-            # soundfile calls this from C. An exception would be printed with its traceback, and ignored.
+            # soundfile calls this method from C, which would print an exception's traceback and ignore it.
             return super().seek(0)
 
 
@@ -76,11 +76,12 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 
     Args:
         file: the file, or its bytes.
-        path: its name in messages.
+        path: the file's name in messages.
 
     Raises:
         LengthError: the file holds less or more than its header announces.
         AudioError: the file is empty or not audio.
+        ConfigurationError: the file needs PyAV, and that is not installed.
     """
     with contextlib.ExitStack() as stack:
         stream: BinaryIO = (
@@ -96,7 +97,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         except ContainerFault as fault:
             raise LengthError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
-            # Do not quote libsndfile's message: it is global to all threads and may be about another file.
+            # libsndfile's message is not quoted: it is global to all threads and may be about another file.
             raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
         first = sounds[0]
         if first.frames >= _NO_LENGTH:
@@ -113,9 +114,9 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 
 
 def _limit_frames(sound: Sound, announced: int) -> None:
-    """Limit a file to the bytes of samples that its header announces.
+    """Limit a file to the samples that its header announces, in bytes.
 
-    In some formats, libsndfile takes all that follows the header for samples, also the tags of music players.
+    In some formats, libsndfile reads everything after the header as samples, even the tags of music players.
 
     Raises:
         ContainerFault: another number in the header says that there are fewer samples.
@@ -131,7 +132,7 @@ def _limit_frames(sound: Sound, announced: int) -> None:
 def _opened(
     stream: BinaryIO, file: Path | bytes, path: str | os.PathLike, stack: contextlib.ExitStack
 ) -> list[Sound]:
-    """Open the file, or each of the files that were joined in it; `stack` closes them."""
+    """Open the file, or each of the files that were joined in it. `stack` closes them."""
     stream.seek(0)
     head = stream.read(16)
     if kind := kind_of(head):
@@ -149,7 +150,7 @@ def _opened(
             soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file))
         )
     except soundfile.LibsndfileError:
-        if head.startswith(b"caff"):  # libsndfile reads those with plain samples, and some with ALAC
+        if head.startswith(b"caff"):  # libsndfile reads CAF only with plain samples, and some with ALAC
             return [_of_media(stream, "caf", path)]
         raise
     layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
@@ -177,7 +178,7 @@ def _of_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
 
 
 def _read_mp3(mp3: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> Iterator[np.ndarray]:
-    # By its name, libsndfile reads a complete mp3 in two thirds of the time.
+    # If libsndfile opens a complete mp3 by its name, it needs only two thirds of the time.
     if mp3.is_plain and first == 0 and count == mp3.samples_per_channel and not isinstance(file, bytes):
         with soundfile.SoundFile(os.fsencode(file)) as sound:
             if sound.frames == count:
@@ -202,7 +203,7 @@ _FINDERS: dict[str, Callable[[bytes], _Layout | None]] = {
     "FLAC": joined_flac,
     "OGG": joined_ogg,
 }
-"""By libsndfile's name of the format."""
+"""The function that finds the layout of a file, by libsndfile's name of the format."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -220,11 +221,12 @@ def _single(sound: soundfile.SoundFile) -> Sound:
 def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.ndarray]:
     if first:
         sound.seek(first)
-    # Blocks, because half an hour of silence in many channels is a small file, and many gigabytes of samples.
+    # Read in blocks, because half an hour of silence in many channels is a small file but many gigabytes of
+    # samples.
     longest = max(1, _BLOCK // sound.channels)
     while count > 0:
         block = sound.read(min(longest, count), dtype="float32", always_2d=True)
-        # The file ends before what its header announces. The caller compares the numbers of samples.
+        # The file ends earlier than its header announces. The caller compares the numbers of samples.
         if len(block) == 0:
             return
         yield block
@@ -232,7 +234,7 @@ def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.nda
 
 
 def _joined(sounds: list[Sound]) -> Sound:
-    """The sequence of several files."""
+    """Return several files as one sequence of samples."""
 
     def read(first: int, count: int) -> Iterator[np.ndarray]:
         for sound in sounds:
@@ -242,7 +244,7 @@ def _joined(sounds: list[Sound]) -> Sound:
                 for block in sound.read(first, taken):
                     yield block
                     done += len(block)
-                if done < taken:  # what follows would be at another time
+                if done < taken:  # the samples of later files would be at a wrong time
                     break
                 count -= taken
             first = max(0, first - sound.frames)

@@ -153,8 +153,8 @@ class ShardWriter:
         # The shard itself does not need the piece, so the extraction continues.
         except (OSError, UserError) as error:
             log_line(
-                "warning: the features so far could not be saved; after an interruption, they must be computed "
-                f"again: {error}"
+                "warning: the features so far could not be saved, and must be computed again after an "
+                f"interruption: {error}"
             )
 
 

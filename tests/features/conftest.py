@@ -13,7 +13,7 @@ LENGTHS = (0.1, 0.73, 1.0, 2.345)
 
 
 def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
-    """Write a tone of each length in seconds; return the utterances. Their keys are k0, k1 …, from `first` on."""
+    """Write a tone of each length in seconds; return the utterances, with keys k0, k1 …, from `first` on."""
     utterances = []
     for i, seconds in enumerate(lengths, start=first):
         wav = write_wav(folder / f"{i}.wav", make_tone(seconds, frequency=200 + 7 * i))
