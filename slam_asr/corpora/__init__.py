@@ -1,8 +1,8 @@
 """Readers for the usual kinds of speech corpora, one module per kind, all derived from `CorpusReader`.
 
-A reader recognises its kind of corpus by the files in a folder, names the subsets, lists the files that the
-result depends on, and yields candidates. It does not check their audio; `audio_check` does. No reader holds a
-corpus in memory: each call of `read` reads the files again from the start.
+A reader recognises its kind of corpus by the files in a folder, names the subsets, lists the files on which
+the result depends, and yields candidates. `audio_check` then checks the audio. No reader holds a corpus in
+memory: each call of `read` reads the files again from the start.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from slam_asr.config.recipe import Data
 SPLITS = ("train", "dev", "test")
 
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
-"""The split of each subset name that denotes one by itself, regardless of the recipe's patterns."""
+"""For each subset name that denotes a split regardless of the recipe's patterns: that split."""
 
 AUDIO_SUFFIXES = (
     *(".flac", ".wav", ".ogg", ".opus", ".mp3"),
@@ -28,6 +28,7 @@ PyAV."""
 AUDIO_FOLDER = "audio"
 """Subfolder of the stage's output that holds audio unpacked from archives and tables."""
 
+# Reasons for rejections, besides those in `slam_asr.audio.faults`.
 NO_AUDIO = "transcript without audio"
 NO_TRANSCRIPT = "audio without transcript"
 BLANK = "blank transcript"
@@ -42,7 +43,7 @@ class Candidate:
 
     key: str
     source: str
-    """The audio file: an absolute path or an s3:// URI. If `content` is set, only a name for messages."""
+    """The audio file: an absolute path or s3:// URI. If `content` is set, it is only a name for messages."""
     text: str
     """The transcript, unchanged."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -56,15 +57,15 @@ class Candidate:
     manifest_source: str | None = None
     """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
     identity: str = field(default="", compare=False)
-    """What distinguishes the utterance, if its key was made from something that may repeat, such as a file's
-    name. Two candidates with the same key and different identities are different utterances, and the reader
-    then makes other keys. Empty: the key itself."""
+    """A text that distinguishes the utterance, if its key may repeat, such as a file's name. Two candidates
+    with the same key and different identities are different utterances, and the reader then makes other keys.
+    If empty, the key is the identity."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
     channel: int | None = None
-    """Number of the file's channel that holds the speaker, from 0; None if the corpus names none."""
+    """Number of the file's channel that holds the speaker, counted from 0; None if the corpus names none."""
     channel_of_several: bool = False
-    """Whether `channel` applies only to files with several channels; a file with one is used as it is."""
+    """Whether `channel` applies only to files with several channels. A file with one channel is valid too."""
 
 
 @dataclass
@@ -80,9 +81,9 @@ class Rejection:
 
 
 Stamp = tuple[str, int, str]
-"""A file's name, its size in bytes, and its modification time or etag.
+"""A file's name, its size in bytes, and its modification time in ns or its etag.
 
-A corpus whose stamps are unchanged need not be read again.
+A corpus with unchanged stamps need not be read again.
 """
 
 
@@ -92,7 +93,7 @@ class CorpusReader(ABC):
     kind: ClassVar[str]
     """The kind of corpus, for messages."""
     layout: ClassVar[str]
-    """The files that such a corpus has, for messages."""
+    """The files that a corpus of this kind has, for messages."""
     root: str
     """The corpus's absolute path or URI."""
     by_subset: Mapping[str, Any]
@@ -103,7 +104,7 @@ class CorpusReader(ABC):
     @classmethod
     @abstractmethod
     def find(cls, root: str, data: Data) -> "CorpusReader | None":
-        """Open the corpus at an absolute path or URI; None if another kind of corpus is there, or none.
+        """Open the corpus at an absolute path or URI; return None if no corpus of this kind is there.
 
         Args:
             root: the path or URI.
@@ -115,18 +116,18 @@ class CorpusReader(ABC):
         """
 
     def subsets(self) -> list[str]:
-        """Return the names that the recipe's patterns are matched against."""
+        """Return the names of the subsets, which the recipe's patterns select."""
         return sorted(self.by_subset)
 
     @abstractmethod
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        """Yield the stamp of each file that a subset depends on, in a fixed order, without opening audio."""
+        """Yield the stamp of each file on which a subset depends, in a fixed order. No audio is opened."""
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:  # noqa: B027 - most kinds have nothing to do
-        """Unpack the archives of these subsets into the stage's folder. This is called before `read`."""
+        """Unpack the archives of these subsets into the stage's folder. It must be called before `read`."""
 
     def refine_keys(self) -> str:
-        """Make keys in another way from now on, because different utterances have the same key.
+        """Make keys in another way from now on, after different utterances have got the same key.
 
         Returns:
             A sentence for the log; empty if the keys cannot be made in another way.
@@ -135,4 +136,4 @@ class CorpusReader(ABC):
 
     @abstractmethod
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
-        """Yield a subset's utterances in a fixed order, and a rejection for each that is incomplete."""
+        """Yield a subset's utterances in a fixed order, with a rejection for each incomplete one."""

@@ -1,9 +1,9 @@
 """Reader for LibriSpeech's original archives, such as train-clean-100.tar.gz, on disk or in object storage.
 
-Archives are unpacked as a stream into `audio/` of the stage's folder and then read by `librispeech`. An
-archive with an original name is taken to hold the subset of that name, and is not opened if no pattern of the
-recipe matches it. Any other archive is read once to find its subsets. An archive that was unpacked completely
-is not unpacked again.
+Archives are unpacked as a stream into `audio/` of the stage's folder, and then read by `librispeech`. An
+archive with one of LibriSpeech's names is assumed to hold the subset of that name, and is not opened if no
+pattern of the recipe matches it. Any other archive is read once to find its subsets. An archive that was
+unpacked completely is not unpacked again.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from slam_asr.progress import Meter
 from slam_asr.storage import digest, info, name_of, open_stream, read_bytes
 
 _MAX_EXPANSION = 100
-"""Largest ratio of the unpacked size to the archive's. Audio hardly shrinks; only an archive that was built
-to fill a disk exceeds this."""
+"""Largest ratio of the unpacked size to the archive's size. Audio hardly shrinks, so only an archive that was
+built to fill a disk exceeds this ratio."""
 _MIN_ALLOWANCE = 2**30
-"""Bytes that an archive of any size may unpack to."""
+"""Unpacked size in bytes that is allowed for an archive of any size."""
 _MAX_METADATA = 2**20
 """Largest size in bytes of a long name or another extended header, which tarfile reads into memory."""
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
@@ -58,7 +58,7 @@ class Archives(CorpusReader):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Archives | None":
-        """Open the archives at a path; None if there are none.
+        """Open the archives at a path; return None if the path has none.
 
         Raises:
             InputError: an archive is damaged, or holds no LibriSpeech tree.
@@ -92,13 +92,13 @@ class Archives(CorpusReader):
         assert self._tree is not None, "prepare() unpacks the archives before read()"
         for item in self._tree.read(subset):
             if isinstance(item, Candidate):
-                # Relative to the manifest, so that the stage's folder can be moved or uploaded.
+                # The path is relative to the manifest, so that the stage's folder can be moved or uploaded.
                 item.manifest_source = Path(item.source).relative_to(self._folder).as_posix()
             yield item
 
 
 def _subsets_in(file: str) -> list[str]:
-    """The subsets that an archive holds, inferred from its name or, failing that, from its content."""
+    """Return the subsets that an archive holds, by its name if it is one of LibriSpeech's, or its content."""
     if original := _ORIGINAL_NAME.fullmatch(name_of(file).lower()):
         return [original[1]]
     with _members(file) as members:
@@ -118,7 +118,7 @@ def _unpack_once(file: str, target: Path, subsets: list[str]) -> None:
     marker = target / f".{digest(file)[:16]}.unpacked"
     if marker.is_file() and read_bytes(marker).decode() == state:
         return
-    # The marker is removed first and written last, so an interrupted run leaves none for partial content.
+    # The marker is removed first and written last, so it never marks partial content.
     marker.unlink(missing_ok=True)
     for subset in subsets:
         shutil.rmtree(target / OUTER / subset, ignore_errors=True)
@@ -145,7 +145,7 @@ def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: 
         file: the archive, for messages.
         target: the existing folder to unpack to, or one to be created.
         member: the file to unpack next.
-        remaining: bytes that may be unpacked after it.
+        remaining: bytes that may still be unpacked after this file; negative if it is too large.
     """
     if remaining < 0:
         raise InputError(
@@ -153,7 +153,7 @@ def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: 
             "download it again from its publisher."
         )
     target.mkdir(parents=True, exist_ok=True)
-    # Asked again for each file, because this is not the only program that writes to the disk.
+    # Checked for each file, because other programs may write to the disk too.
     free = shutil.disk_usage(target).free
     if member.size > free:
         raise InputError(
@@ -163,10 +163,10 @@ def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: 
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """A member's header, whose extensions are of bounded size."""
+    """The header of a member, with a limit on the size of its extensions."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        # tarfile reads such an extension into memory, whatever size it announces.
+        # tarfile reads an extension into memory, whatever its announced size is.
         is_extension = self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES)
         if is_extension and self.size > _MAX_METADATA:
             raise tarfile.ReadError(f"a header of {self.size} bytes")
@@ -178,13 +178,13 @@ _PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 @contextlib.contextmanager
 def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPath, tarfile.TarInfo]]]:
-    """Open an archive as a stream, and give an iterator over the files of its LibriSpeech tree.
+    """Open an archive as a stream, and yield an iterator over the files of its LibriSpeech tree.
 
     Each item is the open archive, the path to unpack to (LibriSpeech/<subset>/<speaker>/<chapter>/<file>) and
-    the member. Links, devices and paths that lead out of the target folder are left out.
+    the member. Links, devices and paths that lead out of the target folder are omitted.
     """
-    # Mode `r|*` never seeks, so an archive can come from object storage and needs no local copy. In return, a
-    # member can be read only before the iterator advances to the next one.
+    # Mode `r|*` never seeks, so an archive in object storage needs no local copy. But a member can be read
+    # only before the iterator advances to the next one.
     try:
         with open_stream(file) as stream, _open(stream) as archive:
             yield ((archive, path, member) for member in archive if (path := _path_of(member)))
@@ -198,7 +198,7 @@ def _open(stream: BinaryIO) -> tarfile.TarFile:
 
 
 def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
-    """The path to unpack a member to, relative to the target folder; None if it is not part of a tree."""
+    """Return the path to unpack a member to, below the target folder; None if it is not part of a tree."""
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
     # `..` and hidden files begin with a dot. The first part of an absolute path is a slash.

@@ -1,4 +1,4 @@
-"""Check of a corpus's audio: threads decode every file once, a few chunks ahead of the results."""
+"""Checks the audio of a corpus. Threads decode every file once, a few chunks ahead of the results."""
 
 import os
 import threading
@@ -21,10 +21,10 @@ from slam_asr.storage import name_of
 _CHUNK = 8
 """Files per task of a thread. A larger number reduces overhead, but progress is shown less often."""
 _MIN_REMOTE_THREADS = 16
-"""Minimum number of threads for audio in object storage: they mostly wait for the network."""
+"""Minimum number of threads for audio in object storage, because they mostly wait for the network."""
 _CHUNKS_AHEAD = 3
-"""Chunks per thread that are in progress or queued. It limits the memory that audio embedded in tables
-takes."""
+"""Maximum number of chunks per thread that are in progress or queued. It limits the memory for audio that is
+embedded in tables."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ def check_all(
     work in a notebook, in a script without a main guard, and in a daemon.
 
     Args:
-        items: candidates and rejections. They are read only a bounded number ahead of the results.
+        items: candidates and rejections. Only a limited number of them is read ahead of the results.
         data: the recipe's `data` section, which limits the duration.
         label: text of the progress display.
         folder: the stage's folder, to which audio embedded in tables is written. Required if an item has
@@ -99,7 +99,7 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
     key, source = item.key, item.source
     try:
         clip = _read(item, data)
-        # A clip has none if its file was not read completely, such as for a segment.
+        # A clip has no SHA-256 if its file was not read completely, as for a segment.
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
         missing = error.reason == MISSING
@@ -109,7 +109,7 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
             NO_AUDIO if missing else error.reason,
             f"There is no audio file {source}." if missing else str(error),
         )
-    # One file that a disk cannot read must not end the check of the others.
+    # A file that the disk cannot read must not end the check of the other files.
     except OSError as error:
         return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:
@@ -148,7 +148,7 @@ def _read(item: Candidate, data: Data) -> Clip:
 
 
 def _named(item: Candidate) -> str:
-    """A candidate's file or segment, for messages."""
+    """Return how messages name a candidate's file or segment."""
     return item.source if item.start is None else f"the segment of {item.source} at {item.start:.2f} s"
 
 
@@ -158,8 +158,8 @@ def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str
     file = folder / path
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # No fsync: for many small files it would take most of the time, and the SHA-256 reveals damage. The
-        # partial file's name contains the thread, because two threads may write the same audio at once.
+        # No fsync, because it would take most of the time for many small files, and the SHA-256 reveals
+        # damage. The partial file's name contains the thread, because two threads may write the same audio.
         partial = file.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}.partial")
         partial.write_bytes(content)
         os.replace(partial, file)
@@ -167,7 +167,7 @@ def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str
 
 
 def _suffix_of(content: bytes, name: str) -> str:
-    """The suffix that the content's first bytes indicate, or else that of the name in the table."""
+    """Return the suffix that fits the content's first bytes, or else the suffix of the name in the table."""
     for magic, suffix in ((b"fLaC", ".flac"), (b"RIFF", ".wav"), (b"OggS", ".ogg"), (b"ID3", ".mp3")):
         if content.startswith(magic):
             return suffix

@@ -26,9 +26,9 @@ READERS: dict[str, tuple[type[CorpusReader], ...]] = {
 """The readers for each value of `data.kind`, in the order in which they are tried."""
 _LAYOUTS = {kind: ", or ".join(reader.layout for reader in readers) for kind, readers in READERS.items()}
 _ORDER = (LibriSpeech, Kaldi, Saved, Lhotse, JsonLines, Archives, Table, HuggingFace, Folder)
-"""Readers in the order in which `auto` tries them: those with unmistakable file names come first.
+"""Readers in the order in which `auto` tries them. Kinds with unmistakable file names come first.
 
-For example, `metadata.jsonl` of a Hugging Face dataset would otherwise be read as JSON lines of utterances.
+Otherwise, for example, `metadata.jsonl` of a Hugging Face dataset would be read as JSON lines of utterances.
 """
 _UNSUPPORTED_ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".rar", ".7z")
 
@@ -61,7 +61,7 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
 
 
 def _unrecognised(root: str) -> InputError:
-    """The error for a corpus of unknown kind; its message depends on the files at the path."""
+    """Make the error for a corpus of unknown kind. Its message depends on the files at the path."""
     known = f"known layouts are {'; '.join(_LAYOUTS.values())}"
     if is_file(root):
         if root.lower().endswith(_UNSUPPORTED_ARCHIVES):
@@ -69,7 +69,7 @@ def _unrecognised(root: str) -> InputError:
                 f"The corpus {root} is an archive of an unsupported kind: unpack it, and give the folder."
             )
         return InputError(f"The corpus {root} is a file of an unknown kind: {known}.")
-    # A sample is enough for a message, and a corpus may have millions of files.
+    # A sample of the files is enough for a message; a corpus may have millions.
     names = [f.name for f, _ in zip(visible_files(root), range(1000), strict=False)]
     if not names:
         return InputError(f"The corpus {root} is empty, without audio and transcripts: {known}.")

@@ -1,10 +1,11 @@
 """Reader for a folder of audio files with a text file next to each: a/b.txt is the transcript of a/b.flac.
 
-An utterance's subset is named after its top-level subfolder, or after the corpus folder if the files are
-directly in it. Its key is its path relative to the corpus folder, without the suffix.
+A subset is named after the top-level subfolder of its files, or after the corpus folder if the files are
+directly in that. An utterance's key is the path of its files relative to the corpus folder, without the
+suffix.
 
-TIMIT (Garofolo et al., 1993) has this layout too. Its transcripts begin with the numbers of the first sample
-and of the last: `0 46797 She had …`. They are removed.
+TIMIT (Garofolo et al., 1993) has this layout too. Its transcripts begin with the numbers of the first and the
+last sample: `0 46797 She had …`. These numbers are removed.
 """
 
 import os
@@ -39,9 +40,9 @@ from slam_asr.storage import fetch, join, name_of
 
 _TEXT = ".txt"
 _SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
-"""Matches the beginning of a transcript of TIMIT."""
+"""Matches the sample numbers at the beginning of a TIMIT transcript."""
 _MAX_CHECKED = 200
-"""Number of audio files without a text file after which a folder is taken for another kind of corpus."""
+"""If so many audio files have no text file, the folder is regarded as another kind of corpus."""
 _TEXTS_CHECKED = 10
 """Number of transcripts that are read to recognise TIMIT's form."""
 
@@ -55,7 +56,7 @@ class Folder(CorpusReader):
     def __init__(self, root: str) -> None:
         self.root = root
         self.has_sample_numbers = False
-        """Whether every transcript begins with two numbers of samples."""
+        """Whether the transcripts begin with the numbers of the first and last sample, as in TIMIT."""
         self.by_subset: dict[str, list[str]] = {}
         """The folders of each subset, relative to the root with a slash at the end; empty for the root."""
         if files_in(root, AUDIO_SUFFIXES):
@@ -66,7 +67,7 @@ class Folder(CorpusReader):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Folder | None":
-        """Open a folder; None if none of the first audio files in it has a text file."""
+        """Open a folder; return None if none of its first audio files has a text file."""
         if not is_folder(root):
             return None
         # Generators, so that no more files are listed and looked up than are needed for the first transcript.
@@ -85,7 +86,7 @@ class Folder(CorpusReader):
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:
         with ExternalSort() as files:
-            # Files of another utterance may be listed between those of one: `a.flac`, `a.m.flac`, `a.txt`.
+            # An utterance's files need not be adjacent in the listing: `a.flac`, `a.m.flac`, `a.txt`.
             for name, _, _ in self.stamps(subset):
                 stem, suffix = os.path.splitext(name)
                 files.add(os.fsencode(stem), suffix.encode())
@@ -93,7 +94,7 @@ class Folder(CorpusReader):
                 yield self._utterance(os.fsdecode(stem), [suffix.decode() for _, suffix in group], subset)
 
     def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
-        """The utterance whose files have this stem (relative to the root) and these suffixes."""
+        """Return the utterance whose files have this stem (relative to the root) and these suffixes."""
         key, path = readable(stem), join(self.root, stem)
         audio = min(
             (s for s in suffixes if s.lower() in AUDIO_SUFFIXES),
@@ -112,7 +113,7 @@ class Folder(CorpusReader):
         return Candidate(key, path + audio, transcript, {"subset": subset})
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        """Yield a subset's audio and text files, named relative to the root."""
+        """Yield the stamps of a subset's audio and text files, with names relative to the root."""
         for prefix in self.by_subset[subset]:
             for file in visible_files(join(self.root, prefix) if prefix else self.root):
                 # The root lists files at any depth, but those in its subfolders belong to other subsets.
@@ -124,7 +125,7 @@ def _without_sample_numbers(transcript: str, audio: str, text: str) -> str:
     """Remove the numbers of the first and last sample from the beginning of a transcript.
 
     Raises:
-        InputError: the numbers are not those of the audio's samples, so they may be words.
+        InputError: the numbers do not fit the audio, so they may be words.
     """
     numbers = _SAMPLE_NUMBERS.match(transcript)
     if not numbers:
@@ -132,7 +133,7 @@ def _without_sample_numbers(transcript: str, audio: str, text: str) -> str:
     try:
         samples = soundfile.info(os.fsencode(fetch(audio))).frames
     except soundfile.LibsndfileError:
-        return transcript  # The check of the audio rejects the utterance.
+        return transcript  # the check of the audio rejects the utterance
     if int(numbers[1]) != samples:
         raise InputError(
             f"{text} begins with `{numbers[0].strip()}`, like TIMIT's transcripts with their first and last "

@@ -27,7 +27,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def _saved(root: str) -> dict[str, str]:
-    """The arrow files of layout 1 or of the `datasets` library's cache, each with its split."""
+    """Find the arrow files of layout 1, or of the `datasets` library's cache; return the split of each."""
     if is_file(join(root, _STATE)):
         return _saved_split(root, name_of(root))
     if is_file(join(root, "dataset_dict.json")):
@@ -46,7 +46,7 @@ def _saved(root: str) -> dict[str, str]:
 
 
 def _saved_split(folder: str, split: str) -> dict[str, str]:
-    """The arrow files that a split's state.json lists, each with the split."""
+    """Find the arrow files that a split's state.json lists; return the split of each."""
     path = join(folder, _STATE)
     try:
         state = json.loads(read_bytes(path))
@@ -62,27 +62,27 @@ def _saved_split(folder: str, split: str) -> dict[str, str]:
             "call `flatten_indices()` and save it again."
         )
     for name in names:
-        # A name with a folder in it could refer to a file outside the dataset.
+        # A name that contains a folder could refer to a file outside the dataset.
         if name != os.path.basename(name) or not is_file(join(folder, name)):
             raise InputError(f"{folder} lacks {name}, which its {_STATE} names: copy the complete folder.")
     return {join(folder, name): split for name in names}
 
 
 def _split_in_cache(file: str) -> str:
-    """The split in a cached file's name: `asr-train.clean.100-00000-of-00010.arrow` → `train.clean.100`."""
+    """Return the split in a cached file's name: `asr-train.clean-00000-of-00010.arrow` → `train.clean`."""
     stem = split_of(file)
     return stem.partition("-")[2] or stem
 
 
 def _described(root: str) -> dict[str, str]:
-    """The metadata files of layout 3, each with its folder's name as the split."""
+    """Find the metadata files of layout 3; return the split of each, which is the name of its folder."""
     files: dict[str, str] = {}
     for folder in (
         root,
         *(join(root, name) for name in visible_folders(root)),
         *(join(root, "data", n) for n in visible_folders(join(root, "data"))),
     ):
-        # At most one per folder: with both, the rows would be read twice.
+        # At most one file per folder is read. With both, the rows would be read twice.
         path = next((p for name in _METADATA if is_file(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):
             files[path] = name_of(folder)
@@ -90,9 +90,10 @@ def _described(root: str) -> dict[str, str]:
 
 
 def _parquet(root: str) -> dict[str, str]:
-    """Parquet files at any depth (layout 2), each with its split, from its own name or else its folder's.
+    """Find parquet files at any depth (layout 2); return the subset of each.
 
-    If the dataset has several configurations, in a folder each, the subset is `configuration/split`.
+    The subset is the split in the file's name, or else the folder's name. If the dataset has several
+    configurations, in a folder each, it is `configuration/split`.
     """
     splits: dict[str, tuple[str, str]] = {}
     for file in visible_files(root):
@@ -101,7 +102,7 @@ def _parquet(root: str) -> dict[str, str]:
             split = split_of(file.name) or name_of(parent_of(path))
             folders = file.name.split("/")[:-1]
             splits[path] = "/".join(f for f in folders if f not in ("data", split)), split
-    # A single configuration, such as `default`, would only lengthen the names that recipes select subsets by.
+    # The name of a single configuration, such as `default`, would only lengthen the names of the subsets.
     several = len({configuration for configuration, _ in splits.values()}) > 1
     return {
         path: f"{configuration}/{split}" if several and configuration else split
@@ -118,7 +119,7 @@ class Saved(Table):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Saved | None":
-        """Open the dataset in a folder; None if the folder has another layout.
+        """Open the dataset in a folder; return None if the folder has another layout.
 
         Raises:
             InputError: the dataset is incomplete or was saved in an unsupported form.

@@ -1,6 +1,6 @@
 """Reader for JSON lines in SLAM-LLM's format: a folder of .jsonl files, or one file.
 
-A line's subset is decided by the first of these rules that applies:
+The first of these rules that applies decides the subset of a line:
 
 1. In a folder, the files train.jsonl, dev.jsonl and test.jsonl are the splits of those names, regardless of
    the recipe's patterns. The field `subset` of their lines is then used only in reports.
@@ -18,7 +18,7 @@ from slam_asr.errors import InputError
 
 SUFFIX = ".jsonl"
 _REJECTIONS = "rejected.jsonl"
-"""File in the output folder of `build-manifest`, which may serve as a corpus. It lists no utterances."""
+"""A file without utterances in the output folder of `build-manifest`, which may serve as a corpus."""
 
 
 class JsonLines(ListedCorpus):
@@ -36,7 +36,9 @@ class JsonLines(ListedCorpus):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "JsonLines | None":
-        """Open the .jsonl files at a path; None if there are none. All are read for the names of subsets.
+        """Open the .jsonl files at a path; return None if the path has none.
+
+        All lines are read for the names of subsets.
 
         Raises:
             InputError: a line is not an utterance.

@@ -9,8 +9,8 @@
             reco2file_and_channel `recording file A`, the channel of the recording, if its file has several
             utt2spk               `utterance speaker`
 
-The lists may be in any order; they are joined by sorting on disk. Commands in wav.scp are never run. A
-command that only decodes a file is replaced by that file, and any other is an error.
+The lines of a list may be in any order; the lists are joined by sorting on disk. Commands in wav.scp are
+never run. A command that only decodes a file is replaced by that file; any other command is an error.
 """
 
 import json
@@ -52,7 +52,7 @@ class Kaldi(ListedCorpus):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Kaldi | None":
-        """Open the data folders at a path; None if there are none."""
+        """Open the data folders at a path; return None if the path has none."""
         if _is_data_folder(root):
             return cls(root, {name_of(root): root}, data)
         inner = {name: join(root, name) for name in visible_folders(root)}
@@ -74,11 +74,11 @@ class Kaldi(ListedCorpus):
                 yield from _joined(key.decode(), [json.loads(field) for _, field in group], subset, folder)
 
     def _fields(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the fields of all utterances, first from one list, then from the next.
+        """Yield the fields of all utterances, list by list.
 
         Each item is an utterance's key and one field: ["audio", source, start, duration, channel] with times
-        in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel] with the channel of its
-        recording. Channels are counted from 0.
+        in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel] with the recording's
+        channel in the original file. Channels are counted from 0.
         """
         if is_file(join(folder, "segments")):
             yield from self._segments(folder)
@@ -97,8 +97,8 @@ class Kaldi(ListedCorpus):
         """Join `segments` with the lists of recordings; yield "audio" and "recorded" fields of utterances."""
         path = join(folder, "segments")
         with ExternalSort() as records:
-            # A record without an utterance is about the recording: its source, or its channel. Those are
-            # added before segments. The sort is stable, so they come before the recording's segments.
+            # A record without an utterance has a recording's source or channel. These records are added
+            # first. The sort is stable, so they come before the segments of the same recording.
             for recording, source in self._recordings(folder):
                 records.add(recording.encode(), json.dumps(["", source, None, None, None]).encode())
             for recording, channel in self._channels(folder):
@@ -120,13 +120,13 @@ class Kaldi(ListedCorpus):
                         recorded = channel if recorded is None else recorded
 
     def _channels(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Yield the recordings whose channel is known, and that channel, from 0."""
+        """Yield the recordings whose channel is known, each with its channel, counted from 0."""
         path = join(folder, _CHANNELS)
         if not is_file(path):
             return
         for _, recording, rest in _lines(path):
             name = rest.split()[-1].upper() if rest else ""
-            # Channels are A and B, or 1 and 2, as in NIST's formats for scoring, which this list serves.
+            # Channels are A and B, or 1 and 2, as in NIST's formats for scoring, for which the list is made.
             if len(name) == 1 and "A" <= name <= "Z":
                 yield recording, ord(name) - ord("A")
             elif name.isdecimal() and int(name) > 0:
@@ -156,7 +156,7 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
                     f"{path}, line {number} is not UTF-8 text ({error.reason}): convert it to UTF-8."
                 ) from error
             if words:
-                # Several programs may have written the lists, with the same key in two Unicode forms.
+                # Different programs may have written the lists, with the same key in two Unicode forms.
                 yield number, comparable(words[0]), words[1].strip() if len(words) > 1 else ""
 
 
@@ -164,9 +164,9 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
     """Parse a line of `segments` without its first word.
 
     Returns:
-        The recording, the segment's start and duration in seconds, and the channel, from 0. The duration is
-        None if the end is -1, which stands for the recording's end. The channel is None if the line has none,
-        or -1.
+        The recording, the segment's start and duration in seconds, and the channel, counted from 0. The
+        duration is None if the end is -1, which means the recording's end. The channel is None if the line
+        has none, or -1.
 
     Raises:
         InputError: the line has another form, or its times are invalid.
@@ -183,13 +183,13 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
             f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
             "a channel, counted from 0, may follow."
         )
-    # To microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
+    # Rounded to microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
     duration = None if stop == -1 else round(stop - start, 6)
     return comparable(recording), start, duration, None if channel < 0 else channel
 
 
 def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
-    """Build an utterance from its fields; a line that repeats its audio or its text is rejected."""
+    """Build an utterance from its fields; yield a rejection for each line that repeats its audio or text."""
     values = {
         name: [field[1:] for field in fields if field[0] == name]
         for name in ("audio", "text", "speaker", "recorded")
@@ -208,8 +208,8 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
                 key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
-    # reco2file_and_channel gives the channel in the original file. It may have been extracted since, so that
-    # a file with one channel is accepted. A channel in `segments` must exist in the file, as for Kaldi's
+    # reco2file_and_channel gives the channel in the original file. The channel may have been extracted since,
+    # so a file with one channel is accepted. A channel in `segments` must exist in the file, as for Kaldi's
     # extract-segments.
     of_several = channel is None and bool(values["recorded"])
     if of_several:
@@ -227,11 +227,11 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
 
 
 def audio_file(entry: str, where: str) -> str:
-    """The audio file that an entry of wav.scp names or that its command decodes. No command is run.
+    """Return the audio file that an entry of wav.scp names, or that its command decodes. No command is run.
 
     Raises:
-        InputError: the entry is empty, standard input, a place in an archive, or a command that does more
-            than decode a file.
+        InputError: the entry is empty, or means standard input, a place in an archive, or a command that does
+            more than decode a file.
     """
     if not entry:
         raise InputError(f"{where} has no file.")
@@ -256,12 +256,12 @@ _SOX_OUTPUT = {
 }
 """Output options of sox, with the values that are accepted.
 
-They leave the audio unchanged, or convert it as `slam_asr.audio` does anyway.
+These values leave the audio unchanged, or convert it as `slam_asr.audio` does anyway.
 """
 
 
 def _decoded_file(command: str) -> str | None:
-    """The file that a command decodes; None if the command may do anything besides decoding one file."""
+    """Return the file that a command decodes; None if the command may do more than decode one file."""
     line = command[:-1]
     # A command with shell syntax may do anything, whatever its program is.
     if any(character in line for character in "|;&<>$`\n"):
@@ -277,10 +277,10 @@ def _decoded_file(command: str) -> str | None:
         options = [w for w in words if w in _FLAC_OPTIONS]
         short = "".join(w for w in options if not w.startswith("--"))
         decodes = ("d" in short or "--decode" in options) and ("c" in short or "--stdout" in options)
-        # An unknown option remains among the files, so that the last line rejects the command.
+        # An unknown option remains among the files, so that the last line refuses the command.
         files = [w for w in words if w not in options] if decodes else []
     elif program == "sph2pipe":
-        # -p asks for PCM samples, which reading the file gives anyway.
+        # -p requests PCM samples, which a reader of the file gets anyway.
         files = [w for w in (words[2:] if words[:2] == ["-f", "wav"] else words) if w != "-p"]
     elif program == "sox" and words[-1:] == ["-"]:
         files = _sox_input(words[:-1])
@@ -290,7 +290,7 @@ def _decoded_file(command: str) -> str | None:
 
 
 def _sox_input(words: list[str]) -> list[str]:
-    """The input file among sox's arguments; empty if an output option may change the audio."""
+    """Return the input file among sox's arguments; empty if an output option may change the audio."""
     options = words[1:]
     pairs = list(zip(options[::2], options[1::2], strict=False))
     harmless = len(options) % 2 == 0 and all(value in _SOX_OUTPUT.get(option, ()) for option, value in pairs)

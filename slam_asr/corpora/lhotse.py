@@ -1,9 +1,9 @@
 """Reader for Lhotse cuts: JSON lines (.jsonl or .jsonl.gz) with one MonoCut per line.
 
-A cut with one supervision is an utterance; a cut with several supervisions gives an utterance for each. The
-subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz is
-train-clean-100. A cut that is not one channel of one recording is rejected: mixed cuts, cuts of several
-channels, and recordings with transforms other than Resample.
+A cut with one supervision is an utterance. A cut with several supervisions gives one utterance for each. The
+subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz holds the
+subset train-clean-100. A cut that is not one channel of one recording is rejected: mixed cuts, cuts of
+several channels, and recordings with transforms other than Resample.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from slam_asr.storage import open_stream
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
-"""Maximum difference in seconds between a cut and its recording for it to count as the complete recording."""
+"""A cut counts as its complete recording if their starts and durations differ by less than these seconds."""
 
 
 class Lhotse(ListedCorpus):
@@ -40,7 +40,7 @@ class Lhotse(ListedCorpus):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Lhotse | None":
-        """Open the files of cuts at a path; None if no file begins with a cut.
+        """Open the files of cuts at a path; return None if no file begins with a cut.
 
         Raises:
             InputError: the files are recordings and supervisions, from which cuts must be made first.
@@ -85,14 +85,14 @@ class Lhotse(ListedCorpus):
             # A supervision's start is relative to its cut, in seconds.
             start = float(cut["start"]) + (0.0 if only else float(supervision["start"]))
             duration = float(cut["duration"] if only else supervision["duration"])
-            # A supervision may begin slightly before its cut, and thus before the recording. The part before
-            # the recording is removed from the duration too.
+            # A supervision may begin slightly before its cut, and thus before the recording. The duration is
+            # then reduced by the part before the recording.
             start, duration = max(start, 0.0), duration + min(start, 0.0)
             text = supervision.get("text") or ""
             if not isinstance(text, str):
                 raise TypeError(f"its text is of type {type(text).__name__}")
-            # Without start and duration, the utterance has the audio id of its file, as in manifests of other
-            # corpora.
+            # Without start and duration, an utterance that is a complete file has the audio id of the file,
+            # as in manifests of other corpora.
             complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)
@@ -107,7 +107,7 @@ class Lhotse(ListedCorpus):
 
 
 def _unsupported(cut: dict[str, Any]) -> str:
-    """The reason why a cut is not a segment of one channel of one file; empty if it is one."""
+    """Return why a cut is not a segment of one channel of one file; empty if it is."""
     if cut.get("type", "MonoCut") != "MonoCut":
         return f"is a {cut['type']}"
     recording = cut.get("recording") or {}
@@ -128,7 +128,7 @@ def _subset(file: str) -> str:
 
 
 def _first_line(file: str) -> dict[str, Any]:
-    """The first line of a file; empty if it is not a JSON object."""
+    """Return the first line of a file; empty if it is not a JSON object."""
     first = next(_cuts(file, strict=False), (0, None))[1]
     return first if isinstance(first, dict) else {}
 
@@ -138,7 +138,7 @@ def _is_cut(line: dict[str, Any]) -> bool:
 
 
 def _refuse_parts_of_cuts(file: str, line: dict[str, Any]) -> None:
-    """Raise if a file has recordings or supervisions, which `lhotse prepare` writes before there are cuts."""
+    """Raise if a file has recordings or supervisions, which `lhotse prepare` writes before cuts are made."""
     is_recording = {"id", "sources", "sampling_rate"} <= line.keys()
     if is_recording or ({"id", "recording_id", "start", "duration"} <= line.keys() and "source" not in line):
         raise InputError(

@@ -48,7 +48,7 @@ class LibriSpeech(CorpusReader):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "LibriSpeech | None":
-        """Open the tree in a folder; None if the folder has another layout."""
+        """Open the tree in a folder; return None if the folder has another layout."""
         if not is_folder(root):
             return None
         trees = [
@@ -60,8 +60,8 @@ class LibriSpeech(CorpusReader):
                 for name, folder in tree.items()
                 if _has_chapter_files(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
             }
-            # One subset with transcripts identifies the layout. Those that have only audio are included too,
-            # so that `read` reports what they lack.
+            # One subset with transcripts identifies the layout. Subsets with only audio are included too, so
+            # that `read` reports the missing transcripts.
             if any(_has_chapter_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
@@ -107,7 +107,7 @@ class LibriSpeech(CorpusReader):
             yield speaker, chapter, list(files)
 
     def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
-        """Return the audio file of each key; for a key with several, the one whose suffix is preferred."""
+        """Return the audio file of each key. If a key has several, the preferred suffix decides."""
         preferred: dict[str, tuple[int, str]] = {}
         for file in files:
             key, suffix = os.path.splitext(name_of(file.name))

@@ -1,4 +1,4 @@
-"""Manifests of a corpus: every utterance is checked, and those that are usable are written, sorted by key.
+"""Builds the manifests of a corpus: checks every utterance, and writes the usable ones, sorted by key.
 
 Utterances are processed one at a time and sorted through local disk, so memory grows by only a few bytes per
 utterance.
@@ -40,13 +40,14 @@ def write_manifests(
     """Check the utterances of the subsets, and write manifests, statistics and rejections.
 
     Args:
-        folder: for the files.
+        folder: the stage's output folder.
         reader: the corpus's reader.
         subsets: names of the subsets of each split.
-        recipe: the recipe; its section `data` is used.
+        recipe: the recipe, whose section `data` is used.
 
     Raises:
-        InputError: too many utterances are rejected, or a split has none left.
+        ConfigurationError: the folder holds other manifests, or `data.text` does not fit the language.
+        InputError: too many utterances are rejected, a split has none left, or the corpus contradicts itself.
     """
     _clear(folder)
     _log_subsets(reader, subsets)
@@ -68,8 +69,8 @@ def write_manifests(
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
             statistics.downmixed += result.channels != 1 and result.utterance.audio_channel is None
-        # The list is written before the check: the check's message refers to it, and quotes the counts that
-        # writing it collects.
+        # The list of rejections is written before their number is checked, because the message of the check
+        # refers to the list and to the counts that are collected while it is written.
         write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
         _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
         without_dev = bool(recipe.data.train) and not subsets["dev"]
@@ -121,7 +122,7 @@ def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
 
 
 def _warn_of_tags(overview: Survey, data: Data) -> None:
-    """Log which tags the transcripts have, unless the recipe says how to treat them."""
+    """Warn of tags in the transcripts, unless the recipe says how to treat them."""
     if overview.tagged and data.tags == "keep":
         tags = ", ".join(tag for tag, _ in overview.tags.most_common(4))
         log_line(
@@ -168,8 +169,8 @@ def _write_manifests(
     """
     shared = _SharedAudio()
     lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
-    # Both generators iterate over the same sort, which allows only one iteration at a time: the manifests are
-    # written one after the other.
+    # Both generators iterate over the same sort, which allows only one iteration at a time. Therefore the
+    # manifests are written one after another.
     if dev_keys:
         lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in dev_keys)
         lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in dev_keys)
@@ -198,15 +199,15 @@ class _SharedAudio:
 
     def __init__(self) -> None:
         self._train = array("q")
-        """Hashes of train audio: 8 bytes per utterance."""
+        """Hashes of the audio in train, 8 bytes per utterance."""
         self._sorted_train: np.ndarray | None = None
         self._keys: list[str] = []
         self._count = 0
 
     def add(self, split: str, utterance: Utterance) -> None:
-        """Add an utterance. All of train must be added before the first of another split."""
-        # Hashes of text differ between Python processes, but these never leave this one.
-        # The duration distinguishes segments only: for a complete file it may be missing or rounded.
+        """Add an utterance. All train utterances must be added before those of other splits."""
+        # Hashes of text differ between Python processes, but these are used only in this one. The duration is
+        # part of a segment's hash, but not of a complete file's, where it may be missing or rounded.
         is_segment = utterance.start is not None
         duration = utterance.duration if is_segment else None
         audio = hash((utterance.sha256, utterance.start, duration, utterance.audio_channel))

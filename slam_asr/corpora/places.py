@@ -1,4 +1,4 @@
-"""File listings and paths for corpus readers, the same for local folders and for object storage."""
+"""File listings and paths for corpus readers, for local folders and for object storage alike."""
 
 import os
 import re
@@ -27,38 +27,38 @@ WRITE_TO_FILES = (
     "write each recording to a file, for example with `while read -r id entry; do "
     'wav-copy "$entry" "wav/$id.wav" < /dev/null; done < wav.scp`, and name those files instead'
 )
-"""Advice for audio that is not in a file of its own. wav-copy takes a command or a place in an archive."""
+"""Advice for audio that is not in a file of its own. Kaldi's wav-copy reads commands and places in archives."""
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """The absolute path, or the URI without a trailing slash."""
+    """Return an absolute path, or a URI without a trailing slash."""
     return os.fspath(path).rstrip("/") if is_s3(path) else os.path.abspath(local_path(path))
 
 
 def is_folder(path: str) -> bool:
-    """Whether a local folder exists, or a prefix with at least one object."""
+    """Return whether a path is an existing local folder, or a prefix with at least one object."""
     return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether a file or object exists."""
+    """Return whether a file or object exists."""
     return info(path) is not None
 
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Sorted paths of the files directly in a folder that have one of these suffixes and are not hidden."""
+    """Return the sorted paths of the files directly in a folder with one of the suffixes; none are hidden."""
     return [
         join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
     ]
 
 
 def files_at(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The file at a path, if it has one of these suffixes, or else all such files directly in the folder."""
+    """Return the file at a path, if it has one of the suffixes, or else all such files in the folder."""
     return [path] if path.lower().endswith(suffixes) and is_file(path) else files_in(path, suffixes)
 
 
 def visible_folders(folder: str) -> list[str]:
-    """Sorted names of the folders directly in a folder that are not hidden."""
+    """Return the sorted names of the folders directly in a folder, without hidden ones."""
     return [name for name in folders_in(folder) if not name.startswith(".")]
 
 
@@ -71,25 +71,24 @@ def visible_files(folder: str) -> Iterator[Info]:
 
 
 def readable(name: str) -> str:
-    """A file's name as text, with bytes that are not UTF-8 escaped."""
+    """Return a file's name as text, in which bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def stem_of(path: str) -> str:
-    """The name without its suffix: `/data/train.tsv` → `train`. A compression suffix is removed as well."""
+    """Return a file's name without suffixes: `/data/train.tsv` → `train`, `train.jsonl.gz` → `train`."""
     stem, suffix = os.path.splitext(name_of(path))
     return os.path.splitext(stem)[0] if suffix in (".gz", ".bz2", ".xz") else stem
 
 
 def read_text(file: str) -> str:
-    """The content of a text file.
+    """Read the content of a text file.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: the file is not UTF-8.
     """
     try:
-        # `-sig`, because Windows programs put a byte order mark first, which would become part of the first
-        # word.
+        # `-sig` removes the byte order mark of Windows programs, which would become part of the first word.
         return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -98,12 +97,12 @@ def read_text(file: str) -> str:
 
 
 def audio_path(source: str, list_file: str, audio_root: str) -> str:
-    """The absolute path or URI of an audio file that a list names.
+    """Return the absolute path or URI of an audio file that a list names.
 
     Args:
         source: the path or URI in the list; a file URI becomes its path.
         list_file: path of the list. Relative paths are resolved against its folder.
-        audio_root: the recipe's `data.audio_root`. Unless empty, it takes the place of that folder.
+        audio_root: the recipe's `data.audio_root`; if not empty, it is used instead of that folder.
 
     Raises:
         InputError: `source` is a URI with a scheme other than s3:// or file://, or is in a Kaldi archive.
@@ -121,15 +120,15 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
 
 
 class ListedCorpus(CorpusReader):
-    """Base class of readers of lists that name audio files anywhere."""
+    """Base class of readers of lists, whose audio files may be anywhere."""
 
     @abstractmethod
     def lists(self, subset: str) -> Iterable[str]:
-        """Return the lists that a subset's utterances are read from."""
+        """Return the paths of the lists with a subset's utterances."""
 
     @abstractmethod
     def items(self, subset: str) -> Iterator[Candidate | Rejection]:
-        """Yield a subset's utterances as the lists have them, whether or not their audio files exist."""
+        """Yield a subset's utterances as the lists give them, whether or not their audio files exist."""
 
     def sources(self, subset: str) -> Iterator[str]:
         """Yield the paths and URIs of the audio files that a subset's stamps include."""
@@ -151,10 +150,10 @@ def _if_present(item: Candidate | Rejection) -> Candidate | Rejection:
 
 
 def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:
-    """Yield the stamps of files that list utterances, and of the audio files that those name.
+    """Yield the stamps of files that list utterances, and of the audio files that those files name.
 
     Local audio files are examined one by one. If the corpus is in object storage, all objects below its
-    folder are listed instead, which takes far fewer requests; objects elsewhere contribute only their names.
+    folder are listed instead, which takes far fewer requests. For objects elsewhere, only the names are used.
 
     Args:
         lists: files that list utterances.
@@ -176,7 +175,7 @@ def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterat
         try:
             local = os.stat(source) if not is_s3(source) else None
         except (OSError, ValueError):
-            # A missing file has no stamp, so the stamps change when it appears. A name with a zero byte is a
-            # ValueError.
+            # A missing file has no stamp, so the stamps change when it appears. A name with a zero byte
+            # raises a ValueError.
             continue
         yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")

@@ -1,4 +1,4 @@
-"""Reading tables row by row: csv, tsv, JSON lines, parquet, and the arrow files of Hugging Face datasets."""
+"""Reads tables row by row: csv, tsv, JSON lines, parquet, and the arrow files of Hugging Face datasets."""
 
 import contextlib
 import csv
@@ -19,22 +19,22 @@ TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
-"""Number of rows decoded at once, with and without cells that may contain audio.
+"""Numbers of rows that are decoded at once, in tables with and without cells that may contain audio.
 
-A larger number is faster but needs more memory.
+Larger numbers are faster but need more memory.
 """
 _BUFFER = 2**20
 """Bytes read ahead of a parquet column. Without a buffer, pyarrow would read complete row groups into
 memory."""
 
 Row = tuple[int, dict[str, Any]]
-"""A row's number in the file, from 1, and its cells by column. In text files the number is that of a line."""
+"""A row's number in the file, from 1, and its cells by column. In text files it is the number of a line."""
 
 
 def columns_of(path: str) -> list[str]:
-    """The names of a table's columns, except those of dates and times in parquet and arrow.
+    """Return the names of a table's columns, except columns of dates and times in parquet and arrow.
 
-    Dates and times have no role here, and pyarrow converts some of them only with pandas.
+    Dates and times are not used, and pyarrow needs pandas to convert some of them.
 
     Raises:
         InputError: the file cannot be read as a table.
@@ -44,7 +44,7 @@ def columns_of(path: str) -> list[str]:
         with _arrow_errors_as_input_error(path):
             return [field.name for field in _schema(path) if not _is_time(field.type)]
     if suffix == "jsonl":
-        # A field that is missing in the first line may be in others.
+        # A field may be missing in the first line and present in others.
         return list(dict.fromkeys(name for _, cells in _json_rows(path) for name in cells))
     return _header(path)[0]
 
@@ -66,8 +66,8 @@ def rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
 
 
 def _text(path: str) -> io.TextIOWrapper:
-    # utf-8-sig removes the byte order mark that Excel writes. Line ends are not translated, because csv has
-    # to see those within quoted cells.
+    # utf-8-sig removes the byte order mark that Excel writes. Line ends are not translated, because csv must
+    # see the line ends within quoted cells.
     return io.TextIOWrapper(open_stream(path), encoding="utf-8-sig", newline="")
 
 
@@ -76,14 +76,14 @@ def _suffix(path: str) -> str:
 
 
 def _header(path: str) -> tuple[list[str], dict[str, Any]]:
-    """The columns of a csv or tsv file, and the arguments with which `csv.reader` reads its rows."""
+    """Return the columns of a csv or tsv file, and the arguments of `csv.reader` for its rows."""
     with _text_errors_as_input_error(path, 1), _text(path) as file:
         line = file.readline()
         if _suffix(path) == "tsv":
             # Many tsv files are not written by a csv library, so a quote may be part of the text.
             dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         else:
-            # Without `strict`, csv would read a quote that is never closed as a cell up to the file's end.
+            # Without `strict`, csv would read a quote that is never closed as one cell up to the file's end.
             dialect = {"delimiter": ";" if ";" in line and "," not in line else ",", "strict": True}
         return [name.strip() for name in next(csv.reader([line], **dialect), [])], dialect
 
@@ -122,7 +122,7 @@ def _text_errors_as_input_error(path: str, line: int) -> Iterator[None]:
 
 
 def _unquoted(cell: str) -> str:
-    """The text of a tsv cell. If a csv library quoted the cell, its quotes are removed."""
+    """Return the text of a tsv cell. If a csv library quoted the cell, the quotes are removed."""
     return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
 
@@ -151,8 +151,8 @@ def _arrow_errors_as_input_error(path: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        # An OSError with an error number comes from the disk. For a damaged file, pyarrow raises one without
-        # a number, and a ValueError for text that is not UTF-8.
+        # An OSError with an error number comes from the disk. pyarrow raises an OSError without a number for
+        # a damaged file, and a ValueError for text that is not UTF-8.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:120]
@@ -180,7 +180,7 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
         batch_rows = _ROWS_WITH_AUDIO if may_have_audio else _ROWS_WITHOUT_AUDIO
         number = 0
         for batch in _batches(fetch(path), names, batch_rows):
-            # An arrow file's batches have any size, and `to_pylist` copies all audio of its rows at once.
+            # An arrow file's batches may be large, and `to_pylist` copies all audio of its rows at once.
             for start in range(0, batch.num_rows, batch_rows):
                 for cells in batch.slice(start, batch_rows).to_pylist():
                     number += 1
@@ -200,7 +200,7 @@ def _is_binary(column_type: "pyarrow.DataType") -> bool:
 
 
 def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield record batches of these columns. `batch_rows` limits those of parquet, but not those of arrow."""
+    """Yield record batches of these columns. `batch_rows` limits the batches of parquet, but not of arrow."""
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
@@ -213,9 +213,9 @@ def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarr
 
 
 def _open_arrow(file: Path) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
-    """Open an arrow file of either format: its columns, and its batches.
+    """Open an arrow file of either format; return its columns and its batches.
 
-    The datasets library writes streams; other programs write files.
+    The datasets library writes arrow's stream format; other programs write its file format.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""Assignment of utterances to train, dev and test by subset; dev may be held out of train by keys' hashes."""
+"""Assigns utterances to train, dev and test by subset. Dev may be held out of train, by the keys' hashes."""
 
 import functools
 import hashlib
@@ -30,7 +30,7 @@ from slam_asr.progress import log_line
 _MAX_LISTED = 12
 """Maximum number of subsets that a message lists."""
 _MAX_SECONDS = 1e9
-"""Limit on times, so that numbers of samples can be computed from them. It is thirty years."""
+"""Limit on times in seconds (30 years), so that numbers of samples can be computed from them."""
 _TAG = re.compile(r"<[^<>\s]{1,40}>")
 """Matches a tag in a transcript, such as `<noise>`."""
 _PUNCTUATION = {"comma": ",", "period": ".", "questionmark": "?", "exclamationpoint": "!"}
@@ -42,7 +42,7 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     """Match subsets against the recipe's patterns, and return their names by split.
 
     A subset named train, dev (or validation) or test, in lower or upper case, belongs to that split,
-    regardless of the patterns. `dev` may have no subset; part of train is then held out for it.
+    regardless of the patterns. If no subset is for dev, a part of train is held out for it later.
 
     Raises:
         ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
@@ -89,7 +89,7 @@ def requested_splits(subset: str, data: Data) -> list[str]:
 
 
 def required_splits(data: Data) -> tuple[str, ...]:
-    """The splits that need utterances: all of them, or only those with patterns if train has none."""
+    """Return the splits that need utterances: all, or only those with patterns if train has no pattern."""
     return tuple(split for split in SPLITS if data.train or getattr(data, split))
 
 
@@ -99,13 +99,13 @@ class Survey:
 
     candidates: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rejections by reason."""
+    """Number of rejections by reason."""
     repeated: set[int] = field(default_factory=set)
-    """Hashes of the identities that occur more than once. In rare cases another one has the same hash."""
+    """Hashes of the identities that occur more than once. Rarely, another identity has the same hash."""
     tagged: int = 0
-    """Transcripts with a tag such as `<noise>`."""
+    """Number of transcripts with a tag such as `<noise>`."""
     tags: Counter[str] = field(default_factory=Counter)
-    """Tags by frequency."""
+    """Number of occurrences of each tag."""
 
 
 def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
@@ -116,7 +116,7 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
             transcripts are missing.
     """
     while True:
-        # Counted again after each refinement, which changes all keys.
+        # The corpus is counted again after each refinement, which changes all keys.
         counts, keys, identities, splits = _count(reader, subsets)
         # After sorting, equal hashes are adjacent. If a key has several identities, at least one adjacent
         # pair has different ones.
@@ -126,12 +126,12 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
         if not ambiguous.any():
             break
         if not (note := reader.refine_keys()):
-            # This returns if all keys differ, and only two of their hashes are equal.
+            # This returns if the keys themselves differ and only their hashes are equal.
             _refuse_ambiguous(reader, subsets, set(keys[1:][ambiguous].tolist()))
             break
         log_line(f"build-manifest: {note}")
-    # An identity in several splits is found likewise: among its entries, which are adjacent after sorting, at
-    # least one pair has different splits.
+    # An identity in several splits is found in the same way. Its entries are adjacent after sorting, and at
+    # least one adjacent pair has different splits.
     order = np.argsort(identities, kind="stable")
     identities, splits = identities[order], splits[order]
     equal = identities[1:] == identities[:-1]
@@ -145,7 +145,11 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
 def _count(
     reader: CorpusReader, subsets: dict[str, list[str]]
 ) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the counts, and of each candidate the hashes of key and identity, and the split's number."""
+    """Return the counts, and for each candidate the hashes of key and identity, and the split's number.
+
+    Returns:
+        The counts; int64 [candidates], int64 [candidates], and int8 [candidates].
+    """
     counts = Survey()
     keys, identities, splits = array("q"), array("q"), array("b")
     first: Rejection | None = None
@@ -155,8 +159,8 @@ def _count(
             first = first or item
             continue
         _refuse_unwritable(item)
-        # Among ten million keys, two share a hash with a probability of about 3 in a million. No corpus is
-        # refused for that: `_refuse_ambiguous` and `_refuse_two_splits` compare the texts themselves.
+        # Among ten million keys, two have the same hash with a probability of about 3 in a million. No corpus
+        # is refused for that, because `_refuse_ambiguous` and `_refuse_two_splits` compare the texts.
         keys.append(hash(item.key))
         identities.append(hash(item.identity or item.key))
         splits.append(SPLITS.index(split))
@@ -185,6 +189,9 @@ def read_splits(
         data: the recipe's `data` section, which defines the form of transcripts.
         repeated: hashes of the identities that occur more than once. The first such utterance is used, and
             the others are rejected.
+
+    Raises:
+        ConfigurationError: `data.text` is for English, and a transcript is not.
     """
     normaliser = transcript_normaliser(data.text)
     is_for_english = data.text == "whisper"
@@ -195,7 +202,7 @@ def read_splits(
                 _require_english(item)
             item.split, item.text = split, normaliser(without_tags(item.text, data.tags))
             identity = item.identity or item.key
-            # Only those that may repeat are remembered, because memory may not hold all keys of a corpus.
+            # Only identities that may repeat are remembered, because memory may not hold those of all.
             if hash(identity) in repeated:
                 if identity in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
@@ -217,7 +224,7 @@ def _items(
 
 
 def without_tags(text: str, tags: str) -> str:
-    """Treat tags such as `<noise>` in a transcript as `data.tags` says."""
+    """Keep, remove or convert tags such as `<noise>` in a transcript, as `data.tags` says."""
     if tags == "keep":
         return text
     if tags == "punctuation":
@@ -231,7 +238,7 @@ def transcript_normaliser(text: str) -> Callable[[str], str]:
 
 
 def normalise(text: str, case: str) -> str:
-    """Convert a transcript to a case (`lower`, `upper` or `as-is`), with single spaces, in Unicode's NFC."""
+    """Convert a transcript to a case (`lower`, `upper` or `as-is`), in Unicode's NFC with single spaces."""
     text = text.lower() if case == "lower" else text.upper() if case == "upper" else text
     return comparable(text)
 
@@ -252,7 +259,7 @@ def _require_english(item: Candidate) -> None:
 
 
 def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:
-    """Raise if the reasons for rejections show that a corpus has only transcripts or only audio."""
+    """Raise if the reasons for rejections show that a corpus has no audio, or no transcripts."""
     if set(reasons) == {NO_AUDIO}:
         raise InputError(
             f"{reader.root} holds transcripts but no audio (missing files: {reasons[NO_AUDIO]}, first that "
@@ -268,7 +275,7 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
 def _refuse_unwritable(item: Candidate) -> None:
     """Raise if an utterance cannot be written to a manifest.
 
-    JSON, and so a corpus, can express lone surrogates, which UTF-8 cannot, and times such as NaN.
+    JSON can express times such as NaN, and lone surrogates, which UTF-8 cannot. A corpus may contain both.
     """
     for seconds in (item.start or 0.0, item.duration or 0.0):
         if not 0 <= seconds < _MAX_SECONDS:
@@ -286,7 +293,7 @@ def _refuse_unwritable(item: Candidate) -> None:
 
 
 def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repeated: set[int]) -> None:
-    """Raise for the first key that two different utterances have; `repeated` has the hashes of such keys."""
+    """Raise for the first key that two different utterances have. `repeated` has the hashes of such keys."""
     first: dict[str, str] = {}
     for _, item in _items(reader, subsets):
         if isinstance(item, Rejection) or hash(item.key) not in repeated:
@@ -302,7 +309,7 @@ def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repea
 def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
     """Raise for the first utterance that is in two splits.
 
-    `across` has the hashes of the identities in question. Rarely, two identities only share a hash.
+    `across` has the hashes of the identities in question. In rare cases, only the hashes of two are equal.
     """
     split_of: dict[str, str] = {}
     for split, item in _items(reader, subsets):
@@ -334,6 +341,6 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
 
 
 def _rank(key: str) -> float:
-    """A pseudo-random number in [0, 1) that depends only on the key."""
+    """Return a pseudo-random number in [0, 1) that depends only on the key."""
     # 48 bits, because a float of 53 bits represents them exactly.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

@@ -9,7 +9,7 @@ from slam_asr.audio import SAMPLE_RATE
 from slam_asr.corpora import Rejection
 
 BIN_SECONDS = 1
-"""Width of a bin of the histogram of durations, in seconds; the first bin begins at 0."""
+"""Width in seconds of the bins in the histogram of durations. The first bin begins at 0."""
 MAX_EXAMPLES = 5
 """Maximum number of rejections per reason that are saved as examples."""
 
@@ -22,7 +22,7 @@ class Measures:
         self.shortest, self.longest = 0, 0
         """Durations in samples at 16 kHz."""
         self._speakers: set[int] = set()
-        """Hashes of the speakers' names, which may be long."""
+        """Hashes of the speakers' names, because names may be long."""
         self._bins: Counter[int] = Counter()
 
     def add(self, utterance: Utterance) -> None:
@@ -34,17 +34,17 @@ class Measures:
         self.samples += samples
         self.words += len(utterance.target.split())
         self.characters += len(utterance.target)
-        # Integers of samples, so an utterance of exactly 2 s is in [2, 3) s, whatever its duration is as a
-        # float.
+        # Computed from the number of samples, so that an utterance of exactly 2 s is in [2, 3) s, however its
+        # duration is rounded as a float.
         self._bins[samples // (BIN_SECONDS * SAMPLE_RATE)] += 1
         if utterance.speaker:
-            # 64 bits: two of ten thousand speakers share a hash with a probability of about 3e-12.
+            # Two of ten thousand speakers have the same hash of 64 bits with a probability of about 3e-12.
             self._speakers.add(hash(utterance.speaker))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts, the hours of audio, and the mean and extreme durations in seconds.
 
-        `durations` is a histogram: numbers of utterances of [0, 1) s, [1, 2) s and so on.
+        `durations` is a histogram: the numbers of utterances that last [0, 1) s, [1, 2) s and so on.
         """
         seconds = self.samples / SAMPLE_RATE
         return {
@@ -70,7 +70,7 @@ class CorpusStatistics:
         self._reasons: Counter[str] = Counter()
         self._examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
         self.resampled = self.downmixed = 0
-        """Numbers of utterances whose files have a rate other than 16 kHz, or more than one channel."""
+        """Numbers of utterances with a rate other than 16 kHz, and of those whose channels are averaged."""
 
     def add(self, split: str, utterance: Utterance) -> None:
         """Count an utterance of a manifest."""
@@ -85,7 +85,7 @@ class CorpusStatistics:
             self._examples[rejection.reason].append(asdict(rejection))
 
     def reasons(self) -> str:
-        """Return how often each reason for rejections occurred, the most frequent first, as text."""
+        """Return the number of rejections for each reason, the most frequent first, as text."""
         return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
 
     def as_dict(self, held_out: bool) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class CorpusStatistics:
             "rejected": {"total": self._reasons.total(), "by_reason": dict(sorted(self._reasons.items()))},
             "examples": {reason: self._examples[reason] for reason in sorted(self._examples)},
             "converted": {"to_16_khz": self.resampled, "to_mono": self.downmixed},
-            # Equal counts in the order of code points, so that the page of the same corpus is always the
-            # same.
+            # Characters with equal counts are in the order of code points, so that a corpus always has the
+            # same page.
             "alphabet": dict(sorted(self._alphabet.items(), key=lambda pair: (-pair[1], pair[0]))),
         }

@@ -5,8 +5,9 @@ A split column names each utterance's subset. Without one, the subset is named a
 train.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
 Other columns are copied to the manifest, except columns without a name, such as an index that pandas wrote.
 
-Names repeat in many data sets: splits number their files from 0, or an id stands for a sentence that several
-people read. If the same key stands for different audio, keys are made of more: see `Table.refine_keys`.
+Names repeat in many data sets: each split numbers its files from 0, or an id means a sentence that several
+people read. If several rows with different audio have the same key, longer keys are made; see
+`Table.refine_keys`.
 """
 
 import dataclasses
@@ -43,18 +44,18 @@ _USUAL = {
     "split": ("split", "subset", "partition"),
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
 }
-"""Names by which a role's column is recognised, in upper or lower case, if the recipe does not name it."""
+"""For each role, the names by which its column is recognised, in any case, if the recipe names none."""
 _FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5}(?:-[0-9a-f]{16})?)?$")
-"""Matches the number at the end of a file's name, in data sets that are divided into several files.
+"""Matches the number at the end of a file's name if a data set is divided into several files.
 
 Older versions of the datasets library add a digest: `train-00000-of-00002-a1b2c3d4e5f6a7b8.parquet`.
 """
 _UNNAMED = re.compile(r"\s*|Unnamed: \d.*|__index_level_\d+__")
 """Matches names of columns without a name: in csv, in what pandas makes of such a csv, and in parquet."""
 _MISSING = {"", "#N/A", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-"""Texts that pandas reads as a missing value; here they stand for an unknown speaker."""
+"""Texts that pandas reads as a missing value. Here they mean an unknown speaker."""
 _COLUMN, _PATH, _SUBSET_AND_PATH, _ROW = range(4)
-"""What keys are made of, from the shortest to the one that never repeats."""
+"""The forms of keys, by their origin: from the shortest to the one that never repeats."""
 _MANIFEST_FIELDS = (
     *("key", "source", "target", "start", "audio_channel", "duration", "sample_rate", "sha256"),
     *("subset", "speaker"),
@@ -90,8 +91,8 @@ class Table(ListedCorpus):
         if not self._columns:
             raise refused[0]
         self.files = {file: files[file] for file in self._columns}
-        # A column of usual name may repeat, so `refine_keys` may still leave it; one that the recipe names is
-        # final.
+        # A key column that was found by its usual name may have repeated values, and `refine_keys` then stops
+        # using it. A column that the recipe names is always used.
         has_key = any(columns.key for columns in self._columns.values())
         self._key_form = _COLUMN if has_key and not data.columns.key else _PATH
         self.by_subset: dict[str, list[str]] = {}
@@ -101,7 +102,7 @@ class Table(ListedCorpus):
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Table | None":
-        """Open the tables at a path; None if there are none.
+        """Open the tables at a path; return None if the path has none.
 
         Raises:
             InputError: a file cannot be read as a table.
@@ -114,7 +115,7 @@ class Table(ListedCorpus):
         return self.by_subset[subset]
 
     def sources(self, subset: str) -> Iterator[str]:
-        # Embedded audio changes with its table, so such a table is not read for the names of audio files.
+        # Embedded audio is covered by its table's stamp, so such a table is not read here.
         files = [file for file in self.by_subset[subset] if not self._has_embedded_audio(file)]
         for item in self._rows(subset, files):
             if isinstance(item, Candidate) and item.content is None:
@@ -134,7 +135,7 @@ class Table(ListedCorpus):
         return _name(_cell(cells, column), f"{file}, row {number}", column, "split") or self.files[file]
 
     def _has_embedded_audio(self, file: str) -> bool:
-        """Whether the first row of a table contains audio itself rather than the path of a file."""
+        """Return whether the first row of a table contains audio itself instead of a file's path."""
         column = self._columns[file].audio
         first = next(rows(file), None)
         return (
@@ -159,7 +160,7 @@ class Table(ListedCorpus):
         key = own if uses_column else ""
         if uses_column and columns.key and not own and not path:
             raise InputError(f"{where} has no key: fill in its column, or remove the column.")
-        # Embedded audio may lack a path, and then only the row's number can name it.
+        # Embedded audio may lack a path. Only the row's number can then name it.
         if not key and (not path or self._key_form == _ROW):
             key = f"{subset}-{stem_of(file)}-{number:07d}"
         elif not key:
@@ -170,9 +171,9 @@ class Table(ListedCorpus):
         if content is None and not path:
             return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
-        # A key from a column that the recipe names identifies the utterance: another row with it is a
-        # duplicate. Otherwise the hash distinguishes embedded audio of the same name; hashes of bytes differ
-        # between Python processes, but are compared in this one only.
+        # A key from a column that the recipe names identifies the utterance, so another row with that key is
+        # a duplicate. Otherwise the hash distinguishes embedded audio with the same name. Hashes of bytes
+        # differ between Python processes, but these are used only in this one.
         identity = "" if own and is_named else f"{own}\0{source}\0{start}\0{hash(content)}"
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
         if own and not uses_column and columns.key not in _MANIFEST_FIELDS:
@@ -203,9 +204,9 @@ class Table(ListedCorpus):
 
 
 def split_of(file: str) -> str:
-    """The name of a file without its suffix and number: `train-00000-of-00004.parquet` → `train`.
+    """Return a file's name without suffix and number: `train-00000-of-00004.parquet` → `train`.
 
-    It is empty for a name that is only a number, such as `0000.parquet`.
+    The result is empty for a name that is only a number, such as `0000.parquet`.
     """
     return _FILE_NUMBER.sub("", stem_of(file))
 
@@ -214,8 +215,8 @@ def named_columns(file: str, columns: Columns) -> Columns:
     """Find the column of each role, from the recipe or by a usual name. A role without a column is empty.
 
     Raises:
-        ConfigurationError: a named or required column is missing, several columns may have one role, one
-            column has several roles, or two columns have the same name.
+        ConfigurationError: a named or required column is missing, several columns fit one role, one column
+            has several roles, or two columns have the same name.
     """
     available = columns_of(file)
     if twice := next((name for name in available if name and available.count(name) > 1), None):
@@ -239,7 +240,7 @@ def named_columns(file: str, columns: Columns) -> Columns:
 
 
 def _usual(file: str, role: str, available: list[str]) -> str:
-    """The column with a usual name for a role; empty if an optional role has no such column."""
+    """Return the column with a usual name for a role; empty if an optional role has no such column."""
     names = [name for name in available if name.lower() in _USUAL.get(role, ())]
     if len(names) > 1 and role != "speaker":
         raise ConfigurationError(
@@ -262,7 +263,7 @@ def _listed(columns: list[str]) -> str:
 def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
     """Return the audio's path and its bytes, if any.
 
-    A cell is one of the two, or a dictionary of both, as Hugging Face's Audio writes.
+    A cell is one of the two, or a dictionary with both, as Hugging Face's `Audio` writes.
     """
     path, content = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
     if isinstance(path, bytes):
@@ -282,7 +283,7 @@ def _audio(cell: Any, where: str) -> tuple[str, bytes | None]:
 
 
 def _cell(cells: dict[str, Any], column: str) -> Any:
-    """The cell in the column of a role; None for a missing value: a role without a column, null or NaN."""
+    """Return the cell in a role's column; None if the role has no column, or the value is null or NaN."""
     value = cells.get(column) if column else None
     return None if isinstance(value, float) and math.isnan(value) else value
 
@@ -297,9 +298,9 @@ def _text(cell: Any, where: str, column: str) -> str:
 
 
 def _name(cell: Any, where: str, column: str, role: str) -> str:
-    """The name in a cell, which may be a number; empty if it is missing or blank.
+    """Return the name in a cell, which may be a number; empty if it is missing or blank.
 
-    Where a column of whole numbers has missing values, pandas makes all of them floats: 7 becomes 7.0.
+    If a column of whole numbers has missing values, pandas converts it to floats: 7 becomes 7.0.
     """
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
@@ -312,7 +313,7 @@ def _name(cell: Any, where: str, column: str, role: str) -> str:
 
 
 def _speaker(cell: Any) -> dict[str, str]:
-    """The manifest's field `speaker`; nothing if the speaker is unknown."""
+    """Return the manifest's field `speaker`; empty if the speaker is unknown."""
     name = _name(cell, "", "", "speaker") if isinstance(cell, str | int | float) else ""
     return {} if name in _MISSING else {"speaker": name}
 
@@ -332,7 +333,7 @@ def _seconds(cells: dict[str, Any], column: str, where: str) -> float | None:
 
 
 def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The cells to copy to the manifest: texts and finite numbers in columns that have no role."""
+    """Return the cells to copy to the manifest: texts and finite numbers in columns without a role."""
     excluded = {*vars(columns).values(), *_MANIFEST_FIELDS}
     return {
         name: value
