@@ -27,7 +27,7 @@ WRITE_TO_FILES = (
     "write each recording to a file, for example with `while read -r id entry; do "
     'wav-copy "$entry" "wav/$id.wav" < /dev/null; done < wav.scp`, and name those files instead'
 )
-"""Advice for audio that is not in a file of its own. Kaldi's wav-copy reads commands and places in archives."""
+"""Advice for audio that has no file of its own. Kaldi's wav-copy reads commands and places in archives."""
 
 
 def absolute(path: str | os.PathLike) -> str:

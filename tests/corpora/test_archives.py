@@ -1,4 +1,4 @@
-"""An archive is unpacked into bounded space and memory, and nothing is written outside of its folder."""
+"""Unpacking an archive takes limited disk space and memory, and writes nothing outside the target folder."""
 
 import io
 import tarfile
@@ -30,10 +30,12 @@ def test_an_archive_that_unpacks_to_far_more_than_audio_is_refused(tmp_path, mon
     with pytest.raises(InputError, match="more than 100 times its size"):
         unpack(tmp_path / "bomb.tar.gz", tmp_path)
     assert sum(f.stat().st_size for f in tmp_path.rglob("*.wav")) <= 2**20
-    assert not list((tmp_path / "audio").glob(".*.unpacked")), "it would count as unpacked"
+    assert not list((tmp_path / "audio").glob(".*.unpacked")), (
+        "with a marker, the archive would count as unpacked"
+    )
 
 
-def test_an_archive_larger_than_the_disk_is_refused_before_it_is_full(tmp_path, monkeypatch):
+def test_an_archive_that_does_not_fit_on_the_disk_is_refused_before_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         add(archive, "train-a/1/1/1-1-0000.wav", bytes(2000))
@@ -55,7 +57,7 @@ def test_absolute_paths_links_and_devices_are_not_unpacked(tmp_path):
     outside.mkdir()
     good = write_wav(tmp_path / "good.wav").read_bytes()
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        # A link to a folder outside comes first, then a file through it.
+        # The first member is a link to a folder outside, the second is a file whose path goes through it.
         add(archive, "train-a/1/link", type=tarfile.SYMTYPE, linkname=str(outside))
         add(archive, "train-a/1/link/1-1-0001.wav", good)
         add(archive, f"{outside}/1-1-0002.wav", good)

@@ -1,4 +1,4 @@
-"""Every candidate has a result, in the order of the candidates, from its file as it is when it is checked."""
+"""Every candidate gets a result, in the order of the candidates, for its file at the time of the check."""
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import Candidate, Rejection, audio_check
@@ -7,7 +7,7 @@ from tests.conftest import make_tone, write_wav
 
 
 def test_results_are_in_the_order_of_the_candidates(tmp_path):
-    # Some files are much longer, so that later ones are finished first.
+    # Some files are much longer than others, so that files after them are finished first.
     sources = [
         str(write_wav(tmp_path / f"{i}.wav", make_tone(20.0 if i % 9 == 0 else 0.2))) for i in range(40)
     ]

@@ -1,4 +1,4 @@
-"""Manifests have every usable utterance once, in one split, with decoded audio; or none is written."""
+"""Manifests contain every usable utterance once, in one split, with decoded audio; or none is written."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def recipe(**data):
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """20 train, 2 dev and 3 test utterances."""
+    """Write a corpus of 20 train, 2 dev and 3 test utterances."""
     return write_librispeech(
         tmp_path / "corpus",
         {
@@ -120,7 +120,7 @@ def test_the_statistics_match_the_manifests(corpus, tmp_path):
 
 
 def test_the_page_shows_rejected_utterances_and_escapes_their_text(corpus, tmp_path, monkeypatch):
-    # The examples begin with a path; a long one must not push the text out of them.
+    # An example on the page begins with a path. A long path must not push the text out of the example.
     monkeypatch.setattr("slam_asr.pages.corpus._MAX_EXAMPLE", 1000)
     (corpus / "train-a/1/7/1-7-0000.wav").unlink()
     transcripts = corpus / "train-a/1/7/1-7.trans.txt"
@@ -289,7 +289,7 @@ def test_an_empty_split_is_refused(corpus, tmp_path):
     assert_no_manifest(tmp_path / "out")
 
 
-def test_a_corpus_with_one_train_utterance_is_refused_because_dev_takes_it(tmp_path):
+def test_a_corpus_with_one_train_utterance_is_refused_because_dev_needs_it(tmp_path):
     write_librispeech(tmp_path / "c", {"train-a": {"1-1-0000": "ONE"}, "test-a": {"2-1-0000": "TWO"}})
     assert "No utterance is left for train" in refusal(recipe(), str(tmp_path / "c"), str(tmp_path / "out"))
     assert_no_manifest(tmp_path / "out")
@@ -305,7 +305,7 @@ def test_extra_fields_of_json_lines_are_copied(corpus, tmp_path):
     train = read_manifest(second.file("train.jsonl"))
     assert {u.extra["accent"] for u in train} == {"none"}
     assert {u.subset for u in train} == {"train-a"}
-    assert all(u.duration < 1 for u in train), "measured again"
+    assert all(u.duration < 1 for u in train), "durations are measured again"
     assert train[0].target == "train 1 0"
 
 
@@ -350,7 +350,7 @@ def test_a_file_of_an_unknown_kind_is_refused(tmp_path, name, expected):
     assert expected in message
 
 
-def test_the_error_for_a_folder_that_is_not_a_corpus_has_the_cause(tmp_path):
+def test_the_error_for_a_folder_that_is_not_a_corpus_names_the_cause(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     assert "is empty" in refusal(recipe(), str(folder), str(tmp_path / "out"))
@@ -387,7 +387,7 @@ def test_the_corpus_is_never_overwritten(corpus, tmp_path):
     assert read_record(first.folder) is not None
 
 
-def test_a_manifest_from_elsewhere_is_not_replaced(corpus, tmp_path):
+def test_a_manifest_that_the_stage_did_not_write_is_not_replaced(corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.jsonl").write_text("precious")
     assert "was not written by build-manifest" in refusal(recipe(), str(corpus), str(tmp_path / "out"))

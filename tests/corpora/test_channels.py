@@ -30,7 +30,7 @@ def write_text(path, text):
 
 
 def kaldi_with_two_channels(folder, segments="", channels=""):
-    """A data folder with a recording that has a tone of 300 Hz in one channel and of 700 Hz in the other."""
+    """Write a data folder with a recording whose channels have tones of 300 Hz and 700 Hz."""
     sound = np.stack([make_tone(2.0, frequency=300), make_tone(2.0, frequency=700)], axis=1)
     write_wav(folder / "rec.wav", sound)
     write_wav(folder / "mono.wav", sound[:, 1])
@@ -100,7 +100,7 @@ def test_json_lines_are_read_from_the_channel_that_they_name(tmp_path):
     assert (checked.utterance.audio_channel, frequency_of(checked)) == (1, 700)
 
 
-def test_a_tables_own_column_audio_channel_does_not_enter_the_manifest(tmp_path):
+def test_a_column_audio_channel_of_a_table_is_not_copied_to_the_manifest(tmp_path):
     write_wav(tmp_path / "data" / "a.wav", make_tone(1.0))
     write_text(tmp_path / "data" / "test.csv", "audio,text,audio_channel\na.wav,one,left\n")
     build_manifest(recipe(train=[], dev=[], test=["test"]), str(tmp_path / "data"), str(tmp_path / "out"))

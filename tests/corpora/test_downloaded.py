@@ -1,4 +1,4 @@
-"""Corpora are read as people download or save them, and what cannot be read is refused in one sentence."""
+"""Corpora are read in the forms in which people download or save them, or refused in one sentence."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ SPLITS = ("train", "dev", "test")
 
 
 def tone(path: Path, frequency: int) -> Path:
-    """A file with audio of its own."""
+    """Write a tone of 0.2 s with this frequency in Hz, so that each file's audio differs."""
     return write_wav(path, make_tone(0.2, frequency=frequency))
 
 
@@ -37,7 +37,7 @@ def build(corpus: Path, **data) -> dict[str, list]:
 
 
 def build_as_documented(name: str, corpus: Path) -> dict[str, list]:
-    """Run the command that the page on corpora has for a corpus; return the utterances of each split."""
+    """Run the command for a corpus in docs/how-to/corpora.md; return the utterances of each split."""
     page = (ROOT / "docs/how-to/corpora.md").read_text().replace("\\\n", " ")
     command = next(line for line in page.splitlines() if line.startswith("slam-asr") and f" {name} " in line)
     output = corpus.parent / "out"
@@ -47,7 +47,7 @@ def build_as_documented(name: str, corpus: Path) -> dict[str, list]:
 
 
 def refusal(corpus: Path, **data) -> str:
-    """The sentence with which a corpus is refused; it leaves no manifest."""
+    """Return the sentence with which a corpus is refused, after checking that no manifest is left."""
     with pytest.raises(UserError) as caught:
         build(corpus, **data)
     assert "\n" not in str(caught.value)
@@ -63,7 +63,7 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def embedded(tmp_path):
-    """Make cells with audio inside: `embedded(name)` has another tone at each call."""
+    """Return a function that makes a cell with embedded audio; each call makes another tone."""
     frequencies = iter(range(200, 8000, 50))
 
     def cell(name: str) -> dict:
@@ -98,7 +98,7 @@ def test_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     )
 
 
-def test_an_index_of_pandas_is_no_column(tmp_path):
+def test_an_index_of_pandas_in_csv_is_ignored(tmp_path):
     for split in ("train", "test"):
         for i in range(3):
             tone(tmp_path / "two" / f"{split}{i}.wav", 300 + 40 * i + 10 * (split == "test"))
@@ -111,7 +111,7 @@ def test_an_index_of_pandas_is_no_column(tmp_path):
     ]
 
 
-def test_an_index_of_pandas_is_not_copied_from_parquet_and_a_named_one_is_a_column(tmp_path):
+def test_an_index_of_pandas_in_parquet_is_ignored_but_named_columns_are_copied(tmp_path):
     write_wav(tmp_path / "a.wav")
     row = {"path": "a.wav", "text": "x", "__index_level_0__": 7, "Unnamed: 0": 3, "": 4, "age": 30}
     write_parquet(tmp_path / "train.parquet", [row])
@@ -155,7 +155,7 @@ def test_decoded_samples_are_refused_as_such(tmp_path):
     assert "the column audio holds decoded samples" in message and "`cast_column`" in message
 
 
-def test_missing_values_are_not_names(tmp_path):
+def test_a_missing_value_is_not_read_as_a_name(tmp_path):
     write_wav(tmp_path / "a.wav")
     rows = [
         {"path": "a.wav", "text": "x", "id": 7.0, "speaker": 0.0, "split": float("nan")},
@@ -172,14 +172,14 @@ def test_missing_values_are_not_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["N/A", "nan", "None", "<NA>", " "])
-def test_texts_that_stand_for_a_missing_value_are_no_speaker(tmp_path, name):
+def test_a_text_that_means_a_missing_value_is_no_speaker(tmp_path, name):
     write_wav(tmp_path / "a.wav")
     write_text(tmp_path / "train.csv", f"path,text,speaker\na.wav,NA,{name}\n")
     (candidate,) = read_all(tmp_path / "train.csv")
     assert (candidate.text, candidate.extra) == ("NA", {"subset": "train"})
 
 
-def test_dates_do_not_matter_even_those_that_only_pandas_can_convert(tmp_path):
+def test_dates_are_ignored_even_those_that_only_pandas_can_convert(tmp_path):
     write_wav(tmp_path / "a.wav")
     columns = {
         "path": ["a.wav"],
@@ -192,7 +192,7 @@ def test_dates_do_not_matter_even_those_that_only_pandas_can_convert(tmp_path):
     assert candidate.extra == {"subset": "train"}
 
 
-def test_lines_of_metadata_may_lack_fields_that_others_have(tmp_path):
+def test_a_line_of_metadata_may_lack_fields_that_other_lines_have(tmp_path):
     for split in ("train", "test"):
         write_wav(tmp_path / split / "0.wav")
         lines = [{"file_name": "0.wav"}, {"file_name": "0.wav", "text": "x", "speaker": "s"}]
@@ -204,7 +204,7 @@ def test_lines_of_metadata_may_lack_fields_that_others_have(tmp_path):
 # Keys
 
 
-def test_the_same_file_name_in_several_splits_is_several_utterances(tmp_path):
+def test_files_of_the_same_name_in_several_splits_are_different_utterances(tmp_path):
     corpus = tmp_path / "audiofolder"
     for number, split in enumerate(("train", "validation", "test")):
         rows = "".join(f"000{i}.wav,hello {split} {i}\n" for i in range(2))
@@ -225,7 +225,7 @@ def test_the_same_file_name_in_several_splits_is_several_utterances(tmp_path):
         ("audio.wav", ["train-train-00000-of-00001-0000001", "train-train-00000-of-00001-0000002"]),
     ],
 )
-def test_names_inside_a_table_may_repeat(tmp_path, embedded, capsys, name, keys):
+def test_names_of_embedded_audio_may_repeat(tmp_path, embedded, capsys, name, keys):
     for split in ("train", "validation", "test"):
         rows = [{"audio": embedded(name.format(i)), "text": f"{split} {i}"} for i in range(2)]
         write_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", rows)
@@ -245,7 +245,9 @@ def test_the_same_audio_of_the_same_name_in_two_splits_is_still_refused(tmp_path
     assert "0 is in train and in test" in refusal(tmp_path / "hub")
 
 
-def test_an_id_that_stands_for_a_sentence_is_no_key(tmp_path, embedded, capsys):
+def test_an_id_that_several_rows_with_different_audio_share_is_not_used_as_the_key(
+    tmp_path, embedded, capsys
+):
     for split, first in (("train", 500), ("test", 400)):
         rows = [
             {"id": first + i // 2, "audio": embedded(f"{split}{i}.wav"), "transcription": f"hello {i // 2}"}
@@ -275,7 +277,7 @@ def test_a_column_that_the_recipe_names_is_always_the_key(tmp_path):
 # Datasets of the hub
 
 
-def test_configurations_are_subsets_of_their_own(tmp_path, embedded):
+def test_each_configuration_has_its_own_subsets(tmp_path, embedded):
     for configuration in ("clean", "other"):
         for split in ("train.100", "test"):
             name = f"{configuration}-{split}"
@@ -388,13 +390,13 @@ def test_sph2pipe_to_pcm_is_read_as_the_file(tmp_path):
 @pytest.mark.parametrize(
     "entry", ["/data/wav.ark:17", "/data/wav.ark:17[0:100]", "-", "ffmpeg -i x -f wav - |"]
 )
-def test_the_advice_for_other_entries_leads_to_files(tmp_path, entry):
+def test_the_error_for_other_entries_advises_to_write_files(tmp_path, entry):
     with pytest.raises(UserError, match=r"wav\.scp, line 1 .*wav-copy \"\$entry\" \"wav/\$id\.wav\""):
         read_all(kaldi(tmp_path, entry))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_places_in_kaldi_archives_are_explained_in_other_lists_too(tmp_path, suffix):
+def test_places_in_kaldi_archives_are_refused_in_other_lists_too(tmp_path, suffix):
     content = {
         ".jsonl": json.dumps({"key": "a", "source": "/data/wav.ark:123", "target": "x"}),
         ".csv": "path,text\n/data/wav.ark:123,x",
@@ -407,13 +409,13 @@ def test_places_in_kaldi_archives_are_explained_in_other_lists_too(tmp_path, suf
 
 
 @pytest.mark.parametrize("times", ["0 inf", "nan 1", "0 1e400"])
-def test_times_of_a_segment_are_finite(tmp_path, times):
+def test_a_segment_with_a_time_that_is_not_finite_is_refused(tmp_path, times):
     write_text(kaldi(tmp_path, "a.wav") / "segments", f"a a {times}\n")
     with pytest.raises(UserError, match="segments, line 1 must be"):
         read_all(tmp_path)
 
 
-def test_recordings_and_supervisions_are_not_cuts_yet(tmp_path):
+def test_recordings_and_supervisions_without_cuts_are_refused(tmp_path):
     recording = {"id": "r", "sources": [], "sampling_rate": 16_000, "num_samples": 1, "duration": 1.0}
     supervision = {"id": "s", "recording_id": "r", "start": 0.0, "duration": 1.0, "text": "hello"}
     for name, line in (("recordings", recording), ("supervisions", supervision)):
@@ -447,7 +449,7 @@ def test_a_cut_whose_text_is_not_text_is_refused(tmp_path, value):
 # All kinds
 
 
-def test_tags_are_reported_and_may_be_dropped_or_made_punctuation(tmp_path, embedded, capsys):
+def test_tags_are_logged_and_may_be_dropped_or_converted_to_punctuation(tmp_path, embedded, capsys):
     texts = ["HELLO THERE <COMMA> YOU <PERIOD>", "<MUSIC>"]
     for split in ("train", "dev", "test"):
         rows = [{"audio": embedded(f"{split}{i}"), "text": text} for i, text in enumerate(texts)]
@@ -501,7 +503,7 @@ def test_escapes_in_a_file_uri_are_characters(tmp_path):
         ({"file_name": "~nobody-has-this-name/a.wav", "text": "x"}, "holds transcripts but no audio"),
     ],
 )
-def test_what_no_manifest_or_disk_can_hold_is_refused(tmp_path, line, expected):
+def test_names_and_texts_that_cannot_be_saved_are_refused(tmp_path, line, expected):
     write_wav(tmp_path / "c" / "a.wav")
     for split in ("train", "test"):
         write_text(tmp_path / "c" / split / "metadata.jsonl", json.dumps(line) + "\n")

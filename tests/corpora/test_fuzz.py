@@ -1,7 +1,7 @@
-"""Any table is read as the libraries that wrote it mean it, or refused in one sentence; never anything else.
+"""Any table is read with the meaning that the library that wrote it gives it, or refused in one sentence.
 
-What is expected of a table is computed here from the values that were written, without the readers.
-`make soak` tries a hundred times as many.
+The expected result of a table is computed here from the written values, without the readers. `make soak`
+tries a hundred times as many tables.
 """
 
 import csv
@@ -35,7 +35,7 @@ FORMATS = ("csv", "tsv", "parquet", "jsonl")
 
 
 def tries(number: int):
-    """The number of examples, the same ones at every run of the quick tests."""
+    """Set the number of examples. The quick tests use the same examples in every run."""
     return settings(
         max_examples=number * 100 if SOAK else number,
         derandomize=not SOAK,
@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 @st.composite
 def tables(draw):
-    """Rows by column, in any order of columns; columns of the roles `audio` and `text` are always there."""
+    """Draw a table as columns in any order. The columns of the roles `audio` and `text` always exist."""
     count = draw(st.integers(1, 4))
 
     def column(values):
@@ -104,7 +104,7 @@ Row = tuple[str, str, str | None, str, str]
 
 
 def meaning_of(row: dict, root: Path, default_subset: str) -> Row:
-    """What a row means to the libraries: blank cells and nulls are missing values."""
+    """Return what a row means to the libraries, for which blank cells and nulls are missing values."""
     audio, own = row["audio"] or "", (row.get("id") or "").strip()
     speaker = (row.get("speaker") or "").strip()
     is_read = audio in ("a.wav", "b.wav")
@@ -118,7 +118,7 @@ def meaning_of(row: dict, root: Path, default_subset: str) -> Row:
 
 
 def rows_in(root: Path) -> list[Row] | str:
-    """What the reader yields, or the sentence with which it refuses."""
+    """Return the rows that the reader yields, or the sentence with which it refuses the corpus."""
     found = []
     try:
         reader = open_corpus(str(root), Data())
@@ -137,7 +137,7 @@ def rows_in(root: Path) -> list[Row] | str:
 
 
 def empty_corpus(folder: Path, suffix: str) -> Path:
-    """The path of a table in a corpus that has only audio."""
+    """Make a corpus with audio but without a table; return the path for its table."""
     root = folder / "corpus"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -147,7 +147,7 @@ def empty_corpus(folder: Path, suffix: str) -> Path:
 
 
 def write_as_found(file: Path, columns: dict[str, list]) -> None:
-    """Write a table; metadata.jsonl calls the column of audio file_name."""
+    """Write a table. In metadata.jsonl, the column of audio is called `file_name`."""
     is_metadata = file.name == "metadata.jsonl"
     write(file, {"file_name" if is_metadata and n == "audio" else n: v for n, v in columns.items()})
 
@@ -171,7 +171,7 @@ def test_a_table_of_any_columns_is_read_as_it_was_written(folder, suffix, column
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 @tries(20)
 @given(data=st.data(), columns=tables())
-def test_a_column_of_a_type_that_its_role_cannot_have_is_refused(folder, suffix, data, columns):
+def test_a_column_of_a_type_that_does_not_fit_its_role_is_refused(folder, suffix, data, columns):
     role = data.draw(st.sampled_from(["audio", "text", "id", "split"]))
     values = [v for v in SPOILT if suffix == "parquet" or not isinstance(v, bytes)]
     value = data.draw(st.sampled_from(values))
@@ -181,7 +181,7 @@ def test_a_column_of_a_type_that_its_role_cannot_have_is_refused(folder, suffix,
     found = rows_in(file.parent)
     is_number = isinstance(value, int | float)
     if (role in ("id", "split") and is_number) or (role == "audio" and isinstance(value, bytes)):
-        # A number is a name like any other, and bytes are an audio file's content.
+        # A number may be a name, and bytes may be an audio file's content.
         assert isinstance(found, list) or "has no key" in found
     else:
         assert f"--data.columns.{'key' if role == 'id' else role}" in found or "has no key" in found
@@ -204,7 +204,7 @@ def test_a_column_of_a_type_that_its_role_cannot_have_is_refused(folder, suffix,
     )
 )
 def test_keys_are_unique_whatever_names_repeat(folder, utterances):
-    """Each utterance is a subset, an id, the name of its audio and its audio."""
+    """Each of `utterances` is a tuple: subset, id, name of the audio, and content of the audio."""
     file = empty_corpus(folder, "parquet")
     rows = [
         {"split": subset, "id": own, "audio": {"path": name, "bytes": bytes([audio])}, "text": "t"}
@@ -228,7 +228,7 @@ def test_keys_are_unique_whatever_names_repeat(folder, utterances):
 # Files that end early
 
 
-def test_json_lines_cut_at_every_byte_are_read_up_to_there_or_refused(folder):
+def test_json_lines_that_are_cut_at_any_byte_are_read_up_to_the_cut_or_refused(folder):
     file = empty_corpus(folder, "jsonl").with_name("train.jsonl")
     lines = [json.dumps({"key": k, "source": "a.wav", "target": "é"}, ensure_ascii=False) for k in "pq"]
     content = "".join(line + "\n" for line in lines).encode()
@@ -244,7 +244,7 @@ def test_json_lines_cut_at_every_byte_are_read_up_to_there_or_refused(folder):
             assert f"line {1 if end < first else 2} is not JSON" in found
 
 
-def test_lines_of_metadata_cut_at_every_byte_are_read_up_to_there_or_refused(folder):
+def test_a_line_of_metadata_that_is_cut_at_any_byte_is_refused(folder):
     file = empty_corpus(folder, "jsonl")
     line = json.dumps({"file_name": "a.wav", "text": "é"}, ensure_ascii=False).encode()
     for end in range(1, len(line) + 1):
@@ -253,7 +253,7 @@ def test_lines_of_metadata_cut_at_every_byte_are_read_up_to_there_or_refused(fol
         assert isinstance(found, list) == (end == len(line)), found
 
 
-def test_compressed_cuts_cut_at_every_byte_are_never_read_in_part(folder):
+def test_a_compressed_file_of_cuts_that_is_truncated_at_any_byte_is_refused(folder):
     file = empty_corpus(folder, "csv").with_name("cuts_train.jsonl.gz")
     content = gzip.compress(json.dumps(cut("c", "a.wav", "x", duration=0.2)).encode() + b"\n", mtime=0)
     for end in range(1, len(content) + 1):

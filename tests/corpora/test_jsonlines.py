@@ -1,4 +1,4 @@
-"""Each line belongs to exactly one subset: its split's, if the file is one; else its own; else its file's."""
+"""Each line belongs to one subset: its file's, if that is named after a split; or its own; or its file's."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The same speech gives the same utterances in every layout, and unreadable corpora raise clear errors."""
+"""The same speech gives the same utterances in every layout, and unreadable corpora raise clear errors.
+
+Each function `as_…` writes the same corpus in another layout and returns its path.
+"""
 
 import gzip
 import io
@@ -43,14 +46,14 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture
 def audio(tree) -> dict[str, Path]:
-    """Audio files by key."""
+    """Return the audio files of the tree, by key."""
     return {path.stem: path for path in sorted(tree.rglob("*.wav"))}
 
 
 def transcripts_and_lengths(
     folder: str | Path, splits=("train", "dev", "test")
 ) -> dict[str, dict[str, tuple[str, int]]]:
-    """Transcript and number of samples of each utterance, by split and key."""
+    """Return the transcript and the number of samples of each utterance, by split and key."""
     return {
         split: {
             u.key: (u.target, len(load_utterance(u))) for u in read_manifest(join(folder, f"{split}.jsonl"))
@@ -162,7 +165,7 @@ def as_lhotse(root, audio):
 
 
 def embedded(audio, split):
-    """Rows of a Hugging Face dataset with the audio's bytes inside."""
+    """Return the rows of a Hugging Face dataset with embedded audio."""
     return [
         {
             "id": r["key"],
@@ -257,7 +260,7 @@ EXPECTED = {
 
 
 def with_plain_keys(splits):
-    """In some layouts keys are paths; the last part is the key in the others."""
+    """Replace keys by their last part, because in some layouts the keys are paths."""
     return {
         split: {key.rpartition("/")[2]: value for key, value in utterances.items()}
         for split, utterances in splits.items()
@@ -313,7 +316,7 @@ def test_only_the_kind_that_the_recipe_names_is_accepted(tmp_path, audio):
 
 def test_an_archive_is_unpacked_once_and_only_if_the_recipe_needs_it(tmp_path, audio):
     root = as_archives(tmp_path / "corpus", audio)
-    # This one is not opened, so its content does not matter.
+    # This archive is not opened, so its content does not matter.
     shutil.copy(root / "train-a.tar.gz", root / "train-other-500.tar.gz")
     only_train_a = recipe(train=["train-a"])
     build_manifest(only_train_a, str(root), str(tmp_path / "out"))
@@ -485,7 +488,7 @@ def test_quotes_and_commas_in_cells_are_preserved(tmp_path):
         ("", "", {}, "it has no columns"),
     ],
 )
-def test_the_error_for_an_unreadable_table_has_a_remedy(tmp_path, header, row, columns, expected):
+def test_the_error_for_an_unreadable_table_names_a_remedy(tmp_path, header, row, columns, expected):
     write_wav(tmp_path / "x.wav")
     (tmp_path / "t.csv").write_text(f"{header}\n{row}\n")
     with pytest.raises(UserError, match=expected) as caught:
@@ -614,7 +617,7 @@ def test_segments_of_a_recording_are_utterances(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a r 1 0.5", "a r x 1", "a r", "a r -1 1"])
-def test_the_error_for_an_invalid_segment_has_its_line(tmp_path, line):
+def test_the_error_for_an_invalid_segment_names_its_line(tmp_path, line):
     write_text(tmp_path / "x" / "wav.scp", "r rec.wav\n")
     write_text(tmp_path / "x" / "segments", f"ok r 0 1\n{line}\n")
     write_text(tmp_path / "x" / "text", "a first\n")
@@ -723,9 +726,9 @@ def test_a_changed_file_is_noticed(tmp_path, audio, layout):
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
     before = (tmp_path / "out" / "stage.json").read_bytes()
     build_manifest(recipe(), str(corpus), str(tmp_path / "out"))
-    assert (tmp_path / "out" / "stage.json").read_bytes() == before, "nothing to do"
+    assert (tmp_path / "out" / "stage.json").read_bytes() == before, "an unchanged corpus needs no work"
     source = read_manifest(tmp_path / "out" / "train.jsonl")[0].source
-    # Audio that was unpacked into the result is not in the corpus: then change the file that contains it.
+    # If the audio was unpacked into the result, the file in the corpus that contains it is changed.
     is_unpacked = source.startswith(str(tmp_path / "out"))
     changed = (
         Path(source)
@@ -796,7 +799,7 @@ def test_different_segments_of_a_recording_in_train_and_test_cause_no_warning(tm
     assert "1 dev and test utterances have the same audio as train utterances" in capsys.readouterr().out
 
 
-def test_whispers_normaliser_may_convert_the_transcripts(tmp_path, audio):
+def test_the_recipe_may_normalise_transcripts_as_whisper_does(tmp_path, audio):
     rows = [
         {"path": str(audio[k]), "text": f'"Mr. Smith didn\'t pay $20 -- {n}"', "split": s}
         for n, (k, s) in enumerate({"1-1-0000": "train", "2-1-0000": "dev", "3-1-0000": "test"}.items())

@@ -1,4 +1,4 @@
-"""A LibriSpeech tree gives a candidate for each transcript with audio, and a rejection for each without."""
+"""A LibriSpeech tree gives a candidate for each transcript with audio; incomplete utterances are rejected."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_every_kind_of_audio_file_is_found(tmp_path, suffix):
     assert all(isinstance(c, Candidate) for c in read_all(LibriSpeech.find(str(tmp_path), Data()), "train-x"))
 
 
-def test_the_archives_outer_folder_is_optional(tmp_path):
+def test_the_outer_folder_of_the_archives_is_optional(tmp_path):
     write_librispeech(tmp_path / "LibriSpeech", SUBSETS)
     (tmp_path / "LibriSpeech" / "README.TXT").touch()
     assert LibriSpeech.find(str(tmp_path), Data()).subsets() == ["test-x", "train-x"]
@@ -112,7 +112,7 @@ def test_the_error_for_transcripts_that_are_not_utf8_names_the_file(tmp_path):
         read_all(LibriSpeech.find(str(tmp_path), Data()), "train-x")
 
 
-def test_stamps_change_with_every_relevant_file_and_with_no_other(tmp_path):
+def test_stamps_change_with_every_relevant_file_and_only_with_these(tmp_path):
     write_librispeech(tmp_path, SUBSETS)
     reader = LibriSpeech.find(str(tmp_path), Data())
     before = list(reader.stamps("train-x"))

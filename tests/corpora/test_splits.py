@@ -50,7 +50,7 @@ def test_about_the_requested_share_is_held_out():
     assert len(held_out(KEYS, 0.05)) == pytest.approx(0.05 * len(KEYS), rel=0.25)
 
 
-def test_whether_a_key_is_held_out_does_not_depend_on_the_others():
+def test_whether_a_key_is_held_out_does_not_depend_on_other_keys():
     some = KEYS[::3]
     assert held_out(some, 0.05) == held_out(KEYS, 0.05) & set(some)
     assert held_out(KEYS[::-1], 0.05) == held_out(KEYS, 0.05)
