@@ -33,7 +33,7 @@ def train(
         import shutil
 
         from slam_asr.artifacts.stage_record import (
-            follow_parts,
+            follow_pointers,
             follow_pointer,
             log_metrics,
             recipe_of,
@@ -46,7 +46,7 @@ def train(
         feature_store = None
         if recipe.caches_features:
             feature_store = (
-                follow_parts(artifact.path for artifact in features) if features else f"{store}/features"
+                follow_pointers(artifact.path for artifact in features) if features else f"{store}/features"
             )
         if trainjob:
             from slam_asr.trainjob.placement import Placement

@@ -26,7 +26,7 @@ def json_line(row: dict[str, Any]) -> bytes:
 
 
 def write_lines(path: PathOrUri, lines: Iterable[bytes]) -> None:
-    """Write lines to a local file or an object as they arrive. It becomes visible when all are written.
+    """Write lines to a local file or an object as they arrive. The file is visible only when it is complete.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.

@@ -74,7 +74,7 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """Length in seconds, a multiple of 1/16000; `round(duration * SAMPLE_RATE)` gives the samples."""
+        """Seconds, as a multiple of 1/16000: `round(duration * SAMPLE_RATE)` is the number of samples."""
         return len(self.samples) / SAMPLE_RATE
 
 
@@ -157,7 +157,7 @@ def read_clip(
     """
     file: Path | bytes | None = content
     if file is None:
-        # A complete object is read into memory. For segments, one copy of the object on disk serves them all.
+        # A complete object is read into memory. An object with segments is copied to disk, once for all.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
     clip = _clip(file, path, start, duration, channel, max_duration)
     if clip.cancelled:
@@ -255,8 +255,8 @@ def _sha256_of_local(file: Path) -> str:
     return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 
 
-# Segments of one file are usually read one after another. With 1024 entries, shuffled segments of many files
-# are hashed only once too.
+# Segments of one file are usually read one after another. A cache of 1024 files is also enough for shuffled
+# segments of many files.
 @functools.lru_cache(maxsize=1024)
 def _cached_sha256(file: str, size: int, modified_ns: int) -> str:
     """Hash a file; `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""

@@ -102,7 +102,7 @@ class _Track:
     def measure(self) -> tuple[float, Any]:
         """Find the length that the packets announce, and the first decoded frame.
 
-        The frame has the true sample rate and number of channels. For HE-AAC, a header's may be half of them.
+        The frame has the true sample rate and channels. A header of HE-AAC may announce half of them.
 
         Returns:
             The estimated length in seconds, and the frame.

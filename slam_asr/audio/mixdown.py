@@ -16,7 +16,7 @@ exceed 1 slightly. Float samples in the range of integers reach hundreds, even i
 _SILENT_RANGE = 2.0**-15
 """A recording whose samples differ by less than one step of 16 bits holds no sound."""
 _CANCELLED_POWER = 1e-4
-"""If one channel is the inverse of another, the mean has less than this share of their power (-40 dB)."""
+"""If one channel is the inverse of another, their mean has less than this share of their power (-40 dB)."""
 
 
 class Mixdown:

@@ -148,7 +148,7 @@ def _read(item: Candidate, data: Data) -> Clip:
 
 
 def _named(item: Candidate) -> str:
-    """Return how messages name a candidate's file or segment."""
+    """Return the name of a candidate's file or segment, for messages."""
     return item.source if item.start is None else f"the segment of {item.source} at {item.start:.2f} s"
 
 

@@ -1,8 +1,7 @@
 """Reader for a folder of audio files with a text file next to each: a/b.txt is the transcript of a/b.flac.
 
-A subset is named after the top-level subfolder of its files, or after the corpus folder if the files are
-directly in that. An utterance's key is the path of its files relative to the corpus folder, without the
-suffix.
+A subset is named after the top-level subfolder of its files, or after the corpus folder if they are directly
+in it. An utterance's key is the path of its files relative to the corpus folder, without the suffix.
 
 TIMIT (Garofolo et al., 1993) has this layout too. Its transcripts begin with the numbers of the first and the
 last sample: `0 46797 She had …`. These numbers are removed.

@@ -18,7 +18,7 @@ from slam_asr.errors import InputError
 
 SUFFIX = ".jsonl"
 _REJECTIONS = "rejected.jsonl"
-"""A file without utterances in the output folder of `build-manifest`, which may serve as a corpus."""
+"""`build-manifest` writes this file without utterances to its output folder, which may serve as a corpus."""
 
 
 class JsonLines(ListedCorpus):

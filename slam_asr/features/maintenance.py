@@ -182,7 +182,7 @@ def prune_store(
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
-        keep: manifests, or folders of build-manifest. Shards without any of this audio are removed too.
+        keep: manifests, or folders of build-manifest. Shards without audio from these are removed too.
         drop: folders in the store to remove completely, by the names that `features ls` shows.
         unfinished: also remove the shards and pieces of unfinished extractions.
         yes: remove the files instead of only reporting them.

@@ -1,4 +1,4 @@
-"""Pieces: saved parts of an incomplete shard, so that an interruption loses only the last minutes of work.
+"""Pieces are saved parts of an incomplete shard. With them, an interruption loses only minutes of work.
 
 A slow encoder may take an hour to fill a shard, and a cluster may end a pod at any time, with about a second
 to finish. Every `PIECE_SECONDS`, the batches that were encoded since the last piece are therefore saved as a

@@ -126,8 +126,8 @@ class ExtractionPlan:
         self._pieces = join(namespace.root, "pieces", self.name)
         names = namespace.index_names()
         initial = [name for name in self._initial_indexes(names) if name in names]
-        # The indexes of the start decide the content of the shards, so that every process and every later
-        # attempt plans the same shards. The indexes of now only decide which of the shards are missing.
+        # The indexes that existed at the start decide the content of the shards, so that every process and
+        # every later attempt plans the same shards. The current indexes only decide which shards are missing.
         indexed_at_start = self._merge(map(self._read_index, initial), audio.audio_ids)
         self.indexed = self._with_existing_shards(self._merge(map(self._read_index, names), audio.audio_ids))
         was_indexed = isin_sorted(audio.audio_ids, indexed_at_start.columns["address"])

@@ -91,7 +91,7 @@ def _fetch_piece(
                 f"{uri} cannot be read in pieces: the server at AWS_ENDPOINT_URL does not support ranges."
             )
         position = start
-        # boto3 compares the server's own checksum, if any, only when it has returned the empty chunk.
+        # Read until a chunk is empty, because only then boto3 compares the server's own checksum, if any.
         while chunk := answer["Body"].read(_CHUNK_BYTES):
             if position + len(chunk) > end:
                 raise TemporaryFailure("the answer was too long")

@@ -112,8 +112,8 @@ def _download_folder(path: str, files: list[Info], folder: Path) -> None:
     def fetch_one(file: Info) -> None:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        # With the metadata from the listing, no object needs a request for them. If an object has been
-        # replaced since, its etag does not match, and the download requests its metadata after all.
+        # The metadata from the listing save one request per object. If an object has been replaced since, its
+        # etag does not match, and the download requests its metadata after all.
         _download(join(path, file.name), target, file)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:

@@ -2,8 +2,8 @@
 
 An index is a table of numbers in a safetensors file, with 68 bytes per utterance. A million entries can be
 loaded and searched without a Python object for each. The file's metadata contain the fingerprint of the
-encoder that computed the features, and the SHA-256 and size of each shard. An index is written once and never
-changed; `merge` combines several indexes into one.
+features (encoder, preprocessing and dtype), and the SHA-256 and size of each shard. An index is written once
+and never changed; `merge` combines several indexes into one.
 """
 
 import json
@@ -70,7 +70,7 @@ class Index:
     """
 
     fingerprint: dict[str, Any]
-    """The fingerprint of the encoder that computed the features."""
+    """The fingerprint of the features: encoder, preprocessing and dtype."""
     width: int
     """Values per frame."""
     shards: list[Shard] = field(default_factory=list)
@@ -186,7 +186,7 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
     """Build the index of one shard.
 
     Args:
-        fingerprint: the fingerprint of the encoder that computed the features.
+        fingerprint: the fingerprint of the features.
         width: values per frame.
         shard: the file that contains the features of all entries.
         entries: the entries by audio id. Their field `shard` is ignored.

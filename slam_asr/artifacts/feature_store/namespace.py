@@ -82,7 +82,7 @@ class FeatureNamespace:
         return Index.from_bytes(read_bytes(path), path)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Return the fingerprint of these features' encoder; None if the namespace does not exist.
+        """Return the fingerprint of this namespace, or None if the namespace does not exist.
 
         Raises:
             InputError: the fingerprint's file is damaged.
@@ -148,7 +148,7 @@ def pack(
 
     Args:
         features: features by audio id, with frames [frames, width] in the store's dtype; at least one entry.
-        fingerprint: the fingerprint of the encoder that computed the features.
+        fingerprint: the fingerprint of the features: encoder, preprocessing and dtype.
         spans: for each audio id, the length of the audio in frames; see `EncoderSpec.span_of`.
 
     Returns:
