@@ -33,8 +33,8 @@ def train(
         import shutil
 
         from slam_asr.artifacts.stage_record import (
-            follow_pointers,
             follow_pointer,
+            follow_work_shards,
             log_metrics,
             recipe_of,
             write_pointer,
@@ -46,7 +46,9 @@ def train(
         feature_store = None
         if recipe.caches_features:
             feature_store = (
-                follow_pointers(artifact.path for artifact in features) if features else f"{store}/features"
+                follow_work_shards(artifact.path for artifact in features)
+                if features
+                else f"{store}/features"
             )
         if trainjob:
             from slam_asr.trainjob.placement import Placement

@@ -291,7 +291,7 @@ def _read_pointer(path: str | Path) -> dict[str, Any]:
     return pointer
 
 
-def follow_pointers(paths: Iterable[str]) -> str:
+def follow_work_shards(paths: Iterable[str]) -> str:
     """Check the pointers of several work shards, whose results share a store; return the first's folder.
 
     Raises:

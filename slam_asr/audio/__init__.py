@@ -157,7 +157,8 @@ def read_clip(
     """
     file: Path | bytes | None = content
     if file is None:
-        # A complete object is read into memory. An object with segments is copied to disk, once for all.
+        # A complete object is read into memory. For segments, it is copied to disk, so that one copy is
+        # enough for all segments.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
     clip = _clip(file, path, start, duration, channel, max_duration)
     if clip.cancelled:
