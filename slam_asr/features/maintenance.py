@@ -110,7 +110,7 @@ def verify_store(store: str, repair: bool = False) -> None:
 
     Raises:
         InputError: no store exists there, or some of its shards are damaged, missing or cut short.
-        StorageError: object storage cannot be read. No shard is removed in that case.
+        StorageError: object storage cannot be read, in which case no shard is removed.
     """
     all_contents = [_contents(namespace) for namespace in _require_namespaces(store)]
     damaged: list[str] = []
