@@ -70,13 +70,17 @@ class Record(Outcome):
     """The content of `stage.json`, which describes a finished stage."""
 
     stage: str = ""
+    """Name of the stage, as on the command line."""
     folder: str = ""
+    """Path or URI of the stage's folder."""
     inputs: dict[str, Any] = field(default_factory=dict)
+    """Everything on which the results depend; see `run_stage`."""
     seconds: float = 0.0
     """Wall time in seconds of the run that did the work."""
     finished: float = 0.0
     """Unix time at the end of that run, by the clock of its machine."""
     version: str = __version__
+    """Version of slam-asr that did the work."""
     cores: int | None = None
     """Number of CPU cores that were usable; None in records of earlier versions."""
     reused: bool = field(default=False, compare=False)
@@ -112,7 +116,8 @@ def run_stage(
     Raises:
         ConfigurationError: the folder holds results of other inputs, and `overwrite` is false.
         InputError: the folder's `stage.json` is damaged.
-        StorageError: the folder cannot be written; this is tried before the work begins.
+        OSError: the local folder cannot be written.
+        StorageError: the bucket cannot be written. Both are tried before the work begins.
     """
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)

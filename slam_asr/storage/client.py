@@ -235,7 +235,7 @@ def _mounted_secret() -> dict[str, str]:
 
 
 def _read_secret(folder: Path, to_read: _FileNames) -> dict[str, str]:
-    """Read the files of one version of a secret, and try again if the secret changes meanwhile."""
+    """Read the files of one version of a secret, and try again if the secret changes in the meantime."""
     for _ in range(3):
         # Kubernetes changes all files of a secret at once, by pointing the link ..data to another folder.
         data = folder / "..data"
