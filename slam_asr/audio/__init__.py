@@ -144,8 +144,8 @@ def read_clip(
 
     Args:
         path: the audio file.
-        max_duration: maximum length in seconds of the file, by its header, or of the segment. Longer audio
-            is refused before it is decoded.
+        max_duration: maximum announced length of the file, or of the segment, in seconds. Longer audio is
+            refused before it is decoded.
         start: where the segment begins in the file, in seconds. Nothing before it is decoded.
         duration: length of the segment in seconds; None if it ends with the file.
         content: the file's bytes, if they are already in memory; `path` is then used only in messages.
@@ -288,7 +288,7 @@ def _clip(
                 NO_SEGMENTS,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
-        # The header's length is checked before anything is decoded, because an hour of audio takes 230 MB at
+        # The announced length is checked before anything is decoded, because an hour of audio takes 230 MB at
         # 16 kHz, and more at its own rate.
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
