@@ -27,7 +27,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch, minutes, expected):
         now[0] = 1000.0 + seconds
         due.append(resumes.minutes_have_passed())
     assert due == expected
-    resumes.writer.last = now[0]
+    resumes.writer.last_save = now[0]
     assert not resumes.minutes_have_passed()
 
 

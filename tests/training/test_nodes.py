@@ -53,7 +53,7 @@ def test_a_machine_reads_its_rank_from_the_environment(monkeypatch):
         (("3", "0", "host", "1"), 2, "training.nodes is 2, but PET_NNODES is 3 here"),
         (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT are not set"),
         (("2", "x", "host", "1"), 2, "PET_NODE_RANK is 'x'"),
-        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2: with 2 machines it must be 0 to 1"),
+        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2, but with 2 machines it must be from 0 to 1"),
     ],
 )
 def test_an_environment_that_contradicts_the_recipe_is_refused(monkeypatch, values, expected, sentence):
