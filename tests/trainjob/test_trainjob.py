@@ -794,7 +794,7 @@ def test_many_nodes_that_wait_for_the_same_are_one_line():
 
 def test_a_store_that_nodes_do_not_share_is_refused(cluster):
     with pytest.raises(
-        UserError, match="The store is /data: training over 2 nodes needs one in object storage"
+        UserError, match="The store is /data, but training on 2 nodes needs a store in object storage"
     ):
         start(store="/data")
     assert not cluster.created
