@@ -13,12 +13,12 @@ from slam_asr.training import kernels, launch
 
 
 class Started(Exception):
-    """Raised where the first process would be started."""
+    """Raised instead of starting the training processes."""
 
 
 @pytest.fixture
 def start_training(prepared, monkeypatch, tmp_path):
-    """A function that starts to train with changes to the recipe."""
+    """Return a function that trains with changes to the recipe, up to the start of the processes."""
     recipe, manifests, features = prepared
 
     def start(*_) -> None:

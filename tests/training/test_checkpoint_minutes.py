@@ -21,7 +21,7 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch, minutes, expected):
     monkeypatch.setattr(resumer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     resumes = Resumer.__new__(Resumer)
     resumes.options = load_recipe("demo", {"training.checkpoint_minutes": minutes}).training
-    resumes.writer = SimpleNamespace(last=1000.0)
+    resumes.writer = SimpleNamespace(last_save=1000.0)
     due = []
     for seconds in (31, 599, 601, 1201):
         now[0] = 1000.0 + seconds

@@ -1,4 +1,4 @@
-"""An interrupted training resumes from its last checkpoint, with identical losses."""
+"""An interrupted training run resumes from its last checkpoint, with identical losses."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.faults import FaultyProxy
 
 STEPS = 120
 OPTIONS = {
-    # Dropout draws random numbers in each process: their state must be restored too.
+    # Dropout draws random numbers in each process, so the state of the generators must be restored too.
     "llm.tuning": "lora",
     "llm.lora.dropout": 0.2,
     "training.epochs": 1000,
@@ -209,7 +209,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_resumes(prepared, tmp_
         and "run the same command again to resume" in printed
     )
     assert "Traceback" not in printed and read_record(output) is None
-    # What has been saved can be converted, and tried, before the training run is finished.
+    # The saved checkpoint can be converted, and tried, before the training run is finished.
     model = convert_checkpoint(str(output), str(tmp_path / "model"))
     assert read_config(model.folder).training["steps"] == found.step
     process = start(prepared, output, **options)
@@ -235,7 +235,7 @@ def test_a_killed_process_ends_the_training_with_a_message(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_another_number_of_processes_resumes_in_the_same_order(prepared, tmp_path):
-    """Without dropout, because each process has random numbers of its own."""
+    """Dropout is off, because each process draws random numbers of its own."""
     options = {"llm.lora.dropout": 0.0, "training.checkpoint_every": 0, "training.max_steps": FEWER}
     one, output = tmp_path / "one", tmp_path / "t"
     succeed(start(prepared, one, **options, **{"training.processes": 1}))
@@ -255,7 +255,7 @@ def test_another_number_of_processes_resumes_in_the_same_order(prepared, tmp_pat
 def test_checkpoints_reach_object_storage_that_fails_now_and_then(
     prepared, uninterrupted, faulty_s3, monkeypatch, tmp_path
 ):
-    """After a kill and the loss of its disk, the training resumes from object storage."""
+    """After a kill and the loss of its disk, a training run resumes from object storage."""
     options = {"training.processes": 2, "training.checkpoint_every": 20}
     process = start(prepared, "s3://bucket/t", **options)
     until = time.monotonic() + 120
@@ -281,7 +281,7 @@ def test_checkpoints_reach_object_storage_that_fails_now_and_then(
 def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
     prepared, bucket, s3_server, monkeypatch
 ):
-    """A checkpoint that cannot be written is tried again while training continues."""
+    """The write of a checkpoint is repeated while training continues."""
     seconds = 120 if os.environ.get("SLAM_ASR_SOAK") else 6
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", str(10 * seconds))
     first = []
@@ -294,7 +294,7 @@ def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
 
     with FaultyProxy(s3_server, rule=unavailable) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        # Long enough to be still running when the storage is back.
+        # The training run is long enough to be still running when the storage is back.
         steps = {"training.max_steps": 150 * seconds, "training.epochs": 10**6}
         process = start(prepared, "s3://bucket/t", **{"training.checkpoint_every": 5, **steps})
         printed = ended(process, within=120 + 4 * seconds)
@@ -359,7 +359,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_keys_that_differ(tmp
         UserError, match=r"another training run \(1 key differs: training\.learning_rate 0\.0001 → 0\.001\)"
     ):
         require_same_training(folder, changed(learning_rate=1e-3, max_steps=20), overwrite=False)
-    # With a constant schedule, max_steps may change. With any other, it changes the learning rates.
+    # With a constant schedule, max_steps may change. With any other schedule, it affects the learning rates.
     with pytest.raises(
         UserError,
         match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, "
