@@ -1,4 +1,4 @@
-"""What the processes that a stage starts use to end with the stage, and to report failures to it."""
+"""Helpers for the processes that a stage starts: they end with the stage, and report failures to it."""
 
 import atexit
 import contextlib

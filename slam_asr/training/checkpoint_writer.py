@@ -126,7 +126,8 @@ class CheckpointWriter:
         while (snapshot := self._snapshots.get()) is not None:
             try:
                 self.failure = self._write(snapshot)
-            # gloo raises it if another process has ended. The training thread will fail too, and report it.
+            # gloo raises this error if another process has ended. The training thread will fail too, and
+            # report it.
             except RuntimeError:
                 step = snapshot.checkpoint.step
                 self.failure = f"The checkpoint of step {step} is incomplete: another process has ended."

@@ -144,7 +144,7 @@ def check_inputs(
 def _check_initial_model(
     recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
 ) -> tuple[Path | None, dict[str, str]]:
-    """Fetch and check the model that the training starts from, as `initial_projector` does.
+    """Fetch and check the model that the training starts from, if the recipe names one.
 
     Returns:
         The model's local folder, or None; and the SHA-256 of the weights to start from, keyed by `init_from`

@@ -1,4 +1,4 @@
-"""The job file, in JSON, that `slam-asr train` hands to its training processes."""
+"""The job that `slam-asr train` passes to its training processes as a JSON file."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -273,7 +273,7 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         min_nodes=nodes.number,
         max_nodes=nodes.number,
         nproc_per_node=processes,
-        max_restarts=0,  # `launch_training` restarts itself, because it knows which failures are temporary
+        max_restarts=0,  # only `launch_training` knows which failures are temporary, and starts again
         monitor_interval=0.2,
         **(several_nodes if nodes.number > 1 else single_node),
     )

@@ -83,9 +83,10 @@ class Resumer:
         )
 
     def resume(self) -> Progress:
-        """Restore the latest checkpoint in its phase; or enter the first phase, if no checkpoint exists.
+        """Enter the phase of the latest checkpoint, and restore the state that it holds.
 
-        The file of the curve is set back to its content at the checkpoint, or emptied.
+        Without a checkpoint, enter the first phase. The file of the curve is set back to its content at the
+        checkpoint, or emptied.
 
         Raises:
             ConfigurationError: the checkpoint is beyond the last step of this training run.
@@ -138,7 +139,7 @@ class Resumer:
         """Upload the checkpoint that an earlier attempt on this machine could not upload."""
         if unsaved.is_dir():
             checkpoint.recover(str(unsaved), self.writer.folder, self.options.checkpoints)
-            # The folder is removed, because all files beside it are uploaded at the end of training.
+            # Removed, because all files that remain in the training run's folder are uploaded at its end.
             shutil.rmtree(unsaved)
 
     def minutes_have_passed(self) -> bool:

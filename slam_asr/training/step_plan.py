@@ -165,7 +165,7 @@ class TrainingPlan:
             self._beginning_epochs += 1
         steps = epochs = 0
         while epochs < self._epochs and steps < self.max_steps:
-            # Epochs are numbered on after those of the beginning, so no order of utterances occurs twice.
+            # Epoch numbers continue after those of the beginning, so no order of utterances occurs twice.
             steps = min(self.max_steps, steps + self._steps_of(self._beginning_epochs + epochs))
             epochs += 1
         self.steps = beginning + steps
@@ -221,7 +221,7 @@ def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> lis
         The groups, in the order of `indices`.
     """
     groups: list[list[int]] = []
-    # The (missing) group before the first counts as full, so that the first index begins a group.
+    # As if the last group were full, so that the first index begins a new one.
     size = budget
     for index in indices:
         if size + sizes[index] > budget:

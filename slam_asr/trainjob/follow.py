@@ -177,9 +177,9 @@ class FollowedTrainJob:
                 )
 
     def _failure(self) -> str:
-        """Return the error message of the node that failed, and log the last lines of each node.
+        """Log the last lines of every node but the first, and return the error message of the failed node.
 
-        The first node is left out of the log, because its output is already there.
+        The first node's output is already in the log.
         """
         message = None
         nodes = [step for step in self.client.get_job(self.name).steps if step.name.startswith(f"{NODE}-")]
