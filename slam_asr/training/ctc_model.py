@@ -64,7 +64,8 @@ class CtcModel(nn.Module):
             distances = self.head.distances(outputs, logits).split(batch.positions)
             # An utterance without positions is skipped, because the mean of an empty tensor is NaN.
             means = [d.mean() * len(t) for d, t in zip(distances, batch.targets, strict=True) if len(d)]
-            loss = ctc + batch.distance_weight * torch.stack(means).sum()
+            if means:
+                loss = ctc + batch.distance_weight * torch.stack(means).sum()
         # Token errors are only counted: no gradient passes through a best path.
         paths = best_paths(logits, batch.positions)
         errors = sum(
