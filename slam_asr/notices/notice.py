@@ -1,7 +1,8 @@
-"""A message to a webhook when a run has ended.
+"""Sends a message to a webhook when a run has ended.
 
-The webhook's URL is a secret, because whoever knows it can post. It comes from the environment or a file and
-is never logged; urllib3's errors contain it, so only their class is.
+The webhook's URL is a secret, because whoever knows it can post. It comes from the environment or a file, and
+is never logged. The messages of urllib3's errors contain the URL, so only the name of an error's class is
+logged.
 """
 
 import json
@@ -21,7 +22,7 @@ URL = "SLAM_ASR_WEBHOOK"
 URL_FILE = "SLAM_ASR_WEBHOOK_FILE"
 """Environment variable with the path of a file that contains the URL."""
 PAUSES = (1.0, 4.0, 15.0)
-"""Seconds before each repetition of a message that did not arrive."""
+"""Seconds before the first, second and third repetition of a message that did not arrive."""
 _TIMEOUT = urllib3.Timeout(connect=5, read=10)
 
 
@@ -35,11 +36,11 @@ class Notice:
     state: str
     """succeeded, failed, stopped, lost, or ended if nothing else is known."""
     step: str = ""
-    """The step that failed; empty if none did, or if it is unknown."""
+    """The step that failed; empty if no step failed, or if it is unknown which one did."""
     reason: str = ""
-    """Why it failed, without a full stop; empty if unknown."""
+    """Why the step or the run failed, without a full stop; empty if unknown."""
     result: str = ""
-    """Result of a run that succeeded, such as `WER 9.57 % on 48 utterances`."""
+    """Result of a run that succeeded, such as `WER 9.57 % on 48 utterances`; empty if it has none."""
     link: str = ""
     """Address of the run's page in the dashboard."""
 
@@ -53,10 +54,11 @@ class Notice:
 
 
 _VERBS = {"stopped": "was stopped", "lost": "is lost"}
+"""Verbs of the states whose name is not a verb that fits a sentence about the run."""
 
 
 def webhook_url() -> str:
-    """Return the URL from the environment, or from the file that it names; empty if neither has one."""
+    """Return the URL from the environment, or from the file that it names; empty if neither has a URL."""
     if url := os.environ.get(URL, "").strip():
         return url
     path = os.environ.get(URL_FILE)
@@ -67,15 +69,15 @@ def webhook_url() -> str:
 
 
 def send(notice: Notice, form: str, url: str) -> bool:
-    """Send a notice, repeat it if it does not arrive, and log one line if it never does.
+    """Send a notice, and repeat it if it does not arrive. One line is logged about the outcome.
 
     Args:
         notice: the notice.
-        form: its format, slack or cloudevents.
+        form: format of the message, `slack` or `cloudevents`.
         url: URL of the webhook.
 
     Returns:
-        Whether it arrived.
+        Whether the notice arrived.
     """
     kind, body = _FORMATS[form](notice)
     problem = "its URL is empty or does not begin with http:// or https://"
@@ -94,7 +96,8 @@ def send(notice: Notice, form: str, url: str) -> bool:
 def _post(url: str, kind: str, body: bytes) -> str:
     """Send a message once, and return what went wrong; empty if nothing did."""
     try:
-        # A redirect could lead to another host. urllib3's own repetitions log the URL.
+        # Redirects are not followed, because they could lead to another host. urllib3 must not repeat the
+        # request, because it would log the URL.
         with urllib3.PoolManager(retries=False, timeout=_TIMEOUT) as pool:
             answer = pool.request("POST", url, body=body, headers={"Content-Type": kind}, redirect=False)
     except (urllib3.exceptions.HTTPError, ValueError) as error:
@@ -105,7 +108,8 @@ def _post(url: str, kind: str, body: bytes) -> str:
 def _slack(notice: Notice) -> tuple[str, bytes]:
     """Build Slack's message, which other chat services accept too.
 
-    Slack takes these three characters for markup: https://docs.slack.dev/messaging/formatting-message-text
+    The characters `&`, `<` and `>` are escaped, because Slack uses them for markup:
+    https://docs.slack.dev/messaging/formatting-message-text
     """
     text = notice.text().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "application/json", json.dumps({"text": text}, ensure_ascii=False).encode()

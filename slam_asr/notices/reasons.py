@@ -1,7 +1,8 @@
 """Explains the messages of Kubernetes and Argo: what happened to a step's pod, and what to do about it.
 
-Both give their reasons only as text, so they are recognised by the text. The messages that a real Kubeflow
-Pipelines 2.17.0 gave are in the tests; the others are from the sources of Kubernetes and Argo.
+Both give reasons only as text, so this module matches the text. Some of the messages are those that a real
+Kubeflow Pipelines 2.17.0 gave; these are in the tests. The others are from the sources of Kubernetes and of
+Argo.
 """
 
 import re
@@ -21,7 +22,7 @@ class _Explanation:
     Names in braces stand for the pattern's groups, and for `namespace`, `key` and `logs` (see `explain`).
     """
     waits: str = ""
-    """For a pod that has not started: what it waits for."""
+    """What the pod waits for, if it has not started; otherwise empty."""
 
 
 _EXPLANATIONS = (
@@ -77,12 +78,12 @@ _EXPLANATIONS = (
     ),
     _Explanation(
         r"untolerated taint(\(s\))? (?P<taint>\{[^}]*\})",
-        "every node that would do has a taint {taint}: name it in steps.{key}.tolerations of the profile",
+        "every suitable node has a taint {taint}: name it in steps.{key}.tolerations of the profile",
         waits="for a node",
     ),
     _Explanation(
         r"untolerated taint",
-        "every node that would do has a taint: name it in steps.{key}.tolerations of the profile (`kubectl "
+        "every suitable node has a taint: name it in steps.{key}.tolerations of the profile (`kubectl "
         "describe nodes` shows taints)",
         waits="for a node",
     ),
@@ -137,7 +138,8 @@ _EXPLANATIONS = (
     ),
     _Explanation(
         r"exec format error",
-        "its image was built for another processor architecture than the node's: build it for that one",
+        "its image was built for another processor architecture than that of its node: build the image for "
+        "the node's architecture",
     ),
     _Explanation(
         r"^(ContainerCreating|PodInitializing)", "its containers are being created", waits="to start"
@@ -177,16 +179,17 @@ _EXPLANATIONS = (
 
 
 def explain(message: str, step: str, namespace: str, run_id: str) -> str:
-    """Explain in half a sentence what a message means, and what to do.
+    """Explain what a message means, and what to do.
 
     Args:
-        message: message of a node or pod.
+        message: message of Kubernetes or Argo about a step's pod.
         step: name of the step, for the keys in the profile.
         namespace: namespace of the run.
         run_id: id of the run, for the command that shows its logs.
 
     Returns:
-        The explanation, without a full stop; the message itself if it is an unusual one.
+        The explanation, without a full stop; or, if no pattern matches, the message itself, cut to 300
+        characters.
     """
     found = _find(message)
     if found is None:
@@ -207,9 +210,15 @@ def waits_for(message: str) -> str:
 
 
 def failure_of(workflow: Workflow, run_id: str) -> tuple[str, str]:
-    """Return the name of the first step that failed and why, without a full stop.
+    """Return the first step that failed, and why it failed.
 
-    Both are empty if no step failed. The reason is also empty if Argo gave none.
+    Args:
+        workflow: the run's workflow.
+        run_id: id of the run, for the commands in the reason.
+
+    Returns:
+        The name of the step, and the reason without a full stop. Both are empty if no step failed. The reason
+        is also empty if Argo gave none.
     """
     for nodes in workflow.attempts().values():
         last = nodes[-1]
@@ -222,12 +231,11 @@ def failure_of(workflow: Workflow, run_id: str) -> tuple[str, str]:
 
 
 def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
-    """Explain why a driver failed. A driver is Kubeflow's own pod that prepares a task."""
+    """Explain why a driver failed. A driver is a pod of Kubeflow's own that prepares a task."""
     # All steps of a pipeline with a notice are in one group, which kfp names `exit-handler-1`.
     subject = "the pipeline" if node.task in ("root", "exit-handler") else f"the step {node.task}"
     cause = node.reason or "it gave no reason"
-    # For a failure of the driver's own program, Argo reports only the exit code; the reason is in the pod's
-    # log.
+    # If the driver's own program failed, Argo reports only the exit code, and the reason is in the pod's log.
     if _find(cause) and not re.search(r"exit code [12]\b", cause):
         return explain(cause, node.task, namespace, run_id)
     return (
@@ -237,7 +245,7 @@ def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
 
 
 def _find(message: str) -> tuple[_Explanation, dict[str, str]] | None:
-    # The first match counts, so specific patterns come before general ones in the table.
+    # The first match counts, so the table has specific patterns before general ones.
     for explanation in _EXPLANATIONS:
         if match := re.search(explanation.pattern, message):
             groups = {name: " ".join((text or "").split()) for name, text in match.groupdict().items()}

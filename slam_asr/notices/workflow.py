@@ -1,4 +1,4 @@
-"""A run's Argo workflow, the only source of the reason why a step is waiting or failed.
+"""A run's Argo workflow, which alone says why a step waits or has failed.
 
 Kubeflow's API v2beta1 gives no reasons: `error` stays empty, and a step counts as RUNNING while its pod waits
 for a node. The deprecated v1beta1 API of the same server returns the workflow itself, whose nodes have the
@@ -14,7 +14,7 @@ from typing import Any
 from slam_asr.steps import EVERY_PIPELINE, STEPS
 
 _CONSEQUENCES = ("No more retries left", "retry exceeded workflow deadline", "omitted:", "child '")
-"""Beginnings of messages that only repeat that something else failed."""
+"""Beginnings of messages that give no reason, but only say that something else failed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Node:
 
     id: str
     name: str
-    """Path of the node: names of tasks joined by dots, each with its attempt or its iteration in brackets."""
+    """Path of the node: names of tasks joined by dots, some with an attempt or an iteration in brackets."""
     kind: str
     """Argo's type: Pod, Retry, DAG, TaskGroup or Skipped."""
     phase: str
@@ -46,23 +46,23 @@ class Node:
         """The task of this pod: the step that an executor runs, or the task that a driver prepares."""
         *parents, last = self.path
         name = parents[-1] if last == "executor" and parents else last.removesuffix("-driver")
-        # kfp numbers the tasks that use a component a second time: `decode-2`.
+        # If several tasks use the same component, kfp adds numbers to their names: `decode-2`.
         return name if name in STEPS else re.sub(r"-\d+$", "", name)
 
     @property
     def is_executor(self) -> bool:
-        """Whether this is the pod that runs a step, not the driver that prepares it."""
+        """Whether this is a pod that runs a step, and not the driver that prepares it."""
         return self.kind == "Pod" and self.path[-1] == "executor"
 
     @property
     def place(self) -> str:
         """Path of the step without attempt numbers. All attempts at one step share it."""
-        # An iteration of a loop is `(index:item)`, an attempt `(number)`; only the first distinguishes steps.
+        # `(index:item)` is an iteration of a loop, and `(number)` an attempt. Only iterations are retained.
         return re.sub(r"\(\d+\)", "", self.name).removesuffix(".executor")
 
     @property
     def reason(self) -> str:
-        """The message, unless it only repeats that something else failed."""
+        """The message; empty if it only says that something else failed."""
         return "" if self.message.startswith(_CONSEQUENCES) else self.message
 
 
@@ -76,10 +76,10 @@ class Workflow:
     nodes: tuple[Node, ...]
     created: datetime | None
     log_archive: dict[str, Any]
-    """Argo's settings of the bucket in which it archives logs; empty if it archives none."""
+    """Argo's settings for the bucket in which it archives logs; empty if it archives no logs."""
 
     def archived_log(self, node: Node) -> tuple[str, str] | None:
-        """The bucket and key of a pod's archived log; None if logs are not archived in a bucket."""
+        """Return (bucket, key) of a pod's archived log; None if logs are not archived in a bucket."""
         bucket, key = self.log_archive.get("bucket"), self.log_archive.get("keyFormat")
         if not bucket or not key or self.created is None:
             return None
@@ -96,31 +96,31 @@ class Workflow:
         return bucket, f"{key}/main.log"
 
     def pod_name(self, node: Node) -> str:
-        """The name of a node's pod: Argo puts the template between the two parts of the node's id."""
+        """Return the name of a node's pod: the node's id, into which Argo inserts the template's name."""
         return f"{self.name}-{node.template}-{node.id.removeprefix(f'{self.name}-')}"
 
     @property
     def pipeline(self) -> str:
-        """The name of the pipeline; the name of a workflow begins with it."""
-        # The longest match, because the name of one pipeline may begin with another's.
+        """The name of the pipeline, with which the workflow's name begins; empty if it is not one of ours."""
+        # The longest match counts, because the name of one pipeline may begin with the name of another.
         matching = [name for name in EVERY_PIPELINE if self.name.startswith(f"{name}-")]
         return max(matching, key=len, default="")
 
     def failed_drivers(self) -> list[Node]:
-        """The drivers whose last attempt failed, latest first.
+        """Return the drivers whose last attempt failed, the latest first.
 
         A driver prepares a task, and runs in a pod of its own.
         """
         last: dict[str, Node] = {}
         for node in sorted(self.nodes, key=_order):
             if node.kind == "Pod" and not node.is_executor:
-                # In the order of their start, so the last attempt at each place remains.
+                # The nodes are in the order of their start, so the last attempt at each place remains.
                 last[node.place] = node
         failed = [node for node in last.values() if node.phase in ("Failed", "Error")]
         return sorted(failed, key=_order, reverse=True)
 
     def attempts(self) -> dict[str, list[Node]]:
-        """The pods of each step, keyed by the step's place, in the order of their start."""
+        """Return the pods of each step in the order of their start, keyed by the step's place."""
         found: dict[str, list[Node]] = {}
         for node in sorted(self.nodes, key=_order):
             if node.is_executor and node.task in STEPS:
@@ -133,17 +133,17 @@ class Workflow:
         return any(nodes[-1].phase == "Succeeded" for nodes in self.attempts().values())
 
     def phase_of(self, task: str) -> str:
-        """The phase of a task that is a group of steps; empty if the workflow has no such task."""
-        # The node of kind Retry has the outcome of all attempts, each of which is a DAG.
+        """Return the phase of a task that is a group of steps; empty if the workflow has no such task."""
+        # With retries, each attempt is a node of kind DAG, and a node of kind Retry has the final phase.
         phases = {node.kind: node.phase for node in self.nodes if node.path[-1] == task}
         return phases.get("Retry") or phases.get("DAG", "")
 
     def omitted(self) -> set[str]:
-        """Names of steps that were never reached, because an earlier step failed."""
+        """Return the names of steps that were never reached, because an earlier step failed."""
         return {node.task for node in self.nodes if node.phase == "Omitted" and node.task in STEPS}
 
     def max_attempts(self, place: str) -> int | None:
-        """The maximum number of attempts at the step at this place; None if the workflow lacks it."""
+        """Return the maximum number of attempts at the step at this place; None if it is not known."""
         for node in self.nodes:
             if node.kind == "Retry" and node.place == place and "retry-max-count" in node.parameters:
                 return int(node.parameters["retry-max-count"]) + 1

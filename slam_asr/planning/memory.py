@@ -1,4 +1,4 @@
-"""Memory of one training process by part: weights, optimiser, activations, logits, overhead."""
+"""Computes the memory of a training process by part: weights, optimiser, activations, logits, overhead."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from slam_asr.planning.shapes import Shapes
 LOGIT_BYTES = 12
 """Bytes per logit at the peak if all logits exist at once.
 
-In the backward pass, each has its log-probability and two gradients, all in fp32.
+In the backward pass, a log-probability and two gradients exist for each logit, all in fp32.
 """
 CHUNKED_LOGIT_BYTES = 8
-"""Bytes per logit of a chunk: the logit, and its exponential while the exponentials are summed, in fp32."""
+"""Bytes per logit of a chunk, in fp32: the logit, and its exponential while the exponentials are summed."""
 GATHERED = 1e9
 """Maximum number of weights that ZeRO-3 retains unsharded until the backward pass has used them.
 
 It is DeepSpeed's default for stage3_max_live_parameters, and applies to each process.
 """
 CTC_LOGIT_BYTES = 20
-"""Bytes per logit at the peak of the beginning, whose logits all exist at once, in fp32.
+"""Bytes per logit at the peak of the beginning, in which all logits exist at once, in fp32.
 
-2,000 positions and 20,000 tokens took 19.4 bytes per logit, in fp32 as in bf16.
+With 2,000 positions and 20,000 tokens, 19.4 bytes per logit were measured in fp32 and in bf16.
 """
 CUDA_OVERHEAD = 1.5e9
-"""Bytes of CUDA's context, its libraries' workspaces and NCCL's buffers on a GPU: a rule of thumb."""
+"""Bytes of CUDA's context, of its libraries' workspaces and of NCCL's buffers on a GPU: a rule of thumb."""
 PROCESS_OVERHEAD = 0.5e9
 """Bytes of host memory that a training process takes before it loads a model.
 
-Python, torch, transformers and DeepSpeed took 475 MB.
+475 MB were measured for Python, torch, transformers and DeepSpeed.
 """
 FRAGMENTATION = 1.05
-"""Ratio of the memory that the allocator takes for activations to the memory requested: a rule of thumb."""
+"""Ratio of the memory that the allocator takes for activations to the requested memory: a rule of thumb."""
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Load:
     rows: float
     """Number of utterances; it may be a fraction if utterances are packed."""
     length: int
-    """LLM positions of each utterance, padding included."""
+    """Number of LLM positions of each utterance, including padding."""
     audio: int
-    """Number of those positions that hold audio."""
+    """Number of an utterance's positions that hold audio."""
     targets: int
-    """Number of those positions that hold target tokens."""
+    """Number of an utterance's positions that hold target tokens."""
 
 
 @dataclass
@@ -56,17 +56,17 @@ class Memory:
     """Memory of one process in bytes, by part."""
 
     frozen: float
-    """Frozen weights, weights that are gathered at the peak, and a frozen encoder that runs on the fly."""
+    """Frozen weights, with those of an encoder that runs on the fly, and weights gathered at the peak."""
     trained: float
     """Trained weights and their gradients."""
     optimizer: float
-    """Adam's two moments; if the precision is bf16 or fp16, also fp32 master weights and fp32 gradients."""
+    """Adam's two moments. In bf16 and fp16, also fp32 master weights and fp32 gradients."""
     activations: float
     """Tensors that layers save for the backward pass, and the temporary tensors of the widest layer."""
     logits: float
     """The logits that exist at one time, and the tensors that are computed from them."""
     overhead: float
-    """Memory of CUDA and NCCL on a GPU; of Python and its libraries on a CPU."""
+    """On a GPU, memory of CUDA and NCCL. On a CPU, memory of Python and its libraries."""
 
     @property
     def total(self) -> float:
@@ -82,9 +82,9 @@ PARTS = {
     "logits": "logits",
     "overhead": "CUDA and NCCL",
 }
-"""The parts of `Memory`, in words, on a GPU."""
+"""Names of the parts of `Memory` in messages, on a GPU."""
 CPU_PARTS = PARTS | {"overhead": "Python and its libraries"}
-"""The same on a CPU."""
+"""Names of the parts of `Memory` in messages, on a CPU."""
 
 
 def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
@@ -92,13 +92,14 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
 
     Args:
         shapes: sizes of the models, and the recipe.
-        load: the process' largest micro-batch.
+        load: the largest micro-batch of the process.
         processes: number of processes over which ZeRO shards.
-        on_gpu: whether the process has a GPU: its software takes memory, but an offloaded optimiser does not.
+        on_gpu: whether the process has a GPU. The GPU's software takes memory, and an offloaded optimiser
+            takes none.
     """
     options = shapes.recipe.training
     size = DTYPES[options.precision].itemsize
-    # FSDP2 shards what ZeRO-3 shards; DDP shards nothing. The recipe refuses a ZeRO stage with either.
+    # FSDP2 shards what ZeRO-3 shards. DDP shards nothing, and a recipe with DDP has ZeRO stage 0.
     zero_stage = 3 if options.engine == "fsdp" else options.zero_stage
     # shards[n]: number of processes that share what ZeRO shards from stage n on. Stage 1 shards the state of
     # the optimiser, stage 2 also gradients, stage 3 also weights.
@@ -106,22 +107,22 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     trained = shapes.trained_parameters
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / shards[3] + _gathered(shapes) * size
     if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:
-        # The encoder runs on the fly, unsharded on every process.
+        # The encoder runs on the fly. It is not sharded: every process holds a copy.
         frozen += (
             shapes.encoder_parameters
             * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
         )
     weights_and_gradients = trained * size / shards[3] + trained * size / shards[2]
     # Adam's two moments take 8 bytes per weight. In bf16 or fp16, fp32 masters take 4 more, and so do fp32
-    # gradients during a step. On a CPU, offloading saves nothing: the process' memory is host memory anyway.
+    # gradients during a step. On a CPU, offloading saves nothing, because all memory is host memory.
     optimizer = (
         0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / shards[1]
     )
     saved = shapes.saved_bytes(load.rows, load.length)
     if options.gradient_checkpointing:
-        # The backward pass recomputes one layer at a time, which then saves all its tensors.
+        # The backward pass recomputes one layer at a time, and this layer then saves all of its tensors.
         saved += shapes.saved_bytes_of_a_layer(load.rows, load.length)
-    # The encoder's frames exist twice: one tensor per utterance, and the projector's joined input.
+    # The encoder's frames exist twice: in one tensor per utterance, and in the projector's joined input.
     inputs = (
         load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
     )
@@ -142,11 +143,11 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
 def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
     """Compute the memory of one process at the peak of a step of the beginning, in bytes.
 
-    Each process holds the complete projector and optimiser, and none of the LLM's layers.
+    Each process holds the complete projector and its optimiser, but none of the LLM's layers.
 
     Args:
         shapes: sizes of the models, and the recipe.
-        load: the process' largest micro-batch.
+        load: the largest micro-batch of the process.
         on_gpu: whether the process has a GPU.
     """
     recipe, size = shapes.recipe, DTYPES[shapes.recipe.training.precision].itemsize
@@ -156,8 +157,8 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
         encoder = (
             shapes.encoder_parameters * DTYPES[encoder_precision(recipe.features.dtype, on_gpu)].itemsize
         )
-    # Two copies of the frames; the hidden layer before and after its activation function; outputs, expected
-    # embeddings and their difference.
+    # Bytes of two copies of the frames; of the hidden layer before and after its activation function; and of
+    # outputs, expected embeddings and their difference.
     per_position = (
         2 * recipe.projector.downsampling * shapes.encoder.width * size
         + 2 * recipe.projector.hidden * size
@@ -174,9 +175,9 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
 
 
 def memory_of_phases(shapes: Shapes, processes: int, on_gpu: bool = True) -> list[Callable[[Load], Memory]]:
-    """Return a function for each phase of the training, from a micro-batch to the memory of one process.
+    """Return a function for each phase of a training run, from a micro-batch to the memory of one process.
 
-    The first one is that of the training with the LLM. The arguments are those of `training_memory`.
+    The first function is for the phase with the LLM. The arguments are those of `training_memory`.
     """
     phases = [lambda load: training_memory(shapes, load, processes, on_gpu)]
     if shapes.recipe.projector.beginning.active:
@@ -185,26 +186,26 @@ def memory_of_phases(shapes: Shapes, processes: int, on_gpu: bool = True) -> lis
 
 
 def host_optimizer_bytes(shapes: Shapes) -> int:
-    """Bytes of an offloaded optimiser on all hosts together: fp32 masters and Adam's two fp32 moments."""
+    """Return the bytes of an offloaded optimiser on all hosts: fp32 masters and Adam's two moments."""
     return 12 * shapes.trained_parameters
 
 
 def _gathered(shapes: Shapes) -> float:
-    """Number of the LLM's weights that are gathered at the peak, if each process holds a shard of them."""
+    """Return how many of the LLM's weights are gathered at the peak; 0 if the LLM is not sharded."""
     options = shapes.recipe.training
     if options.engine == "fsdp":
-        # FSDP2 gathers the layers in turn; with prefetching, two of them are complete at a time. All other
-        # weights, such as embedding and output layer, are one unit and count completely.
+        # FSDP2 gathers the layers in turn. With prefetching, two layers are complete at a time. All other
+        # weights, such as embedding and output layer, are one unit, which is complete throughout.
         return shapes.layer_parameters * 2 / shapes.layers + (shapes.llm_parameters - shapes.layer_parameters)
     if options.zero_stage < 3:
         return 0.0
-    # The backward pass does not need the input embedding, unless that is also the output layer.
+    # The backward pass does not need the input embedding, unless it is tied to the output layer.
     head = sum(p.numel() for p in shapes.llm.get_output_embeddings().parameters())
     return min(GATHERED, shapes.layer_parameters + head)
 
 
 def _logits(shapes: Shapes, load: Load, size: int) -> float:
-    """Bytes of the logits and of the tensors computed from them, scored all at once or in chunks."""
+    """Return the bytes of the logits and of the tensors that are computed from them."""
     targets = load.rows * load.targets
     if not shapes.scores_in_chunks:
         return targets * shapes.vocabulary * LOGIT_BYTES
@@ -214,6 +215,6 @@ def _logits(shapes: Shapes, load: Load, size: int) -> float:
 
 
 def _transient(shapes: Shapes, load: Load, size: int) -> float:
-    """Bytes of the widest layer's output and its gradient."""
+    """Return the bytes of the output of the widest layer, and of its gradient."""
     widest = max(m.out_features for m in shapes.llm.base_model.modules() if isinstance(m, torch.nn.Linear))
     return 2 * load.rows * load.length * widest * size

@@ -1,8 +1,8 @@
-"""Checks whether a training run fits in memory before anything is loaded.
+"""Checks, before anything is loaded, whether a training run fits in memory.
 
 The prediction is within 15 % of the memory that a process needs. A training run is therefore refused only if
-it would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model is
-unknown or the machine does not report its memory, the training starts without a check.
+it would not fit even if the prediction were 15 % too high. If no prediction is possible, because the model's
+sizes cannot be computed or the machine does not report its memory, training starts without a check.
 """
 
 import heapq
@@ -31,24 +31,24 @@ from slam_asr.runtime.machine import Machine
 MAX_OVERESTIMATE = 1.15
 """Maximum ratio of the predicted to the actual memory."""
 LONGEST, SAMPLE = 8, 64
-"""Numbers of utterances that are tokenized: candidates for the longest one, and a sample for the mean length.
+"""Numbers of utterances that are tokenised: candidates for the longest one, and a sample for the mean length.
 
-Tokenizing the utterances of a thousand hours would take a minute.
+To tokenise all utterances of a thousand hours would take a minute.
 """
 
 
 def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], machine: Machine) -> None:
-    """Refuse a training run that cannot fit in memory, and warn of one that might not.
+    """Refuse a training run that cannot fit in memory, and log a warning if it might not fit.
 
     Args:
-        shapes: sizes of the models.
-        prompt: the prompt, tokenized for the LLM.
-        utterances: the training utterances.
+        shapes: sizes of the models, and the recipe.
+        prompt: the recipe's prompts, tokenised for the LLM.
+        utterances: the utterances to train on.
         machine: the machine to train on.
 
     Raises:
-        ConfigurationError: the run needs more memory than the machine has. The message names the options
-            to change.
+        ConfigurationError: the training run needs more memory than the machine has. The message says what to
+            change.
     """
     capacity = machine.capacity
     if capacity is None:
@@ -72,7 +72,17 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
 def loads_of(
     shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance], processes: int
 ) -> tuple[Load, Load]:
-    """Return the longest utterance by itself, and the largest micro-batch of one of `processes` processes."""
+    """Estimate how large a micro-batch can be.
+
+    Args:
+        shapes: sizes of the models, and the recipe.
+        prompt: the recipe's prompts, tokenised for the LLM.
+        utterances: the utterances to train on.
+        processes: number of processes that share a step.
+
+    Returns:
+        A micro-batch of the longest utterance alone, and the largest micro-batch of one process.
+    """
     options = shapes.recipe.training
     lengths = [u.duration or 0.0 for u in utterances]
     texts = [len(u.target) for u in utterances]
@@ -91,7 +101,7 @@ def loads_of(
         for i in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
     ]
     mean = sum(load.length for load in sample) / len(sample)
-    # A micro-batch cannot exceed the process' share of a step, nor its share of all utterances.
+    # A micro-batch cannot exceed the process's share of a step, nor its share of all utterances.
     budget = min(
         options.positions_per_batch,
         options.positions_per_step / processes,
@@ -100,15 +110,15 @@ def loads_of(
     rows = max(1.0, budget / longest.length)
     if not options.packing:
         return longest, replace(longest, rows=float(int(rows)))
-    # A packed row holds utterances of all lengths, so its share of targets is that of the sample, not that of
-    # the longest utterance.
+    # A packed row holds utterances of all lengths, so its share of targets is that of the sample, and not
+    # that of the longest utterance.
     targets = sum(load.targets for load in sample) / sum(load.length for load in sample) * longest.length
     return longest, longest if rows == 1 else replace(longest, rows=rows, targets=round(targets))
 
 
 def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(samples_of(utterance)))
-    # Training draws one of several prompts; this takes the longest.
+    # Training may draw any of these prompts, so the longest one is assumed.
     before, (after, answer) = max(
         ((p.before, prompt.with_answer(p, utterance.target)) for p in prompt.for_training),
         key=lambda tokens: len(tokens[0]) + sum(map(len, tokens[1])),
@@ -117,7 +127,7 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
 
 
 def _too_much(memory: Memory, machine: Machine) -> str:
-    """Describe the memory that the run needs, its two largest parts, and the memory of the machine."""
+    """Describe the memory that the training run needs, its two largest parts, and the machine's memory."""
     assert machine.memory is not None  # `require_fit` has checked it
     names = PARTS if machine.on_gpu else CPU_PARTS
     parts = sorted(((size, names[name]) for name, size in vars(memory).items()), reverse=True)[:2]
@@ -131,7 +141,7 @@ def _too_much(memory: Memory, machine: Machine) -> str:
 
 
 def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
-    """Describe the options that make the training fit or, if none do, what else would help."""
+    """Return the options with which the training run fits or, if no options help, what else to do."""
     assert machine.capacity is not None  # `require_fit` has checked it
     options = shapes.recipe.training
     proposal = propose(shapes, longest, machine.processes, USABLE * machine.capacity, machine.on_gpu)
@@ -156,7 +166,7 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     what = f"{machine.local_processes} training process{'es need' if several else ' needs'}"
     remedy = "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
-        # The optimiser is sharded over all processes. This host has the shards of its own ones.
+        # The optimiser is sharded over all processes. This host holds the shards of its own processes.
         takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
         what, remedy = (
             "training.offload_optimizer needs",

@@ -1,4 +1,4 @@
-"""Estimates of the memory, time and storage that a training run needs, and the options that make it fit."""
+"""Estimates the memory, time and storage that a training run needs, and finds options with which it fits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens pe
 USABLE = 0.92
 """Share of a GPU's memory that a plan may use. The rest allows for larger batches and for fragmentation."""
 ENCODING_SHARE, TRAINING_SHARE = 0.30, 0.40
-"""Typical shares of peak FLOP/s that encoding and training reach; SLAM-LLM reaches 0.09 to 0.20."""
+"""Typical shares of a GPU's peak FLOP/s that encoding and training reach. SLAM-LLM reaches 0.09 to 0.20."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Gpus:
     """The GPUs of a plan."""
 
     number: int
-    """0 for one process on a CPU."""
+    """Number of GPUs; 0 for one process on a CPU."""
     memory: float
-    """Memory of each in bytes."""
+    """Memory of each GPU in bytes."""
     peak: float
-    """Peak FLOP/s of each."""
+    """Peak FLOP/s of each GPU."""
     bandwidth: float
-    """Memory bandwidth of each in bytes per second."""
+    """Memory bandwidth of each GPU in bytes per second."""
 
     @property
     def processes(self) -> int:
@@ -48,11 +48,11 @@ class Speech:
     """The audio of a plan."""
 
     hours: float
-    """Hours to train on."""
+    """Hours of audio to train on."""
     utterance_seconds: float
-    """Mean length of an utterance."""
+    """Mean length of an utterance in seconds."""
     test_hours: float
-    """Hours to decode."""
+    """Hours of audio to decode."""
 
     @property
     def utterances(self) -> int:
@@ -61,7 +61,7 @@ class Speech:
 
     @property
     def samples(self) -> int:
-        """Length of an utterance in samples at 16 kHz."""
+        """Mean length of an utterance in samples at 16 kHz."""
         return round(self.utterance_seconds * 16_000)
 
 
@@ -80,19 +80,19 @@ class Plan:
 
     load: Load
     memory: Memory
-    """Memory of one process, in bytes, on a GPU if there are any."""
+    """Memory of one process in bytes: on its GPU or, without GPUs, on the host."""
     fits: bool
-    """Whether the memory is within the usable share of a GPU's."""
+    """Whether every phase of training fits in the usable share of a GPU's memory."""
     cache_bytes: float
-    """Size of the feature store for the training audio; 0 if the recipe caches no features."""
+    """Size in bytes of the feature store for the training audio; 0 if the recipe caches no features."""
     stages: dict[str, Stage]
     """The stages by name: `extract-features`, `train` and `decode`."""
     steps: int
-    """Number of optimiser steps, with those of the beginning."""
+    """Number of optimiser steps, including those of the beginning."""
     beginning: Memory | None = None
     """Memory of one process in the beginning, in bytes; None without a beginning."""
     proposal: dict[str, object] = field(default_factory=dict)
-    """Options with which the recipe fits, or uses memory better; empty if none that were tried fit."""
+    """Options with which the recipe fits, as from `propose`."""
 
 
 def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
@@ -104,7 +104,7 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
         speech: the audio to train on and to decode.
     """
     recipe, on_gpu = shapes.recipe, gpus.number > 0
-    # A micro-batch cannot exceed a process' share of a step.
+    # A micro-batch cannot exceed a process's share of a step.
     share = recipe.training.positions_per_step // gpus.processes
     load = mean_load(shapes, speech.utterance_seconds, min(recipe.training.positions_per_batch, share))
     memory = training_memory(shapes, load, gpus.processes, on_gpu)
@@ -127,7 +127,10 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
 
 
 def mean_load(shapes: Shapes, seconds: float, budget: int) -> Load:
-    """Fill a budget of LLM positions with utterances that last `seconds` each; at least one is taken."""
+    """Return the micro-batch of utterances of `seconds` each that fills a budget of LLM positions.
+
+    It has at least one utterance.
+    """
     audio = positions_of(shapes.recipe.projector, shapes.encoder.span_of(round(seconds * 16_000)))
     targets = round(seconds * TOKENS_PER_SECOND) + 1
     length = audio + PROMPT_POSITIONS + targets
@@ -143,11 +146,11 @@ def propose(
     offloaded too.
 
     Args:
-        shapes: sizes of the models.
+        shapes: sizes of the models, and the recipe.
         one: a micro-batch of a single utterance.
         processes: number of processes that train.
         capacity: bytes of memory for each process.
-        on_gpu: whether the training runs on GPUs.
+        on_gpu: whether training runs on GPUs.
 
     Returns:
         Keys of the recipe and their values; empty if no combination that was tried fits.
@@ -156,7 +159,7 @@ def propose(
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
     offloading = {**checkpointing, "offload_optimizer": True}
     for more in ({}, checkpointing, offloading) if on_gpu else ({}, checkpointing):
-        # A single process shards nothing, but offloading is possible only from stage 1 on.
+        # A single process has nothing to shard, but stage 2 lets it offload its optimiser.
         for stage in (0, 1, 2, 3) if processes > 1 else (0, 2):
             if more.get("offload_optimizer") and stage == 0:
                 continue
@@ -178,17 +181,17 @@ def propose(
 
 
 def _rows_that_fit(memory: Callable[[Load], Memory], one: Load, capacity: float) -> int:
-    """Number of utterances with which a phase takes at most `capacity` bytes."""
+    """Return the largest number of utterances with which a phase takes at most `capacity` bytes."""
     first, second = (memory(replace(one, rows=n)).total for n in (1, 2))
     if first > capacity:
         return 0
     # Memory is linear in the number of utterances, except that logits in chunks stop growing when a chunk is
-    # full. Extrapolation from 1 and 2 utterances therefore never predicts too little.
+    # full. Extrapolation from 1 and 2 utterances therefore never predicts too little memory.
     return int((capacity - first) // (second - first)) + 1
 
 
 def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str, int]:
-    """The option for the size of a micro-batch, with a value that fits in a process' share of a step."""
+    """Return the option for the size of a micro-batch, with a value within a process's share of a step."""
     options = recipe.training
     if options.utterances_per_batch:
         return {"utterances_per_batch": min(rows, options.utterances_per_batch)}
@@ -196,18 +199,18 @@ def _budget(recipe: Recipe, length: int, rows: int, processes: int) -> dict[str,
 
 
 def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dict[str, Stage], int]:
-    """The estimates for each stage, and the number of optimiser steps."""
+    """Return the estimates for each stage, and the number of optimiser steps."""
     recipe, options = shapes.recipe, shapes.recipe.training
     encode = encoder_flops(shapes.encoder, speech.samples)
     positions = speech.utterances * load.length
     steps_per_epoch = max(1, -(-positions // options.positions_per_step))
     steps = min(options.max_steps, steps_per_epoch * options.epochs)
-    # Utterances that training reads in all epochs; fewer than its epochs contain if max_steps ends it
-    # earlier.
+    # Number of utterances that training reads, counted once per epoch. `max_steps` may end training before
+    # the last epoch is complete.
     trained = speech.utterances * steps / steps_per_epoch
     width, layers = shapes.width, shapes.layers
     # FLOPs per weight and position: 2 for the forward pass, 2 for the gradients of activations, and 2 more if
-    # checkpointing repeats the forward pass. Gradients of weights take another 2, for trained weights only.
+    # gradient checkpointing repeats the forward pass. A trained weight takes 2 more for its own gradient.
     passes = 2 + 2 + (2 if options.gradient_checkpointing else 0)
     text = load.length * (passes * shapes.layer_parameters + 2 * shapes.llm_trained)
     # Causal attention multiplies half of all pairs of positions, twice: 2 · length² · width FLOPs in the
@@ -222,7 +225,8 @@ def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dic
     train = trained * (text + attention + output + projected + encoding)
     if recipe.projector.beginning.active:
         beginning_steps = recipe.projector.beginning.steps
-        # The head's products: with the embeddings, the gradient of their inputs, and the expected embeddings.
+        # The head has three matrix products, of 2 FLOPs per multiply-add: the logits, the gradient of the
+        # outputs, and the expected embeddings.
         head = 6 * load.audio * shapes.vocabulary * width
         train += speech.utterances * beginning_steps / steps_per_epoch * (projected + head + on_the_fly)
         steps += beginning_steps
@@ -230,7 +234,7 @@ def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dic
     tested = speech.test_hours * 3600 / speech.utterance_seconds
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)
     beams = recipe.decoding.beams
-    # As in `plan_batches`: each beam takes positions for audio and prompt, and for the longest answer.
+    # As in `plan_batches`, each beam takes positions for audio and prompt, and for the longest answer.
     positions_of_one = (load.length + recipe.decoding.max_new_tokens) * beams
     rows = max(1, recipe.decoding.positions_per_batch // positions_of_one)
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams

@@ -1,4 +1,4 @@
-"""Sizes of encoder and LLM from their configurations, computed on torch's meta device without memory."""
+"""Computes sizes of encoder and LLM from their configurations, on torch's meta device, without weights."""
 
 from dataclasses import dataclass, field
 from importlib import resources
@@ -64,11 +64,11 @@ class Shapes:
     notes: list[str]
     """A sentence for each configuration that does not come from the model itself."""
     _cache: dict[Any, Any] = field(default_factory=dict)
-    """Results so far. Copies by `dataclasses.replace`, with other training options, share this dictionary."""
+    """Results so far. Copies made by `dataclasses.replace`, with other options, share this dictionary."""
 
     @property
     def llm(self) -> "PreTrainedModel":
-        """The LLM on the meta device, in the training's precision. Its trained weights require gradients."""
+        """The LLM on the meta device, in the precision of training. Its trained weights require gradients."""
         return self._llm(checkpointed=False)
 
     def _llm(self, checkpointed: bool) -> "PreTrainedModel":
@@ -119,10 +119,10 @@ class Shapes:
     def layer_parameters(self) -> int:
         """Number of parameters of the LLM's layers.
 
-        The embedding is not counted because it takes no FLOPs, nor is the output layer because it runs only
-        on answers.
+        The embedding is not counted, because it takes no FLOPs. The output layer is not counted, because it
+        runs only on answers.
         """
-        # An embedding that is tied to the output layer is the same parameter. By its id, it counts only once.
+        # If the embedding is tied to the output layer, both are the same parameter, which counts only once.
         tables = {
             id(p): p.numel()
             for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
@@ -168,12 +168,12 @@ class Shapes:
 
         Args:
             rows: number of utterances.
-            length: LLM positions of each utterance.
+            length: number of LLM positions of each utterance.
         """
         return rows * self._saved_bytes_of_a_row(length, self.recipe.training.gradient_checkpointing)
 
     def saved_bytes_of_a_layer(self, rows: float, length: int) -> float:
-        """Bytes that one layer saves without gradient checkpointing, or with it while it is recomputed."""
+        """Bytes that one layer saves if it is not checkpointed, or while it is recomputed."""
         return rows * self._saved_bytes_of_a_row(length, False) / self.layers
 
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
@@ -185,7 +185,7 @@ class Shapes:
 
 def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
     # Meta tensors have no data pointer, so a storage is identified by the address of its C++ object. `saved`
-    # retains one tensor per storage: views count once, and no address is used again for another storage.
+    # holds one tensor per storage, so that views count once, and no address is reused for another storage.
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -197,8 +197,8 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
     dtype = next(llm.parameters()).dtype
     embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        # Times 1, so that the input is not a leaf: in training it comes from the projector. `base_model` is
-        # the LLM without its output layer, whose logits `memory` counts separately.
+        # Multiplied by 1, so that the input is not a leaf tensor: in training it comes from the projector.
+        # `base_model` is the LLM without its output layer, whose logits `memory` counts separately.
         llm.base_model(inputs_embeds=embeddings * 1, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())
 
@@ -225,7 +225,8 @@ def _config(name: str, part: str, trust_remote_code: bool, notes: list[str]) -> 
         if name not in known:
             raise
     else:
-        # A model from the hub has no weights here, but those of a folder should be found damaged now.
+        # A model from the hub may have no weights on this machine. Weights in a local folder are checked now,
+        # so that damage is found early.
         require_sound_files(folder, part, may_be_absent=True)
         return read_model_config(folder, part, trust_remote_code)
     notes.append(f"{name}: sizes as published; the model is not on this machine")
@@ -234,16 +235,20 @@ def _config(name: str, part: str, trust_remote_code: bool, notes: list[str]) -> 
 
 
 def encoder_flops(spec: EncoderSpec, samples: int) -> float:
-    """Estimate the FLOPs that encode one utterance of `samples` samples at 16 kHz, 2 per multiply-add.
+    """Estimate the FLOPs of encoding one utterance; a multiply-add counts as 2.
 
-    Linear layers and convolutions are counted by their weights, and attention by its two products over all
-    pairs of frames.
+    The FLOPs of linear layers and convolutions follow from their weights, and those of attention from its two
+    products over all pairs of frames.
+
+    Args:
+        spec: the encoder.
+        samples: length of the utterance in samples at 16 kHz. Whisper always encodes a window of 30 s.
     """
     config = spec.config
     if spec.window_samples:
         frames = spec.window_samples // 320
         width, layers = config.d_model, config.encoder_layers
-        # Two convolutions of kernel 3, the first at two columns of the spectrogram per frame.
+        # Two convolutions with kernels of 3. The first has two outputs per frame, the second one.
         total = 2 * 2 * frames * 3 * config.num_mel_bins * width + 2 * frames * 3 * width * width
         feed_forward = config.encoder_ffn_dim
     else:

@@ -7,7 +7,7 @@ from slam_asr.publishing.registry import Registry
 
 
 def open_registry(kind: str, name: str) -> Registry:
-    """Connect to a model registry, and try it with one request.
+    """Connect to a model registry, and check with one request that it answers.
 
     Args:
         kind: `publish.registry`.
@@ -15,9 +15,10 @@ def open_registry(kind: str, name: str) -> Registry:
 
     Raises:
         ConfigurationError: the kind is `none`, the registry's package is not installed, or no address is set.
-        ClusterError: the registry does not answer, or refuses.
+        ClusterError: the registry does not answer, or refuses access.
     """
-    # Imported here: each needs a package that is installed only where models are published.
+    # Each module is imported here, because it needs a package that is installed only where models are
+    # published.
     if kind == "kubeflow":
         _require_package("model_registry", "slam-asr[registry]")
         from slam_asr.publishing.kubeflow_registry import KubeflowRegistry

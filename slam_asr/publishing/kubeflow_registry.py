@@ -1,7 +1,7 @@
 """Kubeflow's Model Registry, through its own client.
 
-The client's version decides which API it uses. 0.3.14 is the last one with v1alpha3, the only API of servers
-from before the summer of 2026; newer servers have it next to v1 for a time
+The client's version decides which API it uses. Version 0.3.14 is the last that uses v1alpha3, which is the
+only API of servers from before the summer of 2026. For some time, newer servers have both v1alpha3 and v1
 (https://github.com/kubeflow/hub/issues/2992).
 """
 
@@ -26,11 +26,11 @@ from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.publishing.registry import SCORES, Properties, Version
 
 ADDRESS, TOKEN = "MODEL_REGISTRY_URL", "MODEL_REGISTRY_TOKEN"
-"""Environment variables of the server's address and of its token. Without a token, the client reads the file
-that KF_PIPELINES_SA_TOKEN_PATH names, or the pod's own token."""
+"""Environment variables with the server's address and with a token for it. If no token is set, the client
+reads one from the file that KF_PIPELINES_SA_TOKEN_PATH names, or uses the pod's own token."""
 _AUTHOR, _FORMAT, _FORMAT_VERSION = "slam-asr", "slam-asr", "2"
 _PATIENCE = 60.0
-"""Seconds for which a request may take. The client itself would wait for five minutes."""
+"""Maximum time of a request in seconds. The client itself would wait for five minutes."""
 
 T = TypeVar("T")
 
@@ -38,15 +38,18 @@ T = TypeVar("T")
 class KubeflowRegistry:
     """A registered model in Kubeflow's Model Registry. The name of a version is the model's fingerprint.
 
+    Args:
+        name: name of the registered model.
+
     Raises:
-        ConfigurationError: MODEL_REGISTRY_URL names no address.
-        ClusterError: the server does not answer, or refuses.
+        ConfigurationError: MODEL_REGISTRY_URL is not an address without a path.
+        ClusterError: the server does not answer, or refuses access.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.address = os.environ.get(ADDRESS, "").rstrip("/")
-        # The client takes an address without a path only.
+        # The client accepts only an address without a path.
         if not re.fullmatch(r"https?://[^/@\s]+", self.address):
             raise ConfigurationError(
                 f"publish.registry is kubeflow, but {ADDRESS} is {self.address!r}: set it to the registry's "
@@ -54,7 +57,7 @@ class KubeflowRegistry:
                 "`environment`)."
             )
         with self._explained(), warnings.catch_warnings():
-            # It warns of a missing token, which a server inside the cluster may do without.
+            # The client warns if it has no token, but a server inside the cluster may not need one.
             warnings.simplefilter("ignore")
             self.client = ModelRegistry(
                 self.address,
@@ -94,8 +97,8 @@ class KubeflowRegistry:
                     **model_format,
                 )
             elif self.client.get_model_artifact(self.name, fingerprint) is None:
-                # An earlier attempt ended between the requests for the version and for its artifact. No
-                # public method adds an artifact to a version that exists.
+                # An earlier attempt ended after the request for the version and before the one for its
+                # artifact. No public method of the client adds an artifact to an existing version.
                 self.client.async_runner(
                     self.client._register_model_artifact(known, self.name, uri, **model_format)
                 )
@@ -108,7 +111,7 @@ class KubeflowRegistry:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn the client's exceptions into one sentence each."""
+        """Turn the client's exceptions into `ClusterError`s of one sentence each."""
         server = f"The Model Registry at {self.address}"
         try:
             yield
@@ -145,7 +148,7 @@ def _version(found: ModelVersion) -> Version:
 
 
 def _run(request: Coroutine[Any, Any, T]) -> T:
-    """Run one request. The client's own runner would patch asyncio for the complete process."""
+    """Run one request of the client. The client's own runner would patch asyncio for the complete process."""
 
     async def bounded() -> T:
         return await asyncio.wait_for(request, _PATIENCE)

@@ -1,4 +1,5 @@
-"""MLflow's model registry. Like the tracker, it reads server and account from MLflow's own variables."""
+"""MLflow's model registry. As for MLflow as a tracker, the server and the account are read from MLflow's own
+environment variables."""
 
 import contextlib
 import importlib
@@ -13,16 +14,20 @@ from slam_asr.storage import is_s3
 
 _ADDRESSES = ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""MLflow's variables for patience. By its own defaults, a server that is down takes minutes to be noticed."""
+"""MLflow's variables for retries and timeouts. With MLflow's defaults, a server that is down is noticed only
+after minutes."""
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
 class MlflowRegistry:
     """A registered model in MLflow's registry. The tag `fingerprint` of a version identifies the model.
 
+    Args:
+        name: name of the registered model.
+
     Raises:
-        ConfigurationError: no variable names a server; MLflow would then write into the working folder.
-        ClusterError: the server does not answer, or refuses.
+        ConfigurationError: no variable names a server. MLflow would then write into the working folder.
+        ClusterError: the server does not answer, or refuses access.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +38,8 @@ class MlflowRegistry:
             )
         for variable, value in _PATIENCE.items():
             os.environ.setdefault(variable, value)
-        # Imported by name: images contain every package in an import statement, but this one is optional.
+        # Not an import statement: the images contain every package that such a statement names, but mlflow is
+        # optional.
         self.mlflow = importlib.import_module("mlflow")
         self.name = name
         self.address = _without_password(self.mlflow.get_registry_uri())
@@ -86,7 +92,7 @@ class MlflowRegistry:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn MLflow's exceptions into one sentence each."""
+        """Turn MLflow's exceptions into `ClusterError`s of one sentence each."""
         server = f"MLflow's registry at {self.address}"
         try:
             yield
@@ -102,7 +108,7 @@ class MlflowRegistry:
 
 
 def _without_password(text: str) -> str:
-    """Replace name and password in an address."""
+    """Replace the user's name and password in an address by `…`."""
     return re.sub(r"//[^/]*@", "//…@", text)
 
 

@@ -1,4 +1,4 @@
-"""What a stage needs of a model registry, whichever it is."""
+"""The interface of a model registry, which the class for each registry implements."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 Properties = Mapping[str, str | int | float]
 
 FINGERPRINT, SCORES = "fingerprint", "scores"
-"""Properties of a version: the digest that identifies the model, and the folder that score wrote for it."""
+"""Properties of a version: the digest that identifies the model, and the folder that `score` wrote for it."""
 
 
 @dataclass(frozen=True)
@@ -15,20 +15,21 @@ class Version:
     """A version of a registered model."""
 
     name: str
-    """The model's fingerprint in Kubeflow's registry, a number in MLflow's."""
+    """In Kubeflow's registry, the model's fingerprint; in MLflow's, a number."""
     scores: str
-    """Folder that score wrote for it; empty if another program registered the version."""
+    """Folder that `score` wrote for the model; empty if another program registered the version."""
 
 
 class Registry(Protocol):
     """A registered model in a model registry, and its versions.
 
-    Every method raises ClusterError if the registry does not answer or refuses.
+    Every method raises `ClusterError` if the registry does not answer or refuses access.
     """
 
     name: str
     """Name of the registered model."""
     address: str
+    """Address of the registry, for messages."""
 
     def find(self, fingerprint: str) -> Version | None:
         """Return the version of the model with a fingerprint, or None if it is not registered."""
@@ -42,6 +43,6 @@ class Registry(Protocol):
         Args:
             fingerprint: digest that identifies the model.
             uri: address of the model folder.
-            description: a sentence for people.
-            properties: facts about the model, with its fingerprint and scores.
+            description: a sentence that describes the version.
+            properties: facts about the model, including its fingerprint and scores.
         """

@@ -1,8 +1,8 @@
 """External merge sort, for more records than memory holds: sorted runs on local disk, merged while reading.
 
-DuckDB 2.0 sorts a million records of 330 bytes in 12.5 s and 590 MB of memory, and runs out of memory with a
-limit of 100 MB; this module takes 7.5 s and 72 MB. DuckDB would add 69 MB to each image, and pyarrow, which
-sorts only in memory, 170 MB.
+For a million records of 330 bytes, this module takes 7.5 s and 72 MB of memory. DuckDB 2.0 takes 12.5 s and
+590 MB, and runs out of memory with a limit of 100 MB. DuckDB would add 69 MB to each image, and pyarrow,
+which sorts only in memory, 170 MB.
 
 A record is a key and a payload, both bytes. Keys may be UTF-8 text, because its bytes sort in the same order
 as its code points.
@@ -19,11 +19,12 @@ from typing import IO
 Record = tuple[bytes, bytes]
 
 RUN_BYTES = 48 * 2**20
-"""Size of the records in memory at which a run is written, `_RECORD_BYTES` per record included."""
+"""Size in bytes of the records in memory at which a run is written, including `_RECORD_BYTES` per record."""
 _RECORD_BYTES = 100
 """Python's overhead per record: two bytes objects and a tuple."""
 _MAX_RUNS = 200
-"""Limits the open files of a merge: when so many runs exist, they are first merged into one."""
+"""Maximum number of runs, and so of open files. If there are so many, all are merged into one before another
+run is written."""
 _HEAD = struct.Struct("<II")
 """The lengths of a record's key and payload in bytes, written before them."""
 
@@ -34,9 +35,9 @@ class ExternalSort:
     It is a context manager that removes its temporary files at the end.
 
     Args:
-        folder: where runs are written, if the records exceed `run_bytes`; the system's folder for
-            temporary files if not given.
-        run_bytes: maximum size of the records in memory.
+        folder: where runs are written if the records exceed `run_bytes`. By default, this is the system's
+            folder for temporary files.
+        run_bytes: maximum size in bytes of the records in memory.
     """
 
     def __init__(self, folder: str | Path | None = None, run_bytes: int = RUN_BYTES) -> None:
@@ -66,16 +67,16 @@ class ExternalSort:
             self._spill()
 
     def __iter__(self) -> Iterator[Record]:
-        """All records, sorted by key.
+        """Yield all records, sorted by key.
 
-        The iteration may be repeated, but only one can be active at a time, because all of them share the
-        position in each run's file.
+        Iteration may be repeated. But only one iteration can be active at a time, because iterations share
+        the position in each run's file.
         """
         self._records.sort(key=itemgetter(0))
         if not self._runs:
             return iter(self._records)
-        # Records with equal keys come from the earlier iterable first. They remain in order because the runs
-        # are in the order in which they were written.
+        # For equal keys, `merge` takes the record of the earlier iterable first. The runs are in the order in
+        # which they were written, so records with equal keys remain in the order in which they were added.
         return heapq.merge(*map(_read_run, self._runs), self._records, key=itemgetter(0))
 
     def _spill(self) -> None:
@@ -84,7 +85,7 @@ class ExternalSort:
             combined = self._new_run(merged)
             for run in self._runs:
                 run.close()
-            # Its records were added before all that follow, so it must be the first run.
+            # The combined run must be the first, because its records were added before all later ones.
             self._runs = [combined]
         self._records.sort(key=itemgetter(0))
         self._runs.append(self._new_run(self._records))

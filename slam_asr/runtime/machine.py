@@ -14,14 +14,14 @@ class Machine:
     """The machine on which a training run is about to run."""
 
     processes: int
-    """Processes of the training on all machines."""
+    """Number of training processes on all machines."""
     local_processes: int
-    """Processes on this machine."""
+    """Number of training processes on this machine."""
     on_gpu: bool
     memory: float | None
-    """Total memory of the smallest GPU in bytes; without GPUs, the same as `host`. None if unknown."""
+    """Total memory of the smallest GPU in bytes or, without GPUs, the same as `host`. None if unknown."""
     host: float | None
-    """Memory available on this host in bytes, as from `host_memory`. None if unknown."""
+    """Memory available on this host in bytes, from `host_memory`. None if unknown."""
 
     @property
     def capacity(self) -> float | None:
@@ -47,10 +47,10 @@ def machine_of(device: torch.device, local_processes: int, nodes: int) -> Machin
 
 
 def gpu_memory(count: int) -> float | None:
-    """Total memory of the smallest of the first `count` GPUs in bytes. None if unknown.
+    """Return the total memory, in bytes, of the smallest of the first `count` GPUs. None if unknown.
 
-    The free memory is not used, because a process that asks for it must create a CUDA context, which takes
-    memory itself.
+    The total is returned and not the free memory, because a process that asks for the free memory must create
+    a CUDA context, which takes memory itself.
     """
     try:
         return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(count)))
@@ -59,10 +59,10 @@ def gpu_memory(count: int) -> float | None:
 
 
 def host_memory() -> float | None:
-    """Memory available on this host, or the rest of the container's limit if that is less, in bytes.
+    """Return the memory available on this host, in bytes, or None if it is unknown.
 
-    None if unknown. Processes that run already count against the limit: this program, which starts those of
-    the training, and Kubeflow's launcher.
+    If the unused part of the container's memory limit is smaller, that is returned. Memory that running
+    processes take counts as used, for example that of this program and of Kubeflow's launcher.
     """
     known = [_remaining(path) for path in CGROUP_LIMITS]
     try:
@@ -77,7 +77,7 @@ def host_memory() -> float | None:
 
 
 def _remaining(path: str) -> float | None:
-    """The unused part of a container's memory limit, in bytes; None if it has no limit."""
+    """Return the unused part of a container's memory limit, in bytes. None if it has no limit."""
     try:
         limit = float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -87,6 +87,6 @@ def _remaining(path: str) -> float | None:
         used = dict(line.split() for line in lines)
     except (OSError, ValueError):
         used = {}
-    # Anonymous memory (version 2, version 1) and files in memory, such as /dev/shm. The rest is cached files,
-    # which the kernel drops when memory becomes scarce.
+    # Anonymous memory is `anon` in version 2 and `total_rss` in version 1; `shmem` is files in memory, such
+    # as those in /dev/shm. The rest is cached files, which the kernel drops when memory becomes scarce.
     return max(0.0, limit - sum(float(used.get(name, 0)) for name in ("anon", "total_rss", "shmem")))

@@ -1,6 +1,6 @@
 """Checks of what a pod can reach and use: host names, object storage, the models' folder, and GPUs.
 
-Each returns a finding of one sentence: what is wrong, where, and what to do.
+Each check returns a finding. If something is wrong, its sentence says what, where, and what to do.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ def storage_address() -> str:
 
 
 def check_name(address: str, purpose: str, remedy: str) -> Finding:
-    """Check that the host of an address can be looked up, or the host of the proxy that is set for it.
+    """Check that the host of an address can be looked up or, if a proxy is set for it, the proxy's host.
 
     Args:
         address: URL.
-        purpose: what answers there, for the message.
-        remedy: what to do if it cannot be looked up, for the message.
+        purpose: what answers at the address, for the message.
+        remedy: what to do if the host cannot be looked up, for the message.
     """
     url = urlsplit(address)
     host = url.hostname or ""
@@ -45,8 +45,8 @@ def check_name(address: str, purpose: str, remedy: str) -> Finding:
         host = urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname or ""
         purpose, remedy = f"the proxy to {purpose}", f"correct {url.scheme.upper()}_PROXY in the profile"
     try:
-        # Only the name: whether the server answers, the requests that follow show with a message of their
-        # own.
+        # Only the name is looked up. If the server does not answer, later requests fail with a message of
+        # their own.
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a valid name"
@@ -60,11 +60,11 @@ def check_name(address: str, purpose: str, remedy: str) -> Finding:
 
 
 def check_store(store: str, remedy: str) -> Finding:
-    """Write, read, list and remove an object.
+    """Check that this pod may write, read, list and remove an object in the store.
 
     Args:
         store: folder or s3:// prefix.
-        remedy: end of the message about any failure: where the pod's access rights come from.
+        remedy: end of the message about a failure, which says where the pod's access rights come from.
     """
     subject = f"store {store}"
     # Random, because the pods of several steps check the same store at once.
@@ -91,13 +91,13 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
 
     Args:
         folder: the folder.
-        subject: what the folder is, for the message.
-        remedy: what to do if it cannot be written, for the message.
+        subject: what the folder is for, as the finding's subject.
+        remedy: what to do if the folder cannot be written, for the message.
         if_refused: what to do if the user lacks the right, for the message.
     """
     user = os.geteuid()
     try:
-        # Not `os.access`, which knows nothing of quotas, or of what a file server permits.
+        # Not `os.access`, which knows neither quotas nor the rights that a file server grants.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(b"slam-asr checks whether it can write here\n")
             file.flush()
@@ -111,7 +111,7 @@ def check_folder(folder: Path, subject: str, remedy: str, if_refused: str) -> Fi
 
 
 def check_gpus(expected: int, key: str) -> Finding:
-    """Check how many GPUs torch sees.
+    """Check that torch sees as many GPUs as the pod requests.
 
     Args:
         expected: number of GPUs that the pod requests.

@@ -1,8 +1,8 @@
 """Runs a module in a process that ends with its parent: `python -m slam_asr.runtime.start MODULE ARGUMENTS`.
 
 The module's own imports may take ten seconds or more, so `die_with_parent` is called before them. Otherwise,
-a stage that is killed during the imports, for example because memory runs out, would leave processes that
-hold memory.
+a stage that is killed during these imports, for example because memory runs out, would leave processes that
+continue to hold memory.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""Division of work among machines: each of n takes every n-th piece of the same plan."""
+"""Divides a plan of work among n machines: each machine takes every n-th piece."""
 
 import re
 from dataclasses import dataclass
@@ -38,5 +38,5 @@ def parse_work_shard(shard: str) -> WorkShard:
 
 
 def all_work_shards(count: int) -> list[str]:
-    """All work shards of a division into `count`: 1/n, 2/n and so on."""
+    """Return the texts of all work shards of a division into `count` = n: `1/n`, `2/n` and so on."""
     return [f"{number}/{count}" for number in range(1, count + 1)]

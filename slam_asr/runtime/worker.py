@@ -1,4 +1,4 @@
-"""Processes that a stage starts. They end with it, and write a `UserError`'s message to a file."""
+"""Helpers for the processes that a stage starts: they end with the stage, and report failures to it."""
 
 import atexit
 import contextlib
@@ -19,19 +19,19 @@ FAILURE = "failure.txt"
 
 
 PARENT = "SLAM_ASR_PARENT"
-"""Environment variable: the id of the process that started this one."""
+"""Environment variable with the id of the process that started this one."""
 START = "slam_asr.runtime.start"
-"""The module that runs all others: it calls `die_with_parent` before their imports."""
+"""The module by which a process is started. It calls `die_with_parent`, and then runs another module."""
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed.
 
-    The kernel acts only if the parent ends after this call. If it had ended before, this process would wait
-    for the others for ever, so the parent's id is compared afterwards.
+    The kernel does so only if the parent ends after this call. The parent's id is therefore compared
+    afterwards: if the parent has ended before the call, this process ends itself.
     """
     if sys.platform == "linux":
-        # Python has no function for it, so the C library's is called.
+        # Python has no function for this system call, so that of the C library is called.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = os.environ.get(PARENT)
@@ -42,20 +42,20 @@ def die_with_parent() -> None:
 def leave_group(code: int = 0) -> NoReturn:
     """End a process of a distributed job when its work is done.
 
-    All processes end together and skip the interpreter's finalisation. gloo's threads may still hold tensors
-    at that point; freeing them needs the GIL and occasionally aborts the process (SIGABRT), so that a
-    finished training would count as failed.
+    All processes wait for each other, and then end without the interpreter's finalisation. During
+    finalisation, gloo's threads may still hold tensors. Freeing these tensors needs the GIL and occasionally
+    aborts the process (SIGABRT), so that a finished training run would count as failed.
 
-    The process group is not destroyed. gloo would wait for its own thread to end, and has waited for ever
-    when another process had closed its connections first. At the process's end, the kernel closes the
-    connections, and still delivers what was sent.
+    The process group is not destroyed. To destroy it, gloo waits for its own thread to end, and it has waited
+    for ever when another process had closed its connections first. When the process ends, the kernel closes
+    the connections, and still delivers what was sent.
 
     Args:
         code: exit code.
     """
     import torch
 
-    # This raises an error if another process has already ended, and torchrun reports that process.
+    # An error means that another process has already ended. torchrun reports that process.
     with contextlib.suppress(RuntimeError):
         torch.distributed.barrier()
     atexit._run_exitfuncs()  # os._exit does not run these functions
@@ -69,13 +69,13 @@ def failures_written_to(
     folder: Path,
     remedy: str = "lower training.positions_per_batch or encoder.batch_seconds, or raise training.zero_stage",
 ) -> Iterator[None]:
-    """After a `UserError` in the block, write its message to a file for the parent process, and exit.
+    """If the block raises a `UserError`, write its message to a file for the parent process, and exit.
 
-    A full GPU, and an error of the operating system that the user can resolve, count as a `UserError`. Any
-    other exception is a defect: its traceback is printed.
+    A full GPU is treated in the same way, and so is an error of the operating system that the user can
+    resolve. Any other exception is a defect: its traceback is printed before the process exits.
 
     Args:
-        folder: folder of the file.
+        folder: folder of the file `FAILURE`.
         remedy: what the message suggests if the GPU's memory is full.
     """
     import torch
@@ -98,7 +98,7 @@ def failures_written_to(
 def _exit_with(folder: Path, error: UserError) -> NoReturn:
     try:
         write_atomically(folder / FAILURE, str(error))
-    except OSError:  # the disk is full: the parent's message then refers to this output
+    except OSError:  # if the disk is full, for example; the parent's message then refers to this output
         print(error, file=sys.stderr, flush=True)
     _exit_at_once(EXIT_CODE)
 
@@ -111,8 +111,9 @@ def _exit_with_traceback() -> NoReturn:
 def _exit_at_once(code: int) -> NoReturn:
     """End this process without the interpreter's finalisation.
 
-    Other processes may be waiting for this one in a collective operation. They cannot end by themselves: the
-    launcher must notice soon, and ends them. Finalisation could take for ever, see `leave_group`.
+    Other processes may be waiting for this one in a collective operation, and cannot end by themselves. The
+    launcher ends them as soon as this process has ended, but finalisation could take for ever (see
+    `leave_group`).
     """
     sys.stdout.flush()
     sys.stderr.flush()

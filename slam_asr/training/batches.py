@@ -1,4 +1,4 @@
-"""The utterances of a set as input of the LLM, and the batches that a reader makes of them."""
+"""Utterances as inputs of the LLM, and batches of them with their audio."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,33 +23,33 @@ from slam_asr.models.prompt import Prompt, TokenizedPrompt
 
 @dataclass
 class PromptedTarget:
-    """An utterance's text together with one of the prompts, as token ids."""
+    """The transcript of an utterance together with one of the prompts, as token ids."""
 
     before: list[int]
-    """The prompt's token ids in front of the audio."""
+    """The prompt's token ids before the audio."""
     after: list[int]
     """The prompt's token ids between the audio and the answer."""
     answer: list[int]
-    """Token ids of the transcript, and of the token that ends it. The loss is computed on them."""
+    """Token ids of the transcript and of the token that ends it. The loss is computed on these tokens."""
 
     @property
     def positions(self) -> int:
-        """LLM positions of all text."""
+        """Number of LLM positions that the prompt and the answer take, without the audio."""
         return len(self.before) + len(self.after) + len(self.answer)
 
 
 class Examples:
-    """Utterances as input of the LLM, without their audio.
+    """Utterances as inputs of the LLM, without their audio.
 
-    Holds a few numbers per utterance; texts are tokenised again when a batch needs them.
+    Only a few numbers per utterance are held in memory. Texts are tokenised again when a batch needs them.
 
     Args:
         utterances: the utterances of a manifest.
         reader: gives the length and the shard of each utterance's audio.
         projector: determines how many LLM positions the audio takes.
-        recipe_prompts: the recipe's prompts, tokenised.
-        prompts: those of the recipe's prompts that may be drawn for an utterance.
-        limit: maximum number of LLM positions, or None if the LLM has no limit.
+        recipe_prompts: tokenises the answers that follow a prompt.
+        prompts: the prompts that may be drawn for an utterance.
+        limit: maximum number of LLM positions of an utterance, or None if the LLM has no limit.
 
     Raises:
         InputError: an utterance has no features, or does not fit the LLM.
@@ -74,8 +74,8 @@ class Examples:
         """[utterances] LLM positions of audio and text with the longest of `prompts`: a batch then fits,
         whichever prompt is drawn."""
         self.hours = 0.0
-        # 32 bytes per utterance; the same ids as Python strings in a list would take about four times as
-        # much.
+        # 32 bytes per utterance. A list of the same ids as Python strings would take about four times the
+        # memory.
         audio_ids, samples = bytearray(), []
         for index, utterance in enumerate(utterances):
             audio_ids += bytes.fromhex(utterance.audio_id)
@@ -114,19 +114,20 @@ class Examples:
 def _canonical_numbers(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """Number shards by the smallest audio id in each.
 
-    A reader's own numbers depend on how the store was written; these depend on the audio alone. The order of
-    training is therefore the same whether features are cached, merged from several stores, or computed on the
-    fly.
+    A reader's own numbers depend on how the store was written. Canonical numbers depend on the audio alone,
+    so training takes utterances in the same order whether features are cached, merged from several stores,
+    or computed on the fly.
 
     Args:
-        numbers: [utterances] integers: shards as the reader numbers them.
+        numbers: [utterances] integers: the reader's number for the shard of each utterance.
         audio_ids: [utterances, 32] uint8.
 
     Returns:
-        The canonical shard numbers, [utterances] int32; and the reader's number for each canonical one.
+        The canonical shard number of each utterance, [utterances] int32; and the reader's number for each
+        canonical one.
     """
-    # Sorted by audio id, the first utterance of a shard has the shard's smallest audio id. `first` is its
-    # index.
+    # When utterances are sorted by audio id, a shard's first utterance has the shard's smallest audio id.
+    # `first` gives its place in that order.
     by_audio_id = argsort_audio_ids(audio_ids)
     shards, first = np.unique(numbers[by_audio_id], return_index=True)
     ranked = shards[np.argsort(first)]
@@ -141,9 +142,9 @@ class BatchReader:
     Args:
         examples: the utterances.
         reader: reads their audio.
-        draw: (epoch, key) → index in `examples.prompts` of the prompt that an utterance gets.
+        draw: function (epoch, key of an utterance) → index in `examples.prompts` of the utterance's prompt.
         threads: number of threads that read a batch's audio.
-        packs: whether a batch's utterances are packed into one row, instead of padded to the longest.
+        packs: whether the utterances of a batch are packed into one row, instead of padded to the longest.
     """
 
     def __init__(
@@ -156,23 +157,23 @@ class BatchReader:
     ) -> None:
         self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
         self.vocabulary: CtcVocabulary | None = None
-        """If set, utterances are spelled for CTC."""
+        """If set, batches also contain the transcripts in the tokens of this vocabulary, for CTC."""
         self.without_llm = False
-        """Whether batches are for CTC alone, without a prompt."""
+        """Whether batches are for CTC alone, without prompts. This needs `vocabulary`."""
         self._pool = ThreadPoolExecutor(threads, "read-audio") if threads > 1 else None
 
     def batch(self, indices: list[int], epoch: int = 0) -> Batch | CtcBatch:
-        """Read utterances and collate or pack them; or only spell them, for a phase without the LLM.
+        """Read utterances, and make a batch of them: a `CtcBatch` if `without_llm`, or else a `Batch`.
 
         Args:
             indices: indices of the utterances in `examples`. An empty list gives a batch of one utterance
-                without targets: with it, a process without work takes part in the communication but adds
-                nothing to the loss.
-            epoch: number of the epoch, which decides which prompts are drawn.
+                without targets. With such a batch, a process without work takes part in the communication
+                but adds nothing to the loss.
+            epoch: number of the epoch, from 0. The drawn prompts depend on it.
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
-        # The pool begins to read all utterances at once, and yields them in order; `map` reads one after the
-        # other. Threads suffice, because the GIL is released while libsndfile decodes.
+        # The pool reads several utterances at once, and yields them in order; `map` reads one after another.
+        # Threads suffice, because the GIL is released while libsndfile decodes.
         audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
         spelled = None
         if self.vocabulary is not None:
@@ -200,11 +201,16 @@ class BatchReader:
         return batch
 
     def count_targets(self, indices: Iterable[int], epoch: int = 0) -> int:
-        """Count the target tokens of utterances: with an epoch's prompts, or as they are spelled for CTC."""
+        """Count the target tokens of utterances: CTC's tokens if `without_llm`, or else the LLM's.
+
+        Args:
+            indices: indices of the utterances in `examples`.
+            epoch: number of the epoch, from 0. The number of the LLM's tokens may depend on the drawn prompt.
+        """
         if self.without_llm:
             return sum(len(self._spelled(i)) for i in indices)
         utterances, counts = self.examples.utterances, self.examples.target_counts
-        # With a single prompt, the index is always 0; `draw` would hash every key for it.
+        # With a single prompt, the index is always 0, and `draw` would hash every key for nothing.
         several = counts.shape[1] > 1
         return sum(int(counts[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
@@ -213,8 +219,11 @@ class BatchReader:
         return self.vocabulary.spell(self.examples.utterances[index].target)
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Prepare the reader for the shards, by canonical number, that are needed now and soon.
+        """Announce the shards that are needed now and next, so that the reader can prefetch them.
 
-        The reader may fetch these shards in advance and evict all others.
+        The reader may evict all other shards.
+
+        Args:
+            shards: canonical numbers of the shards.
         """
         self.reader.expect([self.examples.reader_shards[s] for s in shards])

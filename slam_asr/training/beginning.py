@@ -1,4 +1,4 @@
-"""Checks the inputs of training with CTC, and builds the beginning's model and the CTC head."""
+"""Checks the inputs of training with CTC, and builds the CTC head and the model of the beginning."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from slam_asr.training.initial_model import build_initial_projector
 from slam_asr.training.job import TrainingJob
 
 MAX_WITHOUT_PATH = 0.5
-"""Maximum share of train utterances that may have more tokens than positions."""
+"""Maximum share of the train utterances that CTC cannot align, because they have too few positions."""
 
 
 def tokens_for_ctc(
@@ -35,20 +35,20 @@ def tokens_for_ctc(
     tokenizer: PreTrainedTokenizerBase,
     utterances: Mapping[str, Sequence[Utterance]],
 ) -> list[int]:
-    """Choose the tokens that CTC distinguishes, and check that it can align the train utterances.
+    """Choose the tokens that CTC distinguishes, and check that CTC can align them with the train audio.
 
     Args:
         recipe: the training run's recipe.
         encoder: determines the number of frames.
-        tokenizer: the LLM's.
-        utterances: those that fit the encoder, by set (`train`, `dev`).
+        tokenizer: the LLM's tokenizer.
+        utterances: the utterances that fit the encoder's window, by set (`train`, `dev`).
 
     Returns:
         Token ids, the blank's first.
 
     Raises:
-        ConfigurationError: most utterances have more tokens than positions; or the beginning is to end at an
-            error rate on dev, and there is no dev set.
+        ConfigurationError: more than half of the train utterances have too few positions for their tokens; or
+            the beginning ends at an error rate on dev (`projector.beginning.until`), but no dev set is given.
     """
     options = recipe.projector.beginning
     if options.until and "dev" not in utterances:
@@ -57,7 +57,7 @@ def tokens_for_ctc(
             "one, or leave the key out."
         )
     train = utterances["train"]
-    # Of the train set only: a token that occurs in dev alone could never be learnt.
+    # Only tokens of the train set: a token that occurs in dev alone could never be learnt.
     token_ids = choose_tokens(tokenizer, (u.target for u in train))
     vocabulary = CtcVocabulary(tokenizer, token_ids)
     without_path = sum(
@@ -80,19 +80,24 @@ def tokens_for_ctc(
 
 
 def _positions_needed(tokens: list[int]) -> int:
-    """Return the least number of positions that CTC needs: equal neighbours need a blank between them."""
+    """Return the smallest number of positions that CTC needs: two equal tokens in a row need a blank between.
+
+    Args:
+        tokens: tokens of one utterance.
+    """
     return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
 
 
 def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> CtcModel:
-    """Build the model of the beginning; the projector's initial weights are those of any training.
-
-    Of the LLM, only the embeddings are read.
+    """Build the model of the beginning. The projector starts as in a training run without a beginning.
 
     Args:
         job: names the LLM's folder, the feature store, the tokens, and the model to start from.
         recipe: the training run's recipe.
         device: where the encoder is placed; the engine moves the other parts.
+
+    Raises:
+        UserError: weights cannot be used.
     """
     spec, head = describe_encoder(recipe.encoder), build_head(job, recipe)
     projector = build_initial_projector(job, recipe, spec.width, head.embeddings.shape[1])
@@ -109,12 +114,13 @@ def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> C
 
 
 def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None) -> CtcHead:
-    """Build the CTC head over the job's tokens, in the recipe's precision.
+    """Build the CTC head for the job's tokens, in the recipe's precision.
 
     Args:
         job: names the LLM's folder, the tokens, and the sharpness to start from.
         recipe: the training run's recipe.
-        sharpness: the sharpness; by default, the initial model's, or else the usual one.
+        sharpness: sharpness of the head. By default, it is that of the initial model's head, or else
+            `INITIAL_SHARPNESS`.
     """
     dtype = DTYPES[recipe.training.precision]
     head = CtcHead(
@@ -131,20 +137,25 @@ def token_embeddings(
 ) -> torch.Tensor:
     """Return the LLM's input embeddings of some tokens, [tokens, LLM width] in float32.
 
+    Only the embeddings are read, unless transformers has to convert the LLM's files while it loads them.
+
     Args:
         folder: the LLM's folder.
         token_ids: the tokens.
         dtype: dtype of the LLM's weights in training, to which the embeddings are rounded.
         trust_remote_code: whether code in the folder may run.
+
+    Raises:
+        ModelError: the LLM cannot be loaded.
     """
     try:
         llm, lazy_weights = describe_lazy_llm(folder, dtype, trust_remote_code)
     except NotLazilyLoadable:
         llm, lazy_weights = load_llm(folder, dtype, trust_remote_code=trust_remote_code), []
     layer = llm.get_input_embeddings()
-    # A lazily described LLM has no values yet. Of Vicuna 7B in bf16, this reads 0.26 GB instead of 13.5 GB.
+    # A lazily described LLM has no values yet. For Vicuna 7B in bf16, this loop reads 0.26 GB of its 13.5 GB.
     for weight in lazy_weights:
         if any(module is layer for module, _ in weight.places):
             weight.put(weight.read_into(torch.empty(weight.parameter.shape, dtype=dtype)))
-    # The layer is called, because some LLMs (Gemma) scale embeddings inside it.
+    # The layer is called, not its weight indexed, because some LLMs (Gemma) scale embeddings in this layer.
     return layer(torch.tensor(token_ids)).float().clone()

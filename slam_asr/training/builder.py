@@ -1,4 +1,4 @@
-"""Builds what the two phases of a training run share in one process: device, data and plan."""
+"""Builds the parts of a training run that its two phases share: device, data and plan."""
 
 import os
 from collections.abc import Callable
@@ -20,30 +20,30 @@ from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for
 
 @dataclass
 class Phase:
-    """One of the two phases of a training run: what differs between them."""
+    """One of the two phases of a training run, with the parts that the phases do not share."""
 
     name: str
     """`BEGINNING` or `MAIN`."""
     engine: Engine
     parameters: dict[str, tuple[int, int]]
-    """Numbers of (all, trained) parameters, by part of the model, as from `count_parameters`."""
+    """(all, trained) numbers of parameters of each part of the model; see `count_parameters`."""
     packs: bool
-    """Whether utterances share rows of a batch."""
+    """Whether the utterances of a batch are packed into one row."""
     rate: Callable[[int], float]
-    """Learning rate by step of the training; the first step is 1."""
+    """Function from step to learning rate. Steps are numbered from 1 over both phases."""
     operations_per_position: float
     """Floating-point operations per LLM position."""
 
 
 @dataclass
 class Parts:
-    """The parts of a training run in one process."""
+    """What a training run consists of, as one of its processes has it."""
 
     job: TrainingJob
     recipe: Recipe
     device: torch.device
     rank: int
-    """Number of this process among those of all machines, from 0."""
+    """Number of this process among the processes of all machines, from 0."""
     processes: int
     """Number of processes on all machines."""
     readers: dict[str, BatchReader]
@@ -74,25 +74,27 @@ class Parts:
         return self.plan.beginning if self.in_beginning else self.plan.steps
 
     def distance_weight(self, step: int) -> float:
-        """Return the weight of the beginning's second loss in a step.
+        """Return the weight of the distance loss in a step of the beginning.
 
-        It grows, because an output that is drawn to a wrong token early stays there.
+        The weight grows linearly, because an output that is drawn to a wrong token early stays there.
         """
         options = self.recipe.projector.beginning
         return options.distance_weight * step / options.steps
 
 
 def build_parts(job: TrainingJob) -> Parts:
-    """Join the process group, read the data, and plan the steps. The model is built when a phase begins.
+    """Join the process group, read the data, and plan the steps.
+
+    The model is not built here, but at the start of each phase.
 
     Raises:
-        UserError: data cannot be used.
+        UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
     """
     recipe = load_recipe(job.recipe)
     options, beginning = recipe.training, recipe.projector.beginning
     device = _join_processes(options.engine)
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # torchrun sets the number of processes on this machine: only these share its cores.
+    # torchrun sets LOCAL_WORLD_SIZE to the number of processes on this machine. Only these share its cores.
     readers = build_readers(job, recipe, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     budget = budget_for(options, processes)
     plan = TrainingPlan(
@@ -112,8 +114,8 @@ def _join_processes(engine: str) -> torch.device:
     device = pick_device()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        # For calls that name no device, such as NCCL's barrier and `torch.cuda.get_rng_state`: without it,
-        # all processes would use the first GPU.
+        # NCCL's barrier and `torch.cuda.get_rng_state`, for example, use the current device. Without this
+        # call, it would be the first GPU in all processes.
         torch.cuda.set_device(device)
     start_process_group(device, engine)
     return device

@@ -1,7 +1,7 @@
-"""Writes checkpoints in the background, and restores an engine from one.
+"""Writes checkpoints in the background, and restores an engine from a checkpoint.
 
-The training thread only copies the state. A thread in each process writes that process's files under
-temporary names and renames (or uploads) them. The threads then exchange the results, and the first process
+The training thread only copies the state. A second thread in each process writes that process's files under
+temporary names, and renames or uploads them. These threads then exchange their results, and the first process
 publishes the checkpoint if all have succeeded.
 """
 
@@ -29,9 +29,10 @@ from slam_asr.training.engines.engine import MOMENTS, Engine
 T = TypeVar("T")
 
 UNSAVED = "unsaved"
-"""Local folder of a checkpoint that could not be uploaded. The next attempt on this machine uploads it."""
+"""Name of the local folder for a checkpoint that could not be uploaded. The next attempt on this machine
+uploads it."""
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
-"""Seconds between two attempts to write a checkpoint."""
+"""First and longest pause, in seconds, between two attempts to write a checkpoint."""
 
 
 @dataclass
@@ -40,16 +41,17 @@ class Snapshot:
 
     checkpoint: Checkpoint
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Complete tensors on the CPU, keyed by kind of file (`weights`, `moments`, `random`), then by name."""
+    """The tensors that this process saves, complete and on the CPU, by kind of file (`weights`, `moments`,
+    `random`) and then by name."""
     curve: bytes = b""
     """Content of `curve.jsonl`; on the first process only."""
 
 
 def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
-    """Copy what a checkpoint contains. All processes must call it together.
+    """Copy this process's share of a checkpoint. All processes must call this function together.
 
     Args:
-        engine: engine whose state is copied.
+        engine: the engine whose state is copied.
         about: the checkpoint's description, in which `files` is still empty.
         curve: content of `curve.jsonl`; empty except on the first process.
     """
@@ -59,7 +61,7 @@ def take_snapshot(engine: Engine, about: Checkpoint, curve: bytes) -> Snapshot:
             weights[name] = tensor
         else:
             moments[f"{which}/{name}"] = tensor
-    # Each process saves its own random state: their dropout masks differ.
+    # Each process saves its own random state, because the processes draw different dropout masks.
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -71,7 +73,7 @@ class CheckpointWriter:
 
     Args:
         folder: the folder of all checkpoints, local or in object storage.
-        scratch: local folder for files that are to be uploaded, and for a checkpoint that cannot be.
+        scratch: local folder for files before their upload, and for a checkpoint that cannot be uploaded.
         keep: number of the newest checkpoints to retain.
 
     Raises:
@@ -84,13 +86,13 @@ class CheckpointWriter:
         # The writing threads have a process group of their own: their messages must not mix with training's.
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
         self.failure: str | None = None
-        """Why a checkpoint could not be written. After a failure, no other one is written."""
+        """Why a checkpoint could not be written, or None. After a failure, no further one is written."""
         self.latest = ""
         """Folder of the latest checkpoint that was published or resumed from."""
         self.patience = patience()
         """Seconds for which a failing write is repeated."""
-        self.last = time.monotonic()
-        """`time.monotonic()` when the last checkpoint was begun."""
+        self.last_save = time.monotonic()
+        """`time.monotonic()` at the last call of `save`, or at the start of this attempt."""
         self._snapshots: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -101,8 +103,8 @@ class CheckpointWriter:
         return self._snapshots.unfinished_tasks
 
     def save(self, snapshot: Snapshot) -> None:
-        """Queue a snapshot. All processes must call it for the same step."""
-        self.last = time.monotonic()
+        """Queue a snapshot. All processes must call this method for the same step."""
+        self.last_save = time.monotonic()
         self._snapshots.put(snapshot)
 
     def wait(self) -> None:
@@ -124,7 +126,9 @@ class CheckpointWriter:
         while (snapshot := self._snapshots.get()) is not None:
             try:
                 self.failure = self._write(snapshot)
-            except RuntimeError:  # of gloo; the training thread will fail for the same reason, and report it
+            # gloo raises this error if another process has ended. The training thread will fail too, and
+            # report it.
+            except RuntimeError:
                 step = snapshot.checkpoint.step
                 self.failure = f"The checkpoint of step {step} is incomplete: another process has ended."
             finally:
@@ -135,7 +139,7 @@ class CheckpointWriter:
         """Write this process's files, and publish the checkpoint when all processes have written theirs.
 
         Returns:
-            None, or the reason why a process could not write. It is the same in all processes.
+            None, or the reason why a process could not write. All processes return the same.
 
         Raises:
             RuntimeError: another process has ended.
@@ -163,10 +167,12 @@ class CheckpointWriter:
     def _agree(
         self, files: dict[str, dict[str, Any]] | None, failure: str | None
     ) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Exchange results. All processes must call it, after a failure too: the others are waiting.
+        """Exchange results between all processes.
+
+        A process must call this method even after a failure, because the other processes wait for it.
 
         Returns:
-            The files of all processes, and the first failure.
+            The files of all processes; and the failure of the lowest rank that failed, or None.
 
         Raises:
             RuntimeError: another process has ended.
@@ -179,13 +185,13 @@ class CheckpointWriter:
         return together, next((reason for _, reason in results if reason), None)
 
     def _patiently(self, step: int, write: Callable[[], T]) -> tuple[T | None, str | None]:
-        """Repeat a failing write for as long as requests to object storage are repeated.
+        """Call `write`, and repeat it for `patience` seconds while it fails.
 
-        Training continues meanwhile. So an expired credential that is renewed, or a full disk on which space
-        is freed, costs no checkpoint.
+        Training continues meanwhile. No checkpoint is lost if expired credentials are renewed, or space on a
+        full disk is freed, within that time. `step` is named in a warning.
 
         Returns:
-            The result of the write, and None; or None, and the reason of the failure.
+            The result of `write` and None; or None and the reason of the failure, without a full stop.
         """
         pause, deadline = _FIRST_PAUSE, None
         while True:
@@ -195,7 +201,7 @@ class CheckpointWriter:
             except Exception as error:
                 reason = _reason(error)
             is_first = deadline is None
-            # Counted from the beginning of the first attempt, which may itself have waited for storage.
+            # Counted from the start of the first attempt, which may itself have waited for storage.
             deadline = began + self.patience if deadline is None else deadline
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -203,15 +209,18 @@ class CheckpointWriter:
             if is_first:
                 log_line(
                     f"warning: the checkpoint of step {step} could not be written; training continues, and "
-                    f"tries for another {remaining:.0f} s: {reason}"
+                    f"the write is repeated for another {remaining:.0f} s: {reason}"
                 )
             time.sleep(min(pause, remaining))
             pause = min(2 * pause, _MAX_PAUSE)
 
     def _save_locally(self, snapshot: Snapshot) -> str:
-        """Save on this machine a checkpoint that cannot be uploaded, and describe how to resume.
+        """Save a checkpoint to a local disk if it cannot be uploaded, and describe how to resume.
 
-        All processes must call it together.
+        All processes must call this method together.
+
+        Returns:
+            The end of a message: where the latest weights are, and what to do.
 
         Raises:
             RuntimeError: another process has ended.
@@ -221,7 +230,7 @@ class CheckpointWriter:
             f"the latest checkpoint is {self.latest}" if self.latest else "there is no earlier checkpoint"
         )
         resume = f"make {self.folder} writable, and run the same command again"
-        # With several machines, none of them has all files of the checkpoint.
+        # On several machines, none of them would have all files of the checkpoint.
         if not is_s3(self.folder) or os.environ.get("LOCAL_WORLD_SIZE", "1") != str(self.processes):
             return f"{earlier}: {resume} to resume."
         written, failure = None, None
@@ -243,11 +252,14 @@ class CheckpointWriter:
         )
 
     def _write_share(self, snapshot: Snapshot, folder: str) -> dict[str, dict[str, Any]]:
-        """Write this process's files, and return the size in bytes and the SHA-256 of each, keyed by name.
+        """Write this process's files of a checkpoint.
 
         Args:
             snapshot: this process's share of the checkpoint.
             folder: the folder of all checkpoints, local or in object storage.
+
+        Returns:
+            `bytes` and `sha256` of each file, keyed by the file's name.
         """
         name = join(folder, snapshot.checkpoint.name)
         files: dict[str, dict[str, Any]] = {}
@@ -261,7 +273,7 @@ class CheckpointWriter:
         return files
 
     def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
-        """Write a file under a temporary name, and give it its own name when it is complete."""
+        """Write a file under a temporary name, rename or upload it when it is complete, and describe it."""
         remote = is_s3(folder)
         target = join(folder, name)
         partial = (
@@ -289,18 +301,18 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return str(from_os_error(error) or error)
-    # safetensors and torch raise their own exceptions for a failed write.
+    # safetensors and torch raise exceptions of their own if a write fails.
     return f"{type(error).__name__}: {error}: disk full, or no permission?"
 
 
 def restore(engine: Engine, saved: Checkpoint) -> None:
-    """Restore an engine's state from a checkpoint. All processes must call it together.
+    """Restore an engine's state from a checkpoint. All processes must call this function together.
 
-    Random number generators are restored only if the number of processes is the same, because each process
-    has its own state.
+    The random number generators are restored only if the number of processes is the same, because each
+    process has saved the state of its own generators.
 
     Raises:
-        ModelError: the checkpoint is damaged, or its weights are not those that this training run has.
+        ModelError: the checkpoint is damaged, or does not hold the weights that this recipe trains.
     """
     expected = set(engine.groups.weights)
     restored = set()
@@ -314,7 +326,7 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
                 )
             engine.set_state(name, which, tensor)
             restored.add((which, name))
-    # Each weight has a master and its moments.
+    # For each trained weight, a checkpoint holds the master and Adam's moments.
     if len(restored) != (1 + len(MOMENTS)) * len(expected):
         raise ModelError(
             f"The checkpoint {saved.folder} lacks some of the weights that this recipe trains: choose "
@@ -331,8 +343,8 @@ def restore(engine: Engine, saved: Checkpoint) -> None:
 
 
 def complete_shape(engine: Engine, name: str) -> torch.Size:
-    """Return the shape of a complete trained weight, however the engine shards it."""
-    # Under ZeRO-3 the parameter itself is empty, and DeepSpeed records its complete shape in `ds_shape`. An
-    # FSDP2 parameter is a DTensor, whose `shape` is the complete one.
+    """Return the shape of a complete trained weight, even if the engine shards the weight."""
+    # Under ZeRO-3 the parameter itself is empty, and DeepSpeed records its complete shape in `ds_shape`.
+    # Under FSDP2 the parameter is a DTensor, whose `shape` is the complete one.
     parameter = engine.groups.weights[name]
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

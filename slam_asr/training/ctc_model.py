@@ -1,4 +1,4 @@
-"""The model of the beginning: the projector and the CTC head that it learns from, without the LLM."""
+"""The model of the beginning: the projector and a CTC head, without the LLM."""
 
 import torch
 from rapidfuzz.distance import Levenshtein
@@ -11,14 +11,14 @@ from slam_asr.models.projector import SpeechProjector
 
 
 class CtcModel(nn.Module):
-    """A projector and the head that it learns from.
+    """A projector, and the CTC head whose loss trains it.
 
     Args:
         projector: the projector, which is trained.
-        head: the head, of which only the sharpness is trained.
+        head: the CTC head. Only its sharpness is trained.
         encoder: needed if audio is encoded on the fly. It is frozen, and not registered as a submodule.
-        feature_dtype: dtype of saved features.
-        dropout: share of the encoder's values that is zeroed in training.
+        feature_dtype: dtype of saved features, to which the encoder's outputs are rounded.
+        dropout: share of the encoder's output values that is zeroed in training.
     """
 
     encoder: SpeechEncoder | None
@@ -37,15 +37,19 @@ class CtcModel(nn.Module):
         self.feature_dtype, self.dropout = feature_dtype, dropout
 
     def spell(self, batch: CtcBatch) -> list[list[int]]:
-        """Return CTC's best path of each utterance: token indices, without repetitions and blanks."""
+        """Return CTC's best path of each utterance.
+
+        A path is a list of indices of `CtcVocabulary`, without repetitions and blanks.
+        """
         return best_paths(self._outputs_and_logits(batch)[1], batch.positions)
 
     def forward(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch, summed over its utterances.
 
-        The loss is summed over utterances: CTC's, which is the negative logarithm of the probability of the
-        utterance's tokens, and the mean squared distance from the expected embeddings, times the number of
-        tokens and `distance_weight`. Divided by all tokens, it is the mean per token of both.
+        Each utterance adds two terms. The first is CTC's loss: the negative log-probability of its tokens.
+        The second is the mean squared distance of its outputs from their expected embeddings, multiplied by
+        its number of tokens and by `batch.distance_weight`. The engine divides the sum by the number of
+        tokens in the step, which makes both terms means per token.
 
         Returns:
             The loss (scalar, float32, with a gradient), and sums ([3] float64, detached): CTC's loss, the
@@ -53,15 +57,16 @@ class CtcModel(nn.Module):
         """
         outputs, logits = self._outputs_and_logits(batch)
         if not batch.targets:
-            # No targets, but a gradient of zero for every weight.
+            # Without targets, every weight still needs a gradient, of zero, for the engine's communication.
             return logits.sum() * 0.0, torch.zeros(3, dtype=torch.float64, device=logits.device)
         loss = ctc = ctc_loss(logits, batch.positions, batch.targets)
         if batch.distance_weight:
             distances = self.head.distances(outputs, logits).split(batch.positions)
-            # An utterance without positions is skipped, because the mean of nothing is NaN.
+            # An utterance without positions is skipped, because the mean of an empty tensor is NaN.
             means = [d.mean() * len(t) for d, t in zip(distances, batch.targets, strict=True) if len(d)]
-            loss = ctc + batch.distance_weight * torch.stack(means).sum()
-        # Counted only, because no gradient passes through a best path.
+            if means:
+                loss = ctc + batch.distance_weight * torch.stack(means).sum()
+        # Token errors are only counted: no gradient passes through a best path.
         paths = best_paths(logits, batch.positions)
         errors = sum(
             Levenshtein.distance(path, target.tolist())
@@ -72,7 +77,7 @@ class CtcModel(nn.Module):
         return loss, torch.cat([ctc.detach().double()[None], counts])
 
     def _outputs_and_logits(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the projector's outputs [positions, LLM width], and their logits [positions, 1 + tokens]."""
+        """Return the projector's outputs [positions, LLM width] and their logits [positions, 1 + tokens]."""
         features = encode_audio(self.encoder, batch.audio, self.feature_dtype)
         if self.training and self.dropout:
             features = [functional.dropout(f, self.dropout) for f in features]

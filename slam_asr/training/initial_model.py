@@ -1,4 +1,4 @@
-"""The model that a training run starts from, which `projector.init_from` names: checks, and its weights."""
+"""Checks and loads the model that a training run starts from, which `projector.init_from` names."""
 
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,19 @@ def initial_projector(
 ) -> Path | None:
     """Fetch the model that `projector.init_from` names, and check that its projector fits.
 
+    A warning is logged if the projector was trained with another encoder or LLM.
+
     Args:
-        recipe: its section `projector` is read.
+        recipe: the training run's recipe; names the model.
         encoder: encoder of this training run.
         llm_folder: folder of this training run's LLM.
-        base: fingerprints of encoder and LLM.
+        base: `encoder_fingerprint` and `llm_sha256` of this training run.
 
     Returns:
         The model's local folder; None if `projector.init_from` is empty.
 
     Raises:
-        UserError: the model does not exist, or its projector has another kind or size.
+        UserError: the model does not exist, or its projector has another kind or size than the recipe's.
     """
     name = recipe.projector.init_from
     if not name:
@@ -48,7 +50,7 @@ def initial_projector(
     folder = fetch_model(name)
     config = read_config(folder)
     weights = read_projector(folder, config).state_dict()
-    # Called for its checks only; the projector itself is built in each training process.
+    # Called only for its checks: each training process builds the projector itself.
     projector_from_weights(
         weights,
         recipe.projector,
@@ -73,10 +75,12 @@ def initial_projector(
 
 
 def starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
-    """Return whether a training run starts from the adapter of the model that `projector.init_from` names.
+    """Return whether a training run also starts from the adapter of the model in `projector.init_from`.
+
+    A warning is logged if the model has an adapter but the recipe trains none.
 
     Args:
-        recipe: its section `llm` is read.
+        recipe: the training run's recipe.
         folder: the model's local folder.
 
     Raises:
@@ -112,17 +116,20 @@ def starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
 def build_initial_projector(
     job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
 ) -> SpeechProjector:
-    """Build the projector that a training run starts from, in float32: random or `projector.init_from`'s."""
+    """Build the projector that a training run starts from, in float32.
+
+    Its weights are those of the job's initial model or, without one, drawn at random with the recipe's seed.
+    """
     projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
     if job.init_from:
-        # Strict: a missing name raises here, instead of leaving a part of the projector random.
+        # By default, a missing name raises an error, instead of leaving a part of the projector random.
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
     return projector
 
 
 def load_initial_adapter(job: TrainingJob, llm: PreTrainedModel) -> None:
-    """Load the initial model's adapter into an LLM that has adapters, if the job says so."""
+    """Load the initial model's adapter into an LLM with adapters, if the job starts from that adapter."""
     if job.init_from and job.init_adapter:
-        # peft names an adapter's weights after the layer, such as `q_proj.lora_A.default.weight`.
+        # peft derives the names of an adapter's weights from the layer: `q_proj.lora_A.default.weight`.
         trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
         replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)

@@ -1,4 +1,7 @@
-"""Checks a training run's inputs before any weight is loaded, and lists those that the weights depend on."""
+"""Checks the inputs of a training run before any weight is loaded.
+
+It also collects the inputs that the trained weights depend on, for the stage's fingerprint.
+"""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +41,7 @@ class CheckedInputs:
 
     device: torch.device
     nodes: Nodes
-    """The machines of the training, and which of them this one is."""
+    """The number of machines, and the rank of this one."""
     processes: int
     """Training processes on this machine."""
     encoder: EncoderSpec
@@ -47,29 +50,32 @@ class CheckedInputs:
     utterances: Mapping[str, Sequence[Utterance]]
     """All utterances, by set (`train`, `dev`)."""
     fitting: Mapping[str, Sequence[Utterance]]
-    """Those that fit the encoder's window."""
+    """The utterances that fit the encoder's window, by set."""
     feature_store: str | None
-    """None if audio is encoded on the fly."""
+    """Path of the feature store; None if audio is encoded on the fly."""
     init_from: Path | None
     """Local folder of the model whose projector the training starts from."""
-    init_adapter: bool
-    """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int]
     """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
     base: dict[str, Any]
-    """Fingerprint of the encoder and digest of the LLM's weights."""
+    """`encoder_fingerprint`, and `llm_sha256`: the digest of the LLM's weights."""
     inputs: dict[str, Any]
     """Everything that the trained weights depend on by more than rounding."""
 
     @property
+    def init_adapter(self) -> bool:
+        """Whether the training also starts from the adapter of the model in `init_from`."""
+        return "init_adapter" in self.inputs
+
+    @property
     def ctc_sharpness(self) -> float | None:
-        """Sharpness that the initial model's CTC head had; None if it had no head."""
+        """Sharpness of the initial model's CTC head; None without such a head."""
         head = read_config(self.init_from).training.get(CTC_HEAD) if self.init_from else None
         return head and head["sharpness"]
 
     @property
     def hours(self) -> float:
-        """Hours of audio to train on."""
+        """Hours of audio in the train set."""
         return sum(u.duration or 0.0 for u in self.utterances["train"]) / 3600
 
 
@@ -80,16 +86,15 @@ def check_inputs(
 
     Args:
         recipe: models and hyper-parameters.
-        train_manifest: utterances to train on (JSON lines).
-        dev_manifest: utterances to validate on.
-        feature_store: feature store; ignored if the recipe caches no features.
+        train_manifest: path of the utterances to train on (JSON lines).
+        dev_manifest: path of the utterances to validate on, if any.
+        feature_store: path of the feature store, if any. It is ignored if the recipe caches no features.
 
     Raises:
         UserError: inputs do not fit each other, or this machine cannot train the recipe.
     """
     nodes = nodes_from_environment(recipe.training.nodes)
-    device = pick_device()
-    _require_machine_for(recipe, device)
+    device = _device_for(recipe)
     processes = processes_here("training.processes", recipe.training.processes)
     manifests = {"train": train_manifest, **({"dev": dev_manifest} if dev_manifest else {})}
     utterances = {name: read_manifest(path) for name, path in manifests.items()}
@@ -100,23 +105,18 @@ def check_inputs(
     prompt = check_llm(recipe, llm_folder)
     fingerprint = encoder.fingerprint()
     fitting = {name: fit_to_window(us, encoder) for name, us in utterances.items()}
-    check_utterances(fitting)
+    warn_of_shared_utterances(fitting)
     feature_store = (feature_store or None) if recipe.caches_features else None
     features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
-    # Contents rather than names, so a resumed training may find its models in another folder.
+    # Digests of contents, not names: a resumed training may find its models in another folder.
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
+    init_from, initial_digests = _check_initial_model(recipe, encoder, llm_folder, base)
     inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
         "features": features,
-        **base,
         "recipe": settings_that_affect_weights(recipe),
+        **(base | initial_digests),
     }
-    init_from = initial_projector(recipe, encoder, llm_folder, base)
-    if init_from is not None:
-        inputs["init_from"] = sha256_of_file(init_from / WEIGHTS)
-    init_adapter = init_from is not None and starts_from_adapter(recipe, init_from)
-    if init_from is not None and init_adapter:
-        inputs["init_adapter"] = sha256_of_file(adapter_file(init_from / ADAPTER))
     ctc_tokens: list[int] = []
     if recipe.projector.uses_ctc:
         ctc_tokens = tokens_for_ctc(recipe, encoder, prompt.tokenizer, fitting)
@@ -135,61 +135,72 @@ def check_inputs(
         fitting=fitting,
         feature_store=feature_store,
         init_from=init_from,
-        init_adapter=init_adapter,
         ctc_tokens=ctc_tokens,
         base=base,
         inputs=inputs,
     )
 
 
-def _require_machine_for(recipe: Recipe, device: torch.device) -> None:
-    """Check that this machine has what a recipe's trackers, kernels and precisions need.
+def _check_initial_model(
+    recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
+) -> tuple[Path | None, dict[str, str]]:
+    """Fetch and check the model that the training starts from, if the recipe names one.
+
+    Returns:
+        The model's local folder, or None; and the SHA-256 of the weights to start from, keyed by `init_from`
+        for the projector and by `init_adapter` for the adapter.
 
     Raises:
-        ConfigurationError: something is missing.
+        UserError: the model does not exist, or does not fit the recipe.
     """
+    folder = initial_projector(recipe, encoder, llm_folder, base)
+    if folder is None:
+        return None, {}
+    digests = {"init_from": sha256_of_file(folder / WEIGHTS)}
+    if starts_from_adapter(recipe, folder):
+        digests["init_adapter"] = sha256_of_file(adapter_file(folder / ADAPTER))
+    return folder, digests
+
+
+def _device_for(recipe: Recipe) -> torch.device:
+    """Return the device to train on, if this machine has what the recipe's trackers and kernels need.
+
+    Raises:
+        ConfigurationError: something is missing, or the device cannot compute in one of the precisions.
+    """
+    device = pick_device()
     require_trackers(recipe.training.trackers)
     require_kernels(recipe.training, device)
     for precision in (recipe.training.precision, recipe.decoding.precision):
-        explain_precision(precision, device)  # raises if it cannot be used
+        explain_precision(precision, device)  # called for its check of the precision
+    return device
 
 
-def check_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> None:
-    """Refuse an empty set, and warn if dev utterances are also in train.
-
-    Validation on utterances that were trained on does not measure generalisation.
+def warn_of_shared_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> None:
+    """Log a warning if dev utterances are also in train: validation would not measure generalisation.
 
     Args:
         fitting: utterances that fit the encoder's window, by set (`train`, `dev`).
-
-    Raises:
-        InputError: no utterance is left to train on, or to validate on.
     """
-    for name, utterances in fitting.items():
-        if not utterances:
-            raise InputError(
-                f"The {name} manifest has no usable utterance: it is empty, or all are longer than the "
-                "encoder's window (encoder.long_audio is set-aside)."
-            )
-    # By audio, not by key: the same recording may have another name in each set.
+    # Compared by audio, not by key: the same recording may have a different key in each set.
     trained = {u.audio_id for u in fitting["train"]}
     shared = [u.key for u in fitting.get("dev", ()) if u.audio_id in trained]
     if shared:
         log_line(
             f"warning: {len(shared)} of {len(fitting['dev'])} dev utterances are also in train (first "
-            f"{shared[0]}): the dev loss will be lower than on speech that was not trained on, and neither "
-            "early stopping nor the best checkpoint can be trusted"
+            f"{shared[0]}): the dev loss will be lower than on unseen speech, and neither early stopping nor "
+            "the best checkpoint can be trusted"
         )
 
 
 def require_features(
     path: str, expected: dict[str, Any], recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
 ) -> dict[str, Any]:
-    """Check that a feature store has every utterance, and return its fingerprint.
+    """Check that a feature store has every utterance, and return the store's fingerprint.
 
     Args:
         path: path of the store.
-        expected: fingerprint of the encoder.
+        expected: fingerprint of the recipe's encoder.
         recipe: names the dtype of the features.
         manifests: the utterances of each set.
 
@@ -210,18 +221,18 @@ def require_features(
 
 
 def check_llm(recipe: Recipe, folder: Path) -> Prompt:
-    """Check that an LLM suits the recipe, without reading the values of its weights.
+    """Check that an LLM can be used with the recipe, without reading the values of its weights.
 
     Args:
-        recipe: its sections `llm` and `decoding` are read.
+        recipe: the training run's recipe.
         folder: folder of the LLM.
 
     Returns:
         The recipe's prompts, tokenised.
 
     Raises:
-        UserError: the folder has no causal LM or no tokenizer, or weights that do not fit its configuration;
-            the prompt's template or the layers for adapters do not exist; or prompt and answer leave no
+        UserError: the folder has no causal LM or no tokenizer; its weights do not fit its configuration; the
+            LLM lacks the prompt's template or the layers for adapters; or prompt and answer leave no LLM
             positions for audio.
     """
     trust = recipe.llm.trust_remote_code
@@ -231,9 +242,9 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     limit = llm_positions(folder, trust)
     if limit is not None and longest + recipe.decoding.max_new_tokens >= limit:
         raise ConfigurationError(
-            f"{recipe.llm.name} holds {limit} LLM positions: the prompt takes {longest} and "
-            f"decoding.max_new_tokens {recipe.decoding.max_new_tokens}, which leaves none for audio; shorten "
-            "the prompt, or lower decoding.max_new_tokens."
+            f"{recipe.llm.name} holds {limit} LLM positions: the prompt takes {longest}, and the answer may "
+            f"take {recipe.decoding.max_new_tokens} (decoding.max_new_tokens), which leaves none for audio; "
+            "shorten the prompt, or lower decoding.max_new_tokens."
         )
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder, trust), recipe.llm.lora)
@@ -241,7 +252,7 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
 
 
 def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's settings that the trained weights depend on by more than rounding.
+    """Return those of the recipe's settings that change the trained weights by more than rounding errors.
 
     The engine, for example, is left out: all engines give the same weights up to rounding.
     """
@@ -267,12 +278,12 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
         "trackers",
     ):
         del values["training"][key]
-    assert isinstance(recipe.training.deepspeed, dict)  # loading the recipe has read a file that it named
+    assert isinstance(recipe.training.deepspeed, dict), "load_recipe has read the file, if it was a path"
     optimizer = recipe.training.deepspeed.get("optimizer")
     if optimizer:
         values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # These keys are newer than the first training runs, which must still match their inputs: keys whose
-    # feature is not used are left out.
+    # These keys did not exist in earlier versions. They are left out where they have no effect, so that the
+    # inputs of a training run from an earlier version still match.
     for section, key in (
         ("llm", "trust_remote_code"),
         ("llm", "answer_prefix"),
@@ -285,8 +296,8 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
         del values["projector"]["beginning"]
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
-    # Of the feature store's settings only these matter: the dtype rounds the features, and the size and the
-    # mixing of shards determine the order of the utterances.
+    # Only three settings of the features matter: the dtype, to which features are rounded, and the two that
+    # determine the order of the utterances.
     values["features"] = {
         key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
     }

@@ -1,10 +1,10 @@
-"""The job that `slam-asr train` hands to its training processes, as a JSON file."""
+"""The job that `slam-asr train` passes to its training processes as a JSON file."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 FACTS = "training.json"
-"""File in which a finished training leaves the facts for its report."""
+"""Name of the file to which a finished training run writes the facts for its report."""
 
 
 @dataclass
@@ -12,10 +12,10 @@ class TrainingJob:
     """A training run whose inputs have been checked."""
 
     recipe: str
-    """Resolved recipe, as YAML."""
+    """The complete recipe as YAML, with all overrides applied."""
     train_manifest: str
     dev_manifest: str | None
-    """None if the training has no validation."""
+    """None if the training run has no validation."""
     feature_store: str | None
     """None if audio is encoded on the fly."""
     llm_folder: str
@@ -26,10 +26,12 @@ class TrainingJob:
     published: str
     """The stage's output folder, perhaps in object storage.
 
-    Checkpoints are written there during the training, the other results at its end.
+    During the training, checkpoints are written there, and the page with the curves if the folder is in
+    object storage. All other results follow at the end.
     """
     rows: dict[str, str | None] = field(default_factory=dict)
-    """For each set (`train`, `dev`) the file with the rows that fit the encoder; None if all do."""
+    """For each set (`train`, `dev`), the file with the numbers of the manifest's rows that fit the encoder's
+    window; None if all rows fit."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
     init_adapter: bool = False
@@ -37,6 +39,6 @@ class TrainingJob:
     ctc_tokens: list[int] = field(default_factory=list)
     """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
     ctc_sharpness: float | None = None
-    """Sharpness that the initial model's CTC head had; None if it had no head."""
+    """Sharpness of the initial model's CTC head; None without such a head."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """Everything that the trained weights depend on."""
+    """Everything that the trained weights depend on by more than rounding."""

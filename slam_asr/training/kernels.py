@@ -1,8 +1,9 @@
 """Fused kernels for the LLM's layers, from torch.compile or Liger.
 
 Both change results only by rounding errors. torch.compile is applied to each layer separately. All layers are
-alike, so one is compiled and the others reuse its code. Sequence lengths are symbolic, so no batch causes a
-recompilation. Attention over packed utterances is not compiled, because the number of utterances varies.
+alike, so the first is compiled and the others reuse its code. Sequence lengths are symbolic, so a new length
+causes no recompilation. Attention over packed utterances is not compiled, because the number of utterances
+varies.
 """
 
 import functools
@@ -25,7 +26,7 @@ from slam_asr.progress import log_line
 
 
 def require_kernels(options: Training, device: torch.device) -> None:
-    """Check that this machine can run the kernels that a recipe asks for, before anything is loaded.
+    """Check, before anything is loaded, that this machine can run the kernels that a recipe asks for.
 
     Raises:
         ConfigurationError: the GPU, the package, the compiler or Python's headers are missing.
@@ -45,7 +46,7 @@ def require_kernels(options: Training, device: torch.device) -> None:
 
 
 def _require_compiler(device: torch.device) -> None:
-    # For a CPU, torch generates C++. For a GPU it uses Triton, which compiles a small launcher in C.
+    # For a CPU, torch.compile generates C++. For a GPU it uses Triton, which compiles a small launcher in C.
     language, variable, defaults = (
         ("C++", "CXX", ("g++",)) if device.type == "cpu" else ("C", "CC", ("gcc", "clang"))
     )
@@ -65,13 +66,13 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def compile_layers(llm: PreTrainedModel) -> None:
-    """Wrap each layer in torch.compile; the first call compiles the code, and the other layers reuse it.
+    """Wrap each layer in torch.compile. The first call compiles the code, which the other layers reuse.
 
-    Only the layers' `forward` is replaced: weight names do not change, and the engines' hooks stay outside
-    the compiled code.
+    Only the `forward` method of the layers is replaced, so weights have the same names as before, and the
+    engines' hooks stay outside the compiled code.
 
     Raises:
-        ConfigurationError: the model is not built from separate layers.
+        ConfigurationError: the model has no layers that can be compiled separately.
     """
     layers = [m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -85,8 +86,8 @@ def compile_layers(llm: PreTrainedModel) -> None:
         if isinstance(forward, functools.partial) and forward.func is checkpoint:
             # Compile the checkpointed function itself, not the checkpointing around it.
             (forward,), checkpoint_options = forward.args, forward.keywords
-        # By default, torch compiles for the first length it meets, and again, with symbolic lengths, at the
-        # second.
+        # By default, torch compiles code for the first length alone, and at the second length compiles again
+        # with symbolic lengths.
         compiled = torch.compile(forward, dynamic=True)
         layer.forward = (
             compiled
@@ -98,11 +99,11 @@ def compile_layers(llm: PreTrainedModel) -> None:
 def use_liger(llm: PreTrainedModel) -> None:
     """Replace an LLM's norms, rotary embeddings and feed-forward layers with Liger's kernels.
 
-    The loss is not replaced: `slam_asr.models.answer_loss` computes it. An LLM that Liger does not support is
-    left unchanged, and a line is logged.
+    Liger's loss is not used, because `slam_asr.models.answer_loss` computes the loss. An LLM that Liger does
+    not support is left unchanged, and a line is logged.
     """
-    # import_module, because the image build installs every package named in an import statement, and
-    # liger-kernel is optional.
+    # Not an import statement: the images contain every package that such a statement names, but liger-kernel
+    # is optional.
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -1,4 +1,4 @@
-"""Starts or resumes a training run: its processes run under torchrun, on this machine or on several."""
+"""Starts or resumes a training run, whose processes run under torchrun on one machine or on several."""
 
 import os
 import shutil
@@ -23,49 +23,48 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 WAIT_FOR_RECORD = 600.0
-"""Seconds that other nodes wait for the first node's record after training."""
+"""Seconds that the other nodes wait for the first node's record after training."""
 RENDEZVOUS = 1800
-"""Seconds that a node waits for the others, which may still be pulling images or downloading models."""
+"""Seconds that a node waits for the other nodes, which may still be pulling images or downloading models."""
 
 LAST_CHECKPOINT = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-"""Seconds allowed for the last checkpoint after a signal; a cluster's grace period is usually shorter."""
+"""torchrun's environment variable for the seconds that processes have for a last checkpoint after a signal,
+and its value. A cluster's own grace period is usually shorter."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-"""Signals after which the loop saves a checkpoint and ends with 128 plus the signal's number."""
+"""Signals after which the loop saves a checkpoint, and exits with the code 128 plus the signal's number."""
 PROGRAM = "slam_asr.training.loop"
 """The module that each training process runs."""
 
 TEMPORARY_CODES = (os.EX_TEMPFAIL, -signal.SIGABRT)
 """Exit codes of a training process after a failure that is usually temporary.
 
-The loop ends with the first one. NCCL's watchdog aborts the process when another one does not answer.
+The training loop exits with the first code. The second is that of a process that NCCL's watchdog aborts
+because another process does not answer.
 """
 PAUSES = (5.0, 20.0, 60.0)
-"""Seconds before each restart after such failures. With every new checkpoint, they begin again."""
+"""Seconds before the first, second and third restart since the last new checkpoint."""
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
-"""Makes glibc allocate each block above 4 MiB in pages of its own.
+"""glibc's environment variable for the size in bytes from which a block gets pages of its own, and its value.
 
-Such a block is returned to the system when it is freed. By default glibc raises this threshold to as much as
-32 MiB, and activations then leave holes in the heap: training on a CPU took 1.5 times the memory, in the same
-time.
+Such a block is returned to the system when it is freed. By default, glibc raises this threshold to as much as
+32 MiB, and activations leave holes in the heap: training on a CPU took as long, but 1.5 times the memory.
 """
 
 NUMBER, RANK, ADDRESS, PORT = "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"
-"""torchrun's environment variables, by which each machine (node) knows its rank.
-
-Kubeflow Trainer sets them in each node's pod. Without Kubeflow Trainer, set them by hand on each machine.
-"""
+"""torchrun's environment variables for the number of machines (nodes), this machine's rank, and the address
+and port of the first machine. Kubeflow Trainer sets them in each node's pod; without it, set them by hand."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a training run, and the rank of this one."""
+    """The number of machines of a training run, and the rank of this machine."""
 
     number: int = 1
     rank: int = 0
     """Number of this machine, from 0."""
     address: str = "127.0.0.1"
-    """Address of the first machine, to which the others connect."""
+    """Address of the first machine, to which the other machines connect."""
     port: int = 0
     """Port at that address."""
 
@@ -76,10 +75,13 @@ class Nodes:
 
 
 def nodes_from_environment(expected: int) -> Nodes:
-    """Read this machine's rank among the `expected` machines of the recipe (`training.nodes`).
+    """Read the machines of the training run from torchrun's environment variables.
+
+    Args:
+        expected: number of machines in the recipe (`training.nodes`).
 
     Raises:
-        ConfigurationError: the environment contradicts the recipe, or is incomplete.
+        ConfigurationError: the variables contradict the recipe, are incomplete, or are not valid.
     """
     variables = {name: os.environ.get(name, "") for name in (NUMBER, RANK, ADDRESS, PORT)}
     number = variables[NUMBER] or "1"
@@ -102,11 +104,11 @@ def nodes_from_environment(expected: int) -> Nodes:
         nodes = Nodes(expected, int(variables[RANK]), variables[ADDRESS], int(variables[PORT]))
     except ValueError:
         raise ConfigurationError(
-            f"{RANK} is {variables[RANK]!r} and {PORT} is {variables[PORT]!r}: both must be integers."
+            f"{RANK} is {variables[RANK]!r} and {PORT} is {variables[PORT]!r}, but both must be integers."
         ) from None
     if not 0 <= nodes.rank < expected:
         raise ConfigurationError(
-            f"{RANK} is {nodes.rank}: with {expected} machines it must be 0 to {expected - 1}."
+            f"{RANK} is {nodes.rank}, but with {expected} machines it must be from 0 to {expected - 1}."
         )
     return nodes
 
@@ -114,17 +116,21 @@ def nodes_from_environment(expected: int) -> Nodes:
 def train_as_worker_node(
     folder: str, inputs: dict[str, Any], nodes: Nodes, train_here: Callable[[Path], None], overwrite: bool
 ) -> Record:
-    """Train on a machine other than the first, and wait for the record that the first one writes.
+    """Train on a machine other than the first, and wait for the record that the first machine writes.
 
     Args:
-        folder: the stage's results, perhaps in object storage.
+        folder: folder of the stage's results, perhaps in object storage.
         inputs: inputs of this training run.
         nodes: this machine's rank.
-        train_here: function that trains, with results in a local folder.
+        train_here: function that trains on this machine; its argument is a local folder for results.
         overwrite: whether results of other inputs may be replaced.
 
+    Returns:
+        The record.
+
     Raises:
-        UserError: this node's training failed, or the first node wrote no record within `WAIT_FOR_RECORD`.
+        UserError: this node's training failed; the folder holds results of other inputs, and `overwrite` is
+            False; or the first node wrote no record within `WAIT_FOR_RECORD`.
     """
     done = read_record(folder)
     if done is not None and done.inputs == inputs:
@@ -139,7 +145,7 @@ def train_as_worker_node(
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)
     deadline = time.monotonic() + WAIT_FOR_RECORD
-    # With --overwrite, a record of other inputs remains until the first node replaces it.
+    # With --overwrite, the record of other inputs remains until the first node replaces it.
     while (done := read_record(folder)) is None or done.inputs != inputs:
         if time.monotonic() > deadline:
             raise UserError(f"The first node has written no record in {folder}: see its log for the reason.")
@@ -149,22 +155,23 @@ def train_as_worker_node(
 
 
 def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
-    """Run the training loop in `processes` processes under torchrun's launcher, on this and all other nodes.
+    """Run this machine's processes of the training loop, under torchrun's launcher.
 
-    After a failure that is usually temporary, such as one of a GPU's driver, a training run on one machine
-    starts again from its latest checkpoint, at most `len(PAUSES)` times without a new one.
+    After a failure that is usually temporary, such as a failure of a GPU's driver, a training run on one
+    machine starts again from its latest checkpoint. It does so at most `len(PAUSES)` times in a row without a
+    new checkpoint. A training run on several machines does not restart.
 
     Args:
         processes: number of processes on this machine.
-        folder: contains `job.json`; a failing process writes its message there.
+        folder: local folder that contains `job.json`. A failing process writes its message there.
         nodes: this machine's rank, and the address at which the machines meet.
-        checkpoints: folder of the checkpoints, for the message after a stop.
+        checkpoints: folder of the checkpoints.
 
     Raises:
         Stopped: a signal stopped the training.
-        UserError: a process failed; the message is that of the process that failed first, if it wrote one.
+        UserError: a process failed. The message is the one that a failing process wrote, if any.
     """
-    # glibc reads it when a process starts, so it applies to the training processes, but not to this one.
+    # glibc reads this variable when a process starts, so it applies only to the training processes.
     os.environ.setdefault(*ALLOCATION)
     os.environ.setdefault(*LAST_CHECKPOINT)
     os.environ.update(thread_limits(processes))
@@ -181,8 +188,8 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
             except _TemporaryFailure as failure:
                 before, reached = reached, _latest_step(checkpoints)
                 restarts = 0 if reached > before else restarts
-                # The machines would have to agree on a restart. One that has failed for another reason does
-                # not come back, and the others would wait for it.
+                # Several machines would have to agree on a restart. A machine that has failed for another
+                # reason does not come back, and the others would wait for it.
                 if nodes.number > 1 or restarts == len(PAUSES):
                     raise UserError(f"{failure}.") from failure
                 log_line(f"{failure}. In {PAUSES[restarts]:g} s, training starts again after step {reached}")
@@ -193,7 +200,7 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
 
 
 class _TemporaryFailure(Exception):
-    """A training process failed for a reason that is usually temporary. The message is a clause."""
+    """A training process failed for a reason that is usually temporary. Its message has no full stop."""
 
 
 def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
@@ -202,7 +209,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
     Raises:
         Stopped: a signal stopped the training.
         UserError: a process failed.
-        _TemporaryFailure: it may succeed if it is started again.
+        _TemporaryFailure: a process failed, but may succeed if it is started again.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -218,11 +225,11 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
         failure = folder / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text(encoding="utf-8")) from error
-        # When one process fails, those that lose it as a peer end with a code of `TEMPORARY_CODES` or with 1.
-        # Of several codes, the minimum nearly always belongs to the cause: a signal's is negative, and 1 is
-        # less than EX_TEMPFAIL.
+        # When one process fails, the others lose their connection to it, and exit with one of
+        # `TEMPORARY_CODES` or with 1. The smallest code nearly always belongs to the cause: the code of a
+        # signal is negative, and 1 is less than EX_TEMPFAIL.
         code = min(failed.exitcode for failed in error.failures.values())
-        # The loop's own exit code after a signal, once its last checkpoint is saved.
+        # After a signal, the loop saves a last checkpoint and exits with this code.
         if code - 128 in STOPPING:
             raise Stopped(_stopped_message(signal.Signals(code - 128).name, checkpoints), code) from error
         if code == -9:
@@ -254,7 +261,7 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         "rdzv_endpoint": "127.0.0.1:0",
         "local_addr": "127.0.0.1",
     }
-    # With `static`, each machine brings its own rank. With `c10d`, torchrun would assign the ranks, and the
+    # With `static`, each machine sets its own rank. With `c10d`, torchrun would assign the ranks, and the
     # machine that writes the results might not be the one with the first process.
     several_nodes: dict[str, Any] = {
         "run_id": "slam-asr",
@@ -266,29 +273,29 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
         min_nodes=nodes.number,
         max_nodes=nodes.number,
         nproc_per_node=processes,
-        max_restarts=0,  # `launch_training` restarts by itself: it knows which failures are temporary
+        max_restarts=0,  # only `launch_training` knows which failures are temporary, and starts again
         monitor_interval=0.2,
         **(several_nodes if nodes.number > 1 else single_node),
     )
 
 
 def _stopped_message(signal_name: str, checkpoints: str) -> str:
-    """Build the message of a stopped training, with its latest checkpoint and how to resume."""
+    """Return the message about a stopped training: its latest checkpoint, and how to resume."""
     latest = checkpoint.find(checkpoints)
     state = f"after step {latest.step}, saved in {latest.folder}" if latest else "before the first checkpoint"
     return f"stopped by {signal_name} {state}; run the same command again to resume"
 
 
 def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) -> None:
-    """Check that checkpoints of an earlier attempt belong to this training run, so that it can resume.
+    """Check that this training run can resume from the checkpoints in a folder, if there are any.
 
     Args:
         folder: folder of the checkpoints.
         inputs: inputs of this training run.
-        overwrite: whether to remove another training run's checkpoints instead of refusing.
+        overwrite: whether to remove the checkpoints of another training run instead of refusing.
 
     Raises:
-        ConfigurationError: the checkpoints belong to another training run; the message names the keys that
+        ConfigurationError: the checkpoints belong to another training run. The message names the keys that
             differ.
     """
     latest = checkpoint.find(folder)
@@ -308,14 +315,17 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """List (key, before, now) of the inputs that differ, except those that a resumed training may change."""
+    """Return (key, text of the value before, text of the value now) for each input that differs.
+
+    Inputs that may change when a training run resumes are left out.
+    """
     flat_before, flat_now = flattened(before), flattened(now)
     harmless = {"recipe.training.validate_every", "recipe.training.patience"}
     if flat_now.get("recipe.projector.beginning.until"):
-        # The beginning can end at a validation only.
+        # The beginning can end only at a validation.
         harmless.remove("recipe.training.validate_every")
     if flat_before.get("recipe.training.schedule") == flat_now.get("recipe.training.schedule") == "constant":
-        # With a constant rate, the total number of steps does not affect the steps done so far.
+        # With a constant learning rate, the total number of steps does not affect the steps done so far.
         harmless |= {"recipe.training.max_steps", "recipe.training.epochs"}
     keys = sorted(
         k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
@@ -334,6 +344,6 @@ def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """Return a value as text for a message; a long text, such as a SHA-256, is cut to 12 characters."""
+    """Return a value as text for a message. A text of more than 20 characters is cut to 12, with `…`."""
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 20 else text[:12] + "…"

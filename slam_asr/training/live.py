@@ -1,4 +1,4 @@
-"""The curve of a training run, and the page that shows it during and after the training."""
+"""Reads the curve of a training run, and draws the page that shows it during and after the training."""
 
 import json
 import math
@@ -25,9 +25,9 @@ class LivePage:
     """Draws the page in a thread, at most every `REFRESH` seconds, and publishes it.
 
     Args:
-        folder: the training's folder, which contains its curve.
-        recipe: the training's recipe.
-        published: folder in object storage for the page; None if `folder` is the output itself.
+        folder: local folder of the training run, which contains its curve.
+        recipe: the training run's recipe.
+        published: folder in object storage to which the page is uploaded; None if the output is local.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, published: str | None) -> None:
@@ -37,15 +37,15 @@ class LivePage:
         self._failed = False
 
     def refresh(self) -> None:
-        """Start drawing, if `REFRESH` seconds have passed and the previous page is finished."""
+        """Start drawing a page, if `REFRESH` seconds have passed and the previous page is finished."""
         if time.monotonic() - self.last >= REFRESH and (self._thread is None or not self._thread.is_alive()):
             self.last = time.monotonic()
-            # A daemon: a training that fails must not wait for storage that hangs.
+            # A daemon thread, because a failing training run must not wait for storage that hangs.
             self._thread = threading.Thread(target=self._write, name="page", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Wait until the page being drawn is finished."""
+        """Wait until no page is being drawn."""
         if self._thread is not None:
             self._thread.join()
 
@@ -56,7 +56,7 @@ class LivePage:
             if self.published:
                 publish(self.folder, self.published)
         except (OSError, UserError) as error:
-            # Storage that fails once usually fails again at the next page, and one warning is enough.
+            # Storage that fails once usually fails for the next pages too, and one warning is enough.
             if not self._failed:
                 log_line(
                     f"warning: the page with the curves could not be written; training continues: {error}"
@@ -68,8 +68,11 @@ def publish(folder: Path, to: str) -> None:
     """Upload the page, the curve and TensorBoard's files of a running training.
 
     Args:
-        folder: the training's local folder.
+        folder: local folder of the training run.
         to: folder in object storage.
+
+    Raises:
+        StorageError: the files cannot be uploaded.
     """
     events = sorted((folder / EVENTS).glob("*")) if (folder / EVENTS).is_dir() else []
     for file in (folder / PAGE, folder / CURVE, *events):
@@ -81,13 +84,13 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
     """Draw the page from the curve so far.
 
     Args:
-        folder: the training's folder.
-        recipe: the training's recipe.
-        facts: (label, text) rows to show in addition to models and steps.
+        folder: local folder of the training run, which contains its curve.
+        recipe: the training run's recipe.
+        facts: rows of (label, text) to show below the models and the number of steps.
 
     Returns:
-        The content of the page: `curve` and `validation`, both thinned, and `samples`; with a beginning, also
-        `beginning`, a dictionary of its `curve` and `validation`.
+        The content of the page: `curve` and `validation`, both thinned, and `samples`. With a beginning, also
+        `beginning`, a dictionary with the `curve` and the `validation` of the beginning.
     """
     training, validation = read_curve(folder / CURVE)
     shown: dict[str, Any] = {
@@ -110,13 +113,19 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
 
 
 def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
-    """Read a phase's curve as (training points, validation points).
+    """Read the curve of a phase.
 
-    Each point has step, loss and accuracy; in the beginning, the accuracy is 1 minus the token error rate.
+    Args:
+        path: the curve's file.
+        phase: `BEGINNING` or `MAIN`.
+
+    Returns:
+        (training points, validation points). Each point has at least `step`, `loss` and `accuracy`. In the
+        beginning, the accuracy is 1 minus the token error rate.
     """
     training, validation = [], []
     for row in _rows(path):
-        # Only rows of the beginning name their phase.
+        # Only the rows of the beginning name their phase.
         if row.pop("phase", MAIN) != phase:
             continue
         if "validation" in row:
@@ -128,7 +137,11 @@ def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
 
 
 def last_samples(path: Path) -> list[dict[str, str]]:
-    """Read the transcripts of the last validation that has any: key, reference and hypothesis of each."""
+    """Read the transcripts of the last validation that made any.
+
+    Returns:
+        `key`, `reference` and `hypothesis` of each transcript.
+    """
     samples: list[dict[str, str]] = []
     for row in _rows(path):
         samples = row.get("samples", samples)

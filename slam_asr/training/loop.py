@@ -34,8 +34,7 @@ NONFINITE = "nonfinite.jsonl"
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 """Matches the messages with which gloo and NCCL report that another process has ended.
 
-Both raise a RuntimeError, or a subclass, which they also raise for other failures. Only the text
-differs.
+Both also raise RuntimeError, or a subclass of it, for other failures, so only the text distinguishes them.
 """
 TEMPORARY = re.compile(
     r"CUDA error: (unspecified launch failure|the launch timed out|uncorrectable|an illegal memory access|"
@@ -44,18 +43,18 @@ TEMPORARY = re.compile(
     r"nccl(System|Remote|Internal|UnhandledCuda)Error|"
     r"Timed out waiting|[Ss]ocket [Tt]imeout|Connection timed out"
 )
-"""Matches the messages of failures that are usually over when the program starts again.
+"""Matches the messages of failures that usually do not recur when the program starts again.
 
-After an error of CUDA, all further calls of the same process fail too.
+The program must start again, because after a CUDA error all further CUDA calls of the same process fail too.
 """
 
 
 class Loop:
-    """The steps of a training run in one process: forward, backward, update; then validation and checkpoint.
+    """Runs the steps of a training run in one process, with the validations and checkpoints between them.
 
     Args:
-        parts: the parts of the training.
-        resumer: restores the latest checkpoint at once, and saves the next ones.
+        parts: the parts of the training run.
+        resumer: restores the latest checkpoint when the loop is created, and saves the next ones.
     """
 
     def __init__(self, parts: Parts, resumer: Resumer) -> None:
@@ -65,7 +64,7 @@ class Loop:
         self.validator = Validator(parts, self.stop)
         self.progress = resumer.resume()
         self.interrupted = False
-        """Whether training ends early because a process was asked to stop."""
+        """Whether training ends early because a process was asked to stop by a signal."""
         self.monitor: Monitor | None = None
         if parts.rank == 0:
             published = parts.job.published if parts.job.published != parts.job.folder else None
@@ -76,10 +75,13 @@ class Loop:
         """Train, validate, and write checkpoints.
 
         Returns:
-            True if the training is finished, False if it was asked to stop earlier.
+            True if training is finished, False if a process was asked to stop earlier.
+
+        Raises:
+            UserError: too many steps in a row were skipped, or a checkpoint could not be written.
         """
-        # Not earlier: while models are loaded, there is nothing to save, and a signal ends the process at
-        # once.
+        # Not earlier: while models are loaded, there is nothing to save, and a signal should end the process
+        # at once.
         self.stop.listen()
         while self._run_phase():
             self.progress.counts.sharpness = leave_beginning(self.parts)
@@ -105,11 +107,11 @@ class Loop:
         """Take the remaining steps of the current phase.
 
         Returns:
-            Whether training continues with another phase.
+            Whether training continues with another phase; False at the end of training.
         """
         parts, done, engine = self.parts, self.progress.done, self.parts.engine
         engine.module.train()
-        # A training that was killed after a phase's last step still has to validate and save.
+        # A training run that was killed after the last step of a phase still has to validate and save.
         continues = done < parts.last_step or self._finish_step(Totals())
         if done == parts.last_step:
             return continues
@@ -122,10 +124,11 @@ class Loop:
             if micro.is_last:
                 self._reduce(totals)
                 self._apply_step(micro, totals)
-                # The steps after a checkpoint that cannot be written would be lost: `close` raises later.
+                # If a checkpoint could not be written, training ends, because further steps would be lost.
+                # `CheckpointWriter.close` then raises the error.
                 continues = self._finish_step(totals) and not totals.failed
-                # A validation may have ended the beginning with this step, and the thread has read further
-                # ahead.
+                # A validation may have ended the beginning with this step, although more micro-batches of the
+                # beginning have been prefetched.
                 if not continues or self.progress.done == parts.last_step:
                     break
                 totals = Totals()
@@ -134,7 +137,7 @@ class Loop:
     def _reduce(self, totals: Totals) -> None:
         """Replace this process's sums with the sums over all processes.
 
-        One all-reduce carries the scores, the stop request and the state of checkpoints: all processes then
+        One all-reduce carries the scores, the stop request and the state of checkpoints. All processes then
         make the same decisions after the step.
         """
         assert totals.scores is not None  # a step has at least one micro-batch
@@ -148,7 +151,7 @@ class Loop:
         local = torch.tensor([totals.filled, totals.cells, *flags], dtype=torch.float64, device=parts.device)
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
-        # One transfer for all numbers: each `.item()` would make the CPU wait for the GPU once more.
+        # All numbers are transferred at once, because each `.item()` would make the CPU wait for the GPU.
         *numbers, stop, pending, failed, due = sums.tolist()
         totals.numbers, totals.stop = tuple(numbers), stop > 0
         totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0
@@ -173,7 +176,7 @@ class Loop:
                     audio_seconds=sum(utterances[i].duration or 0.0 for i in micro.step),
                 )
             )
-        # In fp16 a step is skipped now and then: an overflow is how the loss scale finds its largest value.
+        # In fp16, skipped steps are normal: the loss scale grows until a gradient overflows.
         good = math.isfinite(loss) and (update.applied or self.options.precision == "fp16")
         counts = self.progress.counts
         counts.nonfinite = 0 if good else counts.nonfinite + 1
@@ -209,8 +212,11 @@ class Loop:
     def _finish_step(self, totals: Totals) -> bool:
         """Validate and save after a step, if due.
 
+        Args:
+            totals: the step's sums over all processes.
+
         Returns:
-            Whether training continues with another step.
+            Whether training continues, in this phase or the next one.
         """
         progress, counts = self.progress, self.progress.counts
         at_end, in_beginning = progress.done == self.parts.last_step, self.parts.in_beginning
@@ -218,7 +224,7 @@ class Loop:
         dev_loss = None
         if (
             "dev" in self.parts.readers
-            # Not twice: a resumed training may begin at a step that was validated before it was saved.
+            # A resumed training run may begin at a step that was validated before it was saved.
             and counts.validated < progress.done
             and (progress.done % self.options.validate_every == 0 or at_end)
         ):
@@ -226,8 +232,8 @@ class Loop:
         ended = (at_end and not in_beginning and not self.interrupted) or bool(
             self.options.patience and counts.stale >= self.options.patience
         )
-        # At the end of the beginning too: the LLM is loaded next, which may take all memory. `at_end` is not
-        # used, because the validation above may have ended the beginning with this step.
+        # The end of the beginning is saved too, because the LLM is loaded next, which may take all memory.
+        # `at_end` is not used here: the validation above may have ended the beginning with this step.
         forced = self.interrupted or ended or (in_beginning and progress.done == self.parts.last_step)
         self.resumer.save_if_due(progress, totals.due, totals.pending, dev_loss, forced)
         if ended and not at_end and self.parts.rank == 0:
@@ -238,11 +244,11 @@ class Loop:
         return not (self.interrupted or ended)
 
     def _validate(self) -> float | None:
-        """Validate, transcribe, and compare with the best dev loss so far.
+        """Validate, transcribe, and compare the dev loss with the best one so far.
 
         Returns:
-            The dev loss; None in the beginning, whose loss is another, and also, with `interrupted` set, if a
-            process was asked to stop meanwhile.
+            The dev loss. None in the beginning, because CTC's loss cannot be compared with the LLM's. None
+            also if a process was asked to stop meanwhile; then `interrupted` is set.
         """
         result = self.validator.validate()
         if result is None:
@@ -259,7 +265,7 @@ class Loop:
         return None if self.parts.in_beginning else loss
 
     def _finish_beginning_if(self, error_rate: float) -> None:
-        """Let the beginning end with this step, if the token error rate on dev is low enough."""
+        """End the beginning with this step if the token error rate on dev, a fraction, is low enough."""
         progress, plan = self.progress, self.parts.plan
         until = self.parts.recipe.projector.beginning.until
         progress.counts.validated = progress.done
@@ -269,7 +275,7 @@ class Loop:
 
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
-    """Return what the training's report contains, as JSON values."""
+    """Return the facts for the training run's report, as JSON values."""
     options = parts.recipe.projector
     sharpness = loop.progress.counts.sharpness or parts.job.ctc_sharpness or INITIAL_SHARPNESS
     head = {CTC_HEAD: {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
@@ -288,10 +294,13 @@ def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
 
 
 def train_in_this_process(job: TrainingJob) -> int:
-    """Run one process of a training run.
+    """Train as one of the processes of a training run.
 
     Returns:
         The exit code: 0, or 128 plus the signal's number if a process was asked to stop.
+
+    Raises:
+        UserError: the training cannot start or continue.
     """
     parts = build_parts(job)
     loop = Loop(parts, Resumer(parts))
@@ -303,8 +312,8 @@ def train_in_this_process(job: TrainingJob) -> int:
 
 
 def main() -> None:
-    """Run as one process under torchrun; the only argument is the path of a `TrainingJob` as JSON."""
-    # DeepSpeed calls deprecated names of torch, several times per step.
+    """Run one training process under torchrun. The only argument is the path of a `TrainingJob` as JSON."""
+    # DeepSpeed calls deprecated functions of torch several times per step, and each call would warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     job = TrainingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with failures_written_to(Path(job.folder)):
@@ -312,7 +321,7 @@ def main() -> None:
             code = train_in_this_process(job)
         except RuntimeError as error:
             if PEER_GONE.search(str(error)):
-                # The other process reports what happened. This error's message would only distract from it.
+                # The other process reports the cause, from which this error's message would only distract.
                 reason = "because another process of this training run has ended"
             elif TEMPORARY.search(str(error)):
                 reason = f"after a failure that may be temporary: {str(error).splitlines()[0]}"

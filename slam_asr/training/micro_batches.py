@@ -1,4 +1,4 @@
-"""The micro-batches of one process: its share of each step, read ahead of the model; and their sums."""
+"""Yields the micro-batches of one process, and sums their scores over a step."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,40 +19,45 @@ class MicroBatch:
     """The utterances that one process passes through the model at once."""
 
     number: int
-    """Number of its optimiser step, from 1."""
+    """Number of the optimiser step that it belongs to, from 1."""
     epoch: int
+    """Number of the epoch, from 0."""
     step: list[int]
-    """Indices of the step's utterances, on all processes."""
+    """Indices of all utterances of the step, including those of other processes."""
     batch: Batch | CtcBatch
     targets: int
-    """Target tokens of the step, on all processes."""
+    """Number of target tokens of the step, over all processes."""
     is_last: bool
     """Whether this is the last micro-batch of its step on this process."""
     filled: int
-    """LLM positions without padding."""
+    """Number of LLM positions without padding."""
     cells: int
-    """LLM positions with padding."""
+    """Number of LLM positions with padding."""
 
 
 @dataclass
 class Totals:
-    """Sums over a step: first this process's own, then, after `Loop._reduce`, those of all processes."""
+    """Sums over the micro-batches of a step.
+
+    `add` sums the first three fields over this process. `Loop._reduce` sets the others, over all processes.
+    """
 
     scores: torch.Tensor | None = None
     """[3] float64 on the device: loss, correct tokens and target tokens of this process.
 
-    They remain a tensor on the device, because reading the values would make the CPU wait for the GPU.
+    The values stay on the device, because reading them would make the CPU wait for the GPU.
     """
     filled: int = 0
-    """LLM positions of this process, without padding."""
+    """Number of LLM positions of this process, without padding."""
     cells: int = 0
-    """LLM positions of this process, with padding."""
+    """Number of LLM positions of this process, with padding."""
     numbers: tuple[float, ...] = (0.0,) * 5
-    """Loss, correct tokens, target tokens, filled positions and positions with padding, of all processes."""
+    """Loss, correct tokens, target tokens, positions without padding and positions with padding, summed over
+    all processes."""
     stop: bool = False
     """Whether any process was asked to stop."""
     pending: float = 0.0
-    """Number of checkpoints that are still being written: the mean over the processes."""
+    """Number of checkpoints that are still being written, as a mean over the processes."""
     failed: bool = False
     """Whether a checkpoint could not be written, so that training must stop."""
     due: bool = False
@@ -71,17 +76,20 @@ class Totals:
 
     @property
     def loss(self) -> float:
-        """Mean over the target tokens."""
+        """Mean loss per target token."""
         return self.numbers[0] / self.numbers[2]
 
     @property
     def accuracy(self) -> float:
-        """Share of the target tokens to which the model gives the highest probability."""
+        """Share of the target tokens to which the model gives the highest probability.
+
+        In the beginning, it is 1 minus the token error rate of CTC's best paths.
+        """
         return self.numbers[1] / self.numbers[2]
 
     @property
     def positions(self) -> int:
-        """LLM positions without padding."""
+        """Number of LLM positions without padding."""
         return int(self.numbers[3])
 
     @property
@@ -91,7 +99,12 @@ class Totals:
 
 
 def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
-    """Yield this process's micro-batches of the current phase's steps after the first `done` ones."""
+    """Yield this process's micro-batches of the remaining steps of the current phase.
+
+    Args:
+        parts: the parts of the training run.
+        done: number of steps already done, including those of an earlier phase.
+    """
     reader = parts.readers["train"]
     current = None
     steps = itertools.islice(parts.plan.after(done), parts.last_step - done)
@@ -100,15 +113,15 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
             reader.expect([*window.shards, *(next_window.shards if next_window else [])])
             current = window
         mine = own_share(parts, step, reader)
-        # Of the complete step, not only of `mine`: each process can count them without communication, and the
-        # engine needs the total to scale this process's loss (see `engines/engine.py`).
+        # The targets of the complete step are counted, not only those of `mine`: the engine needs the total
+        # to scale this process's loss (see `engines/engine.py`), and counting needs no communication.
         targets = reader.count_targets(step, window.epoch)
         for i, indices in enumerate(mine, start=1):
             batch = reader.batch(indices, window.epoch)
             if isinstance(batch, CtcBatch):
                 batch.distance_weight = parts.distance_weight(number)
-            # Without indices, the batch is one utterance without targets. In the share of padding, it counts
-            # as padding.
+            # Without indices, the batch is one utterance without targets, all of whose positions count as
+            # padding.
             yield MicroBatch(
                 number=number,
                 epoch=window.epoch,
@@ -133,8 +146,8 @@ def scores_of(output: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch | Ct
     """Score a micro-batch's target tokens.
 
     Args:
-        output: what the model returns: the fields of `AnswerScores` if it has a scorer, or else logits
-            [targets, vocabulary].
+        output: the model's output: logits [targets, vocabulary], or the fields of `AnswerScores` from a model
+            that computes the loss itself.
         batch: the micro-batch.
     """
     if isinstance(output, tuple):

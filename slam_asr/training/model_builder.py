@@ -1,4 +1,4 @@
-"""Builds from a job what its training needs: batch readers, and the model."""
+"""Builds the batch readers and the model of a training job."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -38,13 +38,13 @@ from slam_asr.training.job import TrainingJob
 def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str, BatchReader]:
     """Create the batch readers of the sets `train` and, if the job has one, `dev`.
 
-    In each epoch, one of the recipe's prompts is drawn for each train utterance; dev utterances always get
-    the main one.
+    In each epoch, one of the recipe's prompts is drawn for each train utterance. Dev utterances always get
+    the main prompt.
 
     Args:
-        job: names manifests, feature store and the LLM's folder.
-        recipe: the training's recipe.
-        processes: number of processes on this machine, which share its CPU cores for reading audio.
+        job: names the manifests, the feature store and the LLM's folder.
+        recipe: the training run's recipe.
+        processes: number of processes on this machine, which share its CPU cores to decode audio.
 
     Raises:
         UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
@@ -55,7 +55,8 @@ def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str,
     utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
     source = _source(job.feature_store, spec, recipe, utterances.values())
     limit = llm_positions(Path(job.llm_folder), trust)
-    # Cached features are memory-mapped, so one thread suffices. Decoding audio takes this process's cores.
+    # Cached features are memory-mapped, so one thread suffices. To decode audio, each process uses as many
+    # threads as it has cores.
     threads = 1 if job.feature_store else max(1, usable_cores() // processes)
     draw = functools.partial(prompt.draw, recipe.training.seed)
     readers = {
@@ -87,18 +88,22 @@ def _source(
 
 
 def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
-    """Build the model in the recipe's precision; trained weights require a gradient.
+    """Build the model with the LLM. Only trained weights require a gradient.
 
-    Initial weights depend on the seed alone. If the engine shards the LLM, no process holds the complete LLM.
+    Random initial weights depend only on the recipe's seed. If the engine shards the LLM, the LLM's weights
+    are left on the meta device where possible, so that no process holds the complete LLM.
 
     Args:
         job: names the LLM's folder, the feature store, and the model to start from.
-        recipe: the training's recipe.
-        device: where a frozen encoder is placed; the engine moves the other parts.
+        recipe: the training run's recipe.
+        device: where a frozen encoder is placed; the engine moves and casts the other parts.
 
     Returns:
-        The model, and those of the LLM's weights that are still on the meta device, for the engine to read.
-        The list is empty if the LLM is already loaded.
+        The model, and the weights of the LLM that are on the meta device, for the engine to read. The list is
+        empty if the LLM is already loaded.
+
+    Raises:
+        UserError: weights cannot be used.
     """
     options = recipe.training
     spec = describe_encoder(recipe.encoder)
@@ -108,8 +113,8 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     encoder = None
     if job.feature_store is None and recipe.encoder.tuning == "full":
-        # On the CPU, from where the engine moves it with all that is trained. A frozen encoder is not the
-        # engine's.
+        # A trained encoder is loaded on the CPU, because the engine moves it. A frozen encoder, below, is not
+        # in the engine's care.
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
     elif job.feature_store is None:
         encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
@@ -125,7 +130,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
 def _load_llm(
     folder: Path, options: Training, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[LazyWeight]]:
-    """Load the LLM, or only describe it if the engine can read its weights shard by shard."""
+    """Load the LLM; or leave its weights on the meta device, if the engine can read them shard by shard."""
     dtype = DTYPES[options.precision]
     if shards_weights(options):
         try:
@@ -137,14 +142,15 @@ def _load_llm(
 
 
 def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int]]:
-    """Count (all, trained) parameters of each part of the model.
+    """Count the parameters of each part of the model.
 
     Args:
-        model: not sharded yet.
-        encoder: number of the encoder's parameters, used if the encoder is not part of the model.
+        model: the model, before an engine shards it.
+        encoder: number of the encoder's parameters, used if the encoder is not a child of the model.
 
     Returns:
-        (all, trained) for each of `projector`, `llm` (in the beginning `head`) and `encoder`.
+        (all parameters, trained ones) of `projector`, `llm` and `encoder`. In the beginning, `head` takes the
+        place of `llm`.
     """
     counts = {
         name: (
@@ -153,7 +159,6 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         )
         for name, part in model.named_children()
     }
-    # A frozen encoder is not a child of the model (see `Slam`), and with cached features it is not even
-    # loaded.
+    # A frozen encoder is not a child of the model (see `Slam`). With cached features, it is not even loaded.
     counts.setdefault("encoder", (encoder, 0))
     return counts

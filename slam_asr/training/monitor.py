@@ -21,7 +21,7 @@ from slam_asr.training.trackers import make_trackers
 from slam_asr.training.validator import Samples
 
 SHOWN = 3
-"""Number of a validation's transcripts that are logged; the page shows all of them."""
+"""Number of transcripts that are logged after a validation. The page shows all of them."""
 PLATEAU_SMOOTHING = 100
 """Approximate number of steps over which the accuracy is averaged."""
 PLATEAU_RISE = 0.02
@@ -29,7 +29,7 @@ PLATEAU_RISE = 0.02
 PLATEAU_PATIENCE = 1000
 """Number of steps without progress after which a plateau is reported."""
 SOLVED = 0.6
-"""Accuracy above which the LLM is no longer guessing."""
+"""Accuracy from which on the LLM is no longer guessing."""
 
 
 @dataclass
@@ -38,33 +38,33 @@ class StepNumbers:
 
     step: int
     epoch: int
+    """Number of the epoch, from 0."""
     loss: float
-    """Mean over the target tokens."""
+    """Mean loss per target token."""
     accuracy: float
     """Share of the target tokens to which the model gives the highest probability. In the beginning, 1 minus
     the token error rate of CTC's best paths."""
     learning_rate: float
     gradient_norm: float | None
-    """2-norm of the gradient before clipping; None if it was not finite, or is not known."""
+    """2-norm of the gradient before clipping; None if it is not finite or not known."""
     padding: float
     """Share of the LLM positions that is padding."""
     positions: int
-    """LLM positions without padding."""
+    """Number of LLM positions without padding."""
     audio_seconds: float
 
 
 class Monitor:
-    """Collects and reports the numbers of each step; used by the first process only.
-
-    Args:
-        folder: contains the curve, which is appended to.
-        recipe: the training's recipe.
-        done: steps done before, according to the checkpoint; 0 for a new training.
-        device: the device whose peak memory is reported.
-        published: folder in object storage where the live page is published; None if `folder` is the output
-            itself.
+    """Collects and reports the numbers of each step. Only the first process has a monitor.
 
     Call `enter` before the first step.
+
+    Args:
+        folder: local folder of the training run. Its curve gets further lines.
+        recipe: the training run's recipe.
+        done: number of steps done before the checkpoint that is resumed from; 0 for a new training run.
+        device: the device whose peak memory is reported.
+        published: folder in object storage to which the live page is uploaded; None if the output is local.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Monitor:
     def enter(
         self, phase: str, operations: float, peak: float | None, last_step: int, total_steps: int
     ) -> None:
-        """Start or continue with a phase of the training.
+        """Enter a phase of the training run, at its first step or at a later one.
 
         Args:
-            phase: its name.
+            phase: name of the phase.
             operations: floating-point operations per LLM position.
             peak: nominal operations per second of all devices together; None if not known.
-            last_step: the phase's last step. The ETA is that of this step, because the phases' steps take
-                unequal times.
-            total_steps: optimiser steps of the training run.
+            last_step: last step of the phase, for the ETA. The ETA covers only this phase, because steps of
+                the two phases take unequal times.
+            total_steps: number of optimiser steps of the training run.
         """
         self.phase, self.operations, self.peak, self.total = phase, operations, peak, total_steps
         if self.meter:
@@ -124,7 +124,7 @@ class Monitor:
                 f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
                 f"ETA {self.meter.eta}{' of the beginning' * in_beginning}"
             )
-            # Trackers get the step as their horizontal axis, and rates in place of the two sums.
+            # Trackers get the step as their horizontal axis, and rates in place of the two sums per step.
             self._track(
                 numbers.step,
                 {
@@ -134,7 +134,7 @@ class Monitor:
                 },
             )
             self.interval = _Interval(self.operations, self.peak)
-        # The beginning has no plateau: its accuracy is another quantity.
+        # Plateaus are detected only after the beginning, in which the accuracy is another quantity.
         if not in_beginning:
             self.main_steps += 1
             if plateau := self.plateau.update(self.main_steps, numbers.accuracy):
@@ -142,7 +142,7 @@ class Monitor:
         self.page.refresh()
 
     def memory(self) -> int:
-        """Return this process's peak memory so far in bytes: on the GPU, or on the host if it has no GPU."""
+        """Return this process's peak memory so far in bytes: GPU memory, or host memory without a GPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         # Linux reports kibibytes.
@@ -152,10 +152,10 @@ class Monitor:
         """Record a validation.
 
         Args:
-            step: number of the step after which the validation took place.
-            loss: mean over the target tokens of the dev set.
-            accuracy: as in `StepNumbers`, over the dev set.
-            samples: transcripts, if any were made.
+            step: number of the step after which the model was validated.
+            loss: mean loss per target token of the dev set.
+            accuracy: accuracy on the dev set, as in `StepNumbers`.
+            samples: transcripts of dev utterances, if any were made.
         """
         numbers = {"loss": loss, "accuracy": accuracy}
         in_beginning = self.phase == BEGINNING
@@ -199,7 +199,7 @@ class Monitor:
             )
             + "\n"
         )
-        # A checkpoint contains a copy of this file, which needs all lines up to its step.
+        # A checkpoint copies this file, and the copy needs all lines up to the checkpoint's step.
         self.file.flush()
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class _Interval:
 
     def add(self, numbers: StepNumbers) -> None:
         self.positions += numbers.positions
-        # Padding is 1 - positions / cells, where cells are positions with padding.
+        # `padding` is 1 - positions / cells, where `cells` counts positions with padding.
         self.cells += numbers.positions / (1 - numbers.padding)
         self.audio += numbers.audio_seconds
 
@@ -251,28 +251,30 @@ class _Interval:
 
 
 class Plateau:
-    """Detects the plateau on which SLAM-ASR training runs often stay long, so that the log can explain it.
+    """Detects the long plateau that is typical of SLAM-ASR training, so that the log can explain it.
 
     First the loss falls, and the accuracy rises to what the LLM can guess without the audio. Both then hardly
-    change for hundreds or thousands of steps. Only when the projector's outputs begin to resemble token
-    embeddings do both improve, and suddenly.
+    change for hundreds or thousands of steps. They suddenly improve when the projector's outputs begin to
+    resemble token embeddings.
     """
 
     def __init__(self) -> None:
         self.mean, self.weight = 0.0, 0.0
         self.best, self.since = 0.0, 0
+        """Highest smoothed accuracy, and the step at which it last rose."""
         self.reported = 0
         """Length of the plateau, in steps, when it was last reported."""
 
     def update(self, step: int, accuracy: float) -> str | None:
-        """Add a step.
+        """Add the accuracy of a step.
 
         Args:
-            step: number of the step, from 1.
+            step: number of the step after the beginning, from 1.
             accuracy: share of the target tokens to which the model gives the highest probability.
 
         Returns:
-            A line for the log when a plateau is detected, and again each time its length has doubled.
+            A line for the log when a plateau is detected, and again each time its length has doubled;
+            otherwise None.
         """
         if not math.isfinite(accuracy):
             return None
@@ -292,7 +294,8 @@ class Plateau:
         return (
             f"plateau: the accuracy has been about {smooth:.2f} for {length:,} steps, as if the LLM guessed "
             "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
-            "(WavLM-large, HuBERT) and a chat LLM. With projector.beginning, a new training has hardly any. "
-            "If it does not end, try more data, a longer warm-up or another learning rate, encoder.frames: "
-            "speech with Whisper, or transcripts in lower case; see docs/how-to/troubleshooting.md."
+            "(WavLM-large, HuBERT) and a chat LLM. A training run with projector.beginning has hardly any "
+            "plateau. If this one does not end, try more data, a longer warm-up or another learning rate, "
+            "encoder.frames: speech with Whisper, or transcripts in lower case; see "
+            "docs/how-to/troubleshooting.md."
         )

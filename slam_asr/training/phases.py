@@ -1,10 +1,12 @@
-"""The phases of a training run: the beginning, if the recipe has one, and the training with the LLM's loss.
+"""Enters the phases of a training run: the beginning, if the recipe has one, and the phase with the LLM.
 
-The steps of both are in one plan, and both share data, loop and checkpoints. Each has a model and an engine.
-The beginning's model is the projector with a CTC head, which every process can hold, so its engine is always
-DDP; the LLM is loaded at the end of the beginning. Only the projector's weights pass from one phase to the
-other. AdamW starts again from nothing: its moments are means over gradients of CTC, whose sizes say nothing
-about those of the LLM's loss, and the first updates would be too large or too small in spite of the warm-up.
+Both phases share data, loop and checkpoints, and one plan contains the steps of both. Each phase has its own
+model and engine. The model of the beginning is the projector with a CTC head. Every process can hold it, so
+its engine is always DDP. The LLM is loaded at the end of the beginning.
+
+Only the projector's weights pass from the beginning to the next phase. AdamW's moments do not: they are means
+over CTC's gradients, whose sizes differ from those of the LLM's loss. With them, the first updates would be
+too large or too small in spite of the warm-up.
 """
 
 import gc
@@ -16,26 +18,29 @@ import torch
 
 from slam_asr.artifacts.checkpoint import BEGINNING, MAIN
 from slam_asr.artifacts.feature_store.reader import StoreReader
+from slam_asr.config.recipe import Training
 from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
 from slam_asr.models.ctc import AuxiliaryCtc
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision
+from slam_asr.models.slam import Slam
 from slam_asr.progress import log_line
 from slam_asr.training.beginning import build_ctc_model, build_head
 from slam_asr.training.builder import Parts, Phase
 from slam_asr.training.engines.choose import make_engine
+from slam_asr.training.engines.engine import Engine
 from slam_asr.training.kernels import compile_layers, use_liger
 from slam_asr.training.model_builder import build_model, count_parameters
 
 WARM_UP = 0.1
 """Share of the beginning's steps over which the learning rate rises."""
 CLIPPING = 1.0
-"""Maximum norm of the gradient in the beginning: that of CTC's first steps is large."""
+"""Maximum norm of the gradient in the beginning, whose first gradients are large."""
 
 
 def enter_beginning(parts: Parts) -> None:
-    """Build the beginning's model and engine, and let the readers spell transcripts for CTC."""
+    """Build the model and the engine of the beginning, and let the readers spell transcripts for CTC."""
     recipe, options = parts.recipe, parts.recipe.projector.beginning
     torch.manual_seed(recipe.training.seed + parts.rank)  # for dropout
     model = build_ctc_model(parts.job, recipe, parts.device)
@@ -60,18 +65,18 @@ def enter_beginning(parts: Parts) -> None:
         rate=learning_rate_schedule(
             "cosine", options.learning_rate, round(WARM_UP * options.steps), options.steps
         ),
-        # For each weight, two operations in the forward pass, two for the gradient of its input and two for
-        # its own gradient. The embeddings have no gradient, but are multiplied a third time: for the expected
-        # embedding.
+        # Each weight of the projector takes two operations (multiply and add) in the forward pass, two for
+        # the gradient of its input and two for its own gradient. The embeddings get no gradient, but take two
+        # more operations for the expected embedding.
         operations_per_position=6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel(),
     )
 
 
 def leave_beginning(parts: Parts) -> float:
-    """Load the LLM, and continue with its loss from the beginning's projector.
+    """Enter the phase with the LLM's loss, with the projector from the beginning.
 
     Returns:
-        The sharpness that the CTC head has learned; `facts_of` reports it if the head is recorded.
+        The sharpness that the CTC head has learned in the beginning.
     """
     engine = parts.engine
     sharpness = engine.get_state("head.log_sharpness", "weight").exp().item()
@@ -80,7 +85,7 @@ def leave_beginning(parts: Parts) -> float:
         for name in engine.groups.weights
         if name.startswith("projector.")
     }
-    # The beginning's model and optimiser are freed before the LLM is loaded.
+    # The model and the optimiser of the beginning are freed before the LLM is loaded.
     del parts.phase, engine
     gc.collect()
     if parts.device.type == "cuda":
@@ -92,12 +97,13 @@ def leave_beginning(parts: Parts) -> float:
 def enter_main(
     parts: Parts, sharpness: float | None, projector: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Build the model with the LLM, and its engine.
+    """Enter the phase with the LLM's loss: build its model and engine, and set up the readers.
 
     Args:
         parts: the parts of the training run.
-        sharpness: the sharpness that the CTC head has learned in the beginning; None without one.
-        projector: weights to start from; by default, those that the recipe starts from.
+        sharpness: the sharpness that the CTC head has learned in the beginning; None without a beginning.
+        projector: weights of the projector, by name. By default, the projector starts from the weights in
+            `projector.init_from` or, without it, from random weights.
 
     Raises:
         UserError: the LLM's weights cannot be used.
@@ -116,23 +122,14 @@ def enter_main(
     engine = make_engine(
         model, options, parts.device, {name: r for name, r in rates.items() if r is not None}, lazy_weights
     )
-    # If the LLM is sharded, its weights exist only from here on.
-    packs = options.packing and engine.try_llm(allow_packing)
+    packs = _set_up_llm(model, engine, options)
     for reader in parts.readers.values():
         reader.packs, reader.without_llm, reader.vocabulary = packs, False, None
     if recipe.projector.ctc_weight:
-        # Only for training: the dev loss remains the LLM's alone, comparable with that of other recipes.
+        # CTC's loss is added only in training. The dev loss is that of the LLM alone, so that recipes can be
+        # compared by it.
         train = parts.readers["train"]
         train.vocabulary = CtcVocabulary(train.examples.recipe_prompts.tokenizer, parts.job.ctc_tokens)
-    # Under ZeRO-3 the output layer's weights are complete only during its own forward call, and
-    # `score_in_chunks` reads them directly.
-    if options.zero_stage != 3 and engine.try_llm(allows_chunks):
-        model.scorer = score_in_chunks
-    # Compile after the trials, which would otherwise compile the layers for their own inputs.
-    if options.liger:
-        use_liger(model.llm)
-    if options.compile:
-        compile_layers(model.llm)
     beginning = parts.plan.beginning
     rate = learning_rate_schedule(
         options.schedule, options.learning_rate, options.warmup_steps, parts.plan.steps - beginning
@@ -150,26 +147,47 @@ def enter_main(
     )
 
 
+def _set_up_llm(model: Slam, engine: Engine, options: Training) -> bool:
+    """Find out what the LLM allows, and set its loss and its kernels accordingly.
+
+    Returns:
+        Whether the utterances of a batch are packed into one row.
+    """
+    # Not earlier than here: if the LLM is sharded, its weights exist only after the engine has read them.
+    packs = options.packing and engine.try_llm(allow_packing)
+    # Under ZeRO-3 the output layer's weights are complete only during its own forward call, and
+    # `score_in_chunks` reads them directly.
+    if options.zero_stage != 3 and engine.try_llm(allows_chunks):
+        model.scorer = score_in_chunks
+    # The kernels come last, because the trials would compile the layers for their own inputs.
+    if options.liger:
+        use_liger(model.llm)
+    if options.compile:
+        compile_layers(model.llm)
+    return packs
+
+
 def learning_rate_schedule(
     kind: str, peak: float, warmup_steps: int, total_steps: int
 ) -> Callable[[int], float]:
-    """Create a function from step (the first is 1) to learning rate.
+    """Create a schedule of learning rates.
 
-    The rate rises linearly to `peak` over `warmup_steps`. Then it stays there (`constant`, as in the SLAM-ASR
-    paper) or falls to zero at the last step (`linear`, `cosine`).
+    The rate rises linearly to `peak` over `warmup_steps`. After that, it stays there (`constant`, as in the
+    SLAM-ASR paper) or falls to zero at the last step (`linear`, `cosine`).
 
     Args:
         kind: `constant`, `linear` or `cosine`.
         peak: highest learning rate.
-        warmup_steps: steps of the linear rise.
-        total_steps: steps of the phase.
+        warmup_steps: number of steps of the linear rise.
+        total_steps: number of steps of the phase.
 
     Returns:
-        A function from step to learning rate.
+        A function from step of the phase, counted from 1, to learning rate.
     """
 
     def rate(step: int) -> float:
-        # With 0 warm-up steps this is never true, because steps begin at 1; so nothing is divided by 0.
+        # Without warm-up steps this is never true, because steps are counted from 1. So nothing is divided by
+        # zero.
         if step <= warmup_steps:
             return peak * step / warmup_steps
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -183,7 +201,7 @@ def learning_rate_schedule(
 
 
 def announce(parts: Parts) -> None:
-    """Log models, device and plan before the first step of a phase."""
+    """Log the models, the device and the plan, before the first step of a phase."""
     recipe, options, plan, budget = parts.recipe, parts.recipe.training, parts.plan, parts.budget
     train = parts.readers["train"]
     audio = "cached features" if isinstance(train.reader, StoreReader) else "encoded on the fly"

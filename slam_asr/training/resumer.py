@@ -1,4 +1,4 @@
-"""The progress of a training run: resumed from the latest checkpoint, and saved in the next ones."""
+"""Resumes a training run from its latest checkpoint, and saves its progress in further checkpoints."""
 
 import math
 import shutil
@@ -20,21 +20,21 @@ from slam_asr.training.phases import enter_beginning, enter_main
 
 @dataclass
 class Counts:
-    """State of the loop that lasts from step to step, and is saved with a checkpoint."""
+    """State of the loop that every checkpoint contains."""
 
     nonfinite: int = 0
-    """Steps in a row that were skipped."""
+    """Number of consecutive steps, up to the last one, that were skipped."""
     best_dev_loss: float = math.inf
     stale: int = 0
-    """Validations since the best one."""
+    """Number of validations since the one with the best dev loss."""
     validated: int = 0
     """Step of the last validation."""
     seconds: float = 0.0
-    """Time spent on this training run, earlier attempts included."""
+    """Time spent on this training run, including earlier attempts."""
     beginning: int | None = None
-    """Steps of a beginning that has ended before its last step."""
+    """Number of steps of the beginning, if it ended early; otherwise None."""
     sharpness: float | None = None
-    """Sharpness of the CTC head at the end of the beginning."""
+    """Sharpness of the CTC head at the end of the beginning; None before that."""
 
 
 @dataclass
@@ -42,18 +42,20 @@ class Progress:
     """How far a training run has come."""
 
     done: int = 0
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     epoch: int = 0
+    """Number of the epoch of the last step, from 0."""
     counts: Counts = field(default_factory=Counts)
     saved: int = 0
     """Step of the last checkpoint."""
     started: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` at the start of this attempt."""
     earlier: float = 0.0
     """Seconds that earlier attempts took."""
 
     @property
     def seconds(self) -> float:
-        """Time spent on this training run, earlier attempts included."""
+        """Time spent on this training run, including earlier attempts."""
         return self.earlier + time.monotonic() - self.started
 
     def record_dev_loss(self, loss: float) -> None:
@@ -66,10 +68,12 @@ class Progress:
 
 
 class Resumer:
-    """Reads and writes the checkpoints of a training run. All processes must call each method together.
+    """Reads and writes the checkpoints of a training run.
+
+    All processes must call `resume` and `save_if_due` together.
 
     Args:
-        parts: the parts of the training.
+        parts: the parts of the training run.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -79,21 +83,23 @@ class Resumer:
         )
 
     def resume(self) -> Progress:
-        """Enter the phase of the latest checkpoint and restore it, if one exists; or else the first phase.
+        """Enter the phase of the latest checkpoint, and restore the state that it holds.
 
-        Also sets the curve's file back to what it was at that checkpoint.
+        Without a checkpoint, enter the first phase. The file of the curve is set back to its content at the
+        checkpoint, or emptied.
 
         Raises:
-            ConfigurationError: the checkpoint is beyond the steps of this training run.
-            ModelError: the checkpoint is damaged or incomplete, or holds other weights.
+            ConfigurationError: the checkpoint is beyond the last step of this training run.
+            ModelError: the checkpoint is damaged or incomplete, or does not hold the weights that the recipe
+                trains.
         """
         parts, steps = self.parts, self.parts.plan.steps
         progress = Progress()
-        # Only the first process looks, and broadcasts its finding: otherwise processes could see different
-        # pointers.
+        # Only the first process looks for a checkpoint, and broadcasts the result: otherwise the processes
+        # could see different pointers.
         candidates: list[Checkpoint | None] = [None]
         if parts.rank == 0:
-            # Before `find`, because the recovered checkpoint is newer than the latest one in the folder.
+            # Called before `find`, because the recovered checkpoint is newer than the folder's latest one.
             self._recover(parts.folder / UNSAVED)
             candidates = [checkpoint.find(self.writer.folder)]
             checkpoint.discard_newer_than_latest(self.writer.folder)
@@ -103,7 +109,7 @@ class Resumer:
         if counts.beginning is not None:
             parts.plan.set_beginning(counts.beginning)
             steps = parts.plan.steps
-        # Before a phase is entered, which loads its model.
+        # Checked before a phase is entered, because that loads a model.
         if latest is not None and latest.step > steps:
             raise ConfigurationError(
                 f"{latest.folder} is beyond the {steps} steps of this training run: raise "
@@ -125,7 +131,7 @@ class Resumer:
                 curve = Path(latest.file(CURVE)).read_bytes()
                 log_line(f"resuming after step {latest.step} of {steps}, from {latest.folder}")
         if parts.rank == 0:
-            # The steps after the checkpoint are repeated, and write their lines of the curve again.
+            # The steps after the checkpoint are repeated, and their lines of the curve are written again.
             write_atomically(parts.folder / CURVE, curve)
         return progress
 
@@ -133,13 +139,13 @@ class Resumer:
         """Upload the checkpoint that an earlier attempt on this machine could not upload."""
         if unsaved.is_dir():
             checkpoint.recover(str(unsaved), self.writer.folder, self.options.checkpoints)
-            # All files that remain here are published at the end of the training.
+            # Removed, because all files that remain in the training run's folder are uploaded at its end.
             shutil.rmtree(unsaved)
 
     def minutes_have_passed(self) -> bool:
         """Whether `training.checkpoint_minutes` have passed since the last checkpoint."""
         minutes = self.options.checkpoint_minutes
-        return bool(minutes) and time.monotonic() - self.writer.last > 60 * minutes
+        return bool(minutes) and time.monotonic() - self.writer.last_save > 60 * minutes
 
     def save_if_due(
         self, progress: Progress, due: bool, pending: float, dev_loss: float | None, forced: bool
@@ -151,23 +157,21 @@ class Resumer:
 
         Args:
             progress: how far the training has come, this step included.
-            due: whether `training.checkpoint_minutes` have passed, on the first process.
-            pending: checkpoints still being written: the mean over the processes.
-            dev_loss: dev loss of the validation after this step; None if there was none, or in the beginning,
-                whose loss is another.
-            forced: whether training or its beginning ends here, so that the checkpoint must be written in any
-                case.
+            due: whether `training.checkpoint_minutes` have passed, by the clock of the first process.
+            pending: number of checkpoints that are still being written, as a mean over the processes.
+            dev_loss: dev loss after this step; None if it was not measured, and in the beginning.
+            forced: whether training or its beginning ends here, so that the step must be saved in any case.
         """
         improved = dev_loss is not None and progress.counts.stale == 0
         # A step that is already saved is saved again only to add its dev loss.
         if progress.saved == progress.done and dev_loss is None:
             return
         if forced:
-            # After that, the snapshot taken below is the only copy of the state in memory.
+            # No other snapshot is in memory when the one below is taken.
             self.writer.wait()
         elif improved:
-            # The best checkpoint so far may queue while one other is written. No more may queue: each holds a
-            # copy of the state in memory.
+            # The best checkpoint so far may wait in the queue while one other is written. No more may wait,
+            # because each holds a copy of the state in memory.
             if pending > 1:
                 return
         elif pending or not (due or self._steps_have_passed(progress)):

@@ -2,19 +2,19 @@
 
 The recipe fixes the number of LLM positions per optimiser step. The order and the grouping of utterances
 depend only on the seed and the epoch. Only the division of a step among processes depends on the number of
-processes, so the same seed gives the same steps on any number of GPUs. (With `training.utterances_per_batch`
-this does not hold: a step then has a number of utterances per process.) In each step all processes get the
-same number of micro-batches, so that none waits for another that has more of them.
+processes, so the same seed gives the same steps on any number of GPUs. This does not hold with
+`training.utterances_per_batch`, because then the size of a step depends on the number of processes. In each
+step, all processes get the same number of micro-batches, so that none waits for another that has more.
 
 An epoch is planned in three levels:
 
 - *Windows.* The shards of the feature store are shuffled and taken a few at a time. The utterances of these
-  few are shuffled together. A reader then needs only the shards of the current window and the next one, and
-  fetches each shard once per epoch.
+  few shards are shuffled together. A reader then needs only the shards of the current window and the next
+  one, and fetches each shard once per epoch.
 - *Pools.* The shuffled utterances of a window are cut into pools of about `STEPS_PER_POOL` steps, and each
-  pool is sorted by length: if the utterances of a step have similar lengths, they need little padding.
-- *Steps.* Each sorted pool is cut into steps, and the steps of a window are shuffled, so that lengths still
-  come in random order.
+  pool is sorted by length. The utterances of a step then have similar lengths and need little padding.
+- *Steps.* Each sorted pool is cut into steps. The steps of a window are shuffled, so that short and long
+  utterances still come in random order.
 """
 
 import heapq
@@ -31,7 +31,7 @@ from slam_asr.training.batches import Examples
 STEPS_PER_POOL = 16
 """Number of steps whose utterances are sorted by length together.
 
-More steps reduce the padding, but mix the utterances less.
+A larger number means less padding, but also less mixing of the utterances.
 """
 
 
@@ -41,7 +41,7 @@ class Window:
 
     epoch: int
     shards: list[int]
-    """By canonical number."""
+    """Canonical numbers of the shards."""
     steps: list[list[int]]
     """Indices of each step's utterances."""
 
@@ -58,14 +58,14 @@ def plan_epoch(
     """Group utterances into the optimiser steps of one epoch.
 
     Args:
-        positions: [utterances] LLM positions.
-        shards: [utterances] integers: number of the shard that contains each utterance's audio.
-        window_shards: shards whose utterances are shuffled together.
-        budget: maximum of each step, in LLM positions or in the unit of `sizes`; only a single utterance that
-            takes more exceeds it.
+        positions: [utterances] number of LLM positions of each utterance.
+        shards: [utterances] integers: canonical number of the shard that contains each utterance's audio.
+        window_shards: number of shards whose utterances are shuffled together.
+        budget: maximum size of a step, in LLM positions or in the unit of `sizes`. A single utterance that is
+            larger gets a step of its own.
         seed: seed of the order.
-        epoch: number of the epoch; each epoch has its own order.
-        sizes: [utterances] how much of the budget each utterance takes; by default, its positions.
+        epoch: number of the epoch. Each epoch has its own order.
+        sizes: [utterances] share of the budget that each utterance takes; by default, its positions.
 
     Yields:
         Windows; every shard is in exactly one, and every index occurs exactly once.
@@ -74,8 +74,8 @@ def plan_epoch(
     # of Python.
     generator = random.Random(f"{seed}/{epoch}")
     sizes = positions if sizes is None else sizes
-    # `by_shard` lists the utterances of shard 0, then those of shard 1 and so on; those of shard s end before
-    # index `ends[s]`.
+    # `by_shard` lists the utterances of shard 0, then those of shard 1 and so on. The utterances of shard s
+    # end before index `ends[s]`.
     by_shard = np.argsort(shards, kind="stable")
     ends = np.searchsorted(
         shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right"
@@ -88,7 +88,7 @@ def plan_epoch(
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
         for pool in _cut_at_budget(shuffled, sizes, STEPS_PER_POOL * budget):
-            # The index breaks ties, so the result does not depend on the order before.
+            # The index breaks ties, so the result does not depend on the order before sorting.
             pool.sort(key=lambda i: (positions[i], i))
             steps += _cut_at_budget(pool, sizes, budget)
         generator.shuffle(steps)
@@ -97,7 +97,7 @@ def plan_epoch(
 
 @dataclass(frozen=True)
 class Budget:
-    """The size of an optimiser step, and of one process's micro-batch."""
+    """The maximum sizes of an optimiser step and of a micro-batch."""
 
     step: int
     batch: int
@@ -105,7 +105,11 @@ class Budget:
     """Whether both sizes are in utterances, as in the reference implementation, instead of LLM positions."""
 
     def sizes(self, positions: Sequence[int]) -> Sequence[int]:
-        """Return each utterance's share of the budget [utterances], from its LLM positions [utterances]."""
+        """Return the share of the budget that each utterance takes, [utterances].
+
+        Args:
+            positions: [utterances] number of LLM positions of each utterance.
+        """
         return [1] * len(positions) if self.counts_utterances else positions
 
 
@@ -120,16 +124,16 @@ def budget_for(options: Training, processes: int) -> Budget:
 class TrainingPlan:
     """All optimiser steps of a training run.
 
-    Steps do not remain in memory: each iteration plans the epochs again, with the same result.
+    Steps are not held in memory: each iteration plans the epochs again, with the same result.
 
     Args:
         examples: the utterances to train on.
         budget: the size of a step.
-        window_shards: shards whose utterances are shuffled together.
+        window_shards: number of shards whose utterances are shuffled together.
         seed: seed of the order.
-        epochs: passes over the examples after the beginning.
-        max_steps: maximum number of steps after the beginning; training then ends, even within an epoch.
-        beginning: number of steps of the beginning. It has epochs of its own, as many as these steps need;
+        epochs: number of passes over the examples after the beginning.
+        max_steps: maximum number of steps after the beginning. Training then ends, even within an epoch.
+        beginning: number of steps of the beginning. The beginning has as many epochs of its own as it needs;
             the rest of its last epoch is skipped.
     """
 
@@ -161,8 +165,7 @@ class TrainingPlan:
             self._beginning_epochs += 1
         steps = epochs = 0
         while epochs < self._epochs and steps < self.max_steps:
-            # The numbers of these epochs follow those of the beginning, so no order of utterances occurs
-            # twice.
+            # Epoch numbers continue after those of the beginning, so no order of utterances occurs twice.
             steps = min(self.max_steps, steps + self._steps_of(self._beginning_epochs + epochs))
             epochs += 1
         self.steps = beginning + steps
@@ -195,8 +198,8 @@ class TrainingPlan:
         remaining = self.beginning
         for epoch in range(self._beginning_epochs):
             for window in self._plan(epoch):
-                # Windows after the last step are planned, but not yielded: a reader would fetch their shards
-                # for nothing.
+                # Windows after the last step are not yielded, because a reader would fetch their shards for
+                # nothing.
                 if remaining:
                     yield replace(window, steps=window.steps[:remaining])
                 remaining = max(0, remaining - len(window.steps))
@@ -207,18 +210,18 @@ class TrainingPlan:
 
 
 def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into groups that are as full as the budget allows; the last group gets the remainder.
+    """Cut a list into groups that are as full as the budget allows. The last group gets the remainder.
 
     Args:
         indices: indices into `sizes`; their order does not change.
-        sizes: how much of the budget each index takes.
-        budget: maximum sum of a group; only a single index that takes more exceeds it.
+        sizes: share of the budget that each index takes.
+        budget: maximum sum of a group. A single index that takes more gets a group of its own.
 
     Returns:
         The groups, in the order of `indices`.
     """
     groups: list[list[int]] = []
-    # Counts as full, so that the first index begins the first group.
+    # As if the last group were full, so that the first index begins a new one.
     size = budget
     for index in indices:
         if size + sizes[index] > budget:
@@ -235,31 +238,32 @@ def split_step(
     """Divide a step's utterances among processes and their padded micro-batches.
 
     Utterances are taken from the longest to the shortest, and each micro-batch is filled up before the next
-    begins: utterances of similar length share a micro-batch and need little padding. Then the micro-batches
-    with the most utterances are halved, until all processes can have the same number of micro-batches.
+    one begins, so that utterances of similar length share a micro-batch and need little padding. Then the
+    micro-batches with the most utterances are halved, until their number is a multiple of `processes`.
 
     Args:
         step: indices of the step's utterances.
-        positions: LLM positions of each utterance.
+        positions: [utterances] number of LLM positions of each utterance.
         processes: number of processes that share the step.
-        budget: maximum of a micro-batch in LLM positions, padding included, or in the unit of `sizes`; only a
-            single utterance that takes more exceeds it.
-        sizes: how much of the budget each utterance takes; by default, its positions.
+        budget: maximum size of a micro-batch, in LLM positions including padding or in the unit of `sizes`. A
+            single utterance that is larger gets a micro-batch of its own.
+        sizes: [utterances] share of the budget that each utterance takes; by default, its positions.
 
     Returns:
-        [process][micro-batch] → indices. All processes have the same number of micro-batches; some of these
-        are empty if the step has fewer utterances than processes.
+        [process][micro-batch] → indices. All processes have the same number of micro-batches. Some of these
+        may be empty, for example if the step has fewer utterances than processes.
     """
     sizes = positions if sizes is None else sizes
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     groups: list[list[int]] = []
     for index in longest_first:
-        # The first utterance of a group is its longest, to which all others are padded.
+        # The first utterance of a group is its longest, to which all others of the group are padded.
         if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
             groups.append([index])
-    # Each pass adds one group, by halving or by an empty one, until the number is a multiple of `processes`.
+    # Each pass adds one group: it halves the largest group or, if no group has two utterances, adds an empty
+    # one.
     while len(groups) % processes:
         largest = max(range(len(groups)), key=lambda g: (len(groups[g]), -g), default=None)
         if largest is None or len(groups[largest]) < 2:
@@ -267,8 +271,8 @@ def split_step(
         else:
             group = groups[largest]
             groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    # Neighbouring groups, whose utterances have similar lengths, are computed by different processes at the
-    # same time: no process then waits long for another.
+    # Neighbouring groups have utterances of similar lengths. Different processes compute them at the same
+    # time, so no process waits long for another.
     return [groups[rank::processes] for rank in range(processes)]
 
 
@@ -278,27 +282,28 @@ def split_packed(
     """Divide a step's utterances among processes and their packed micro-batches.
 
     Packed micro-batches have no padding, so lengths may be mixed freely. Utterances are dealt out longest
-    first, each to the emptiest micro-batch, so that all are about equally full and no process waits long for
-    another: the fullest one has at most 4/3 of the positions that the best division would give it (Graham,
-    1969). The number of micro-batches starts at the least that the sum of positions allows, and grows until
-    all are within the budget.
+    first, each to the emptiest micro-batch. All micro-batches are then about equally full, and no process
+    waits long for another: the fullest has at most 4/3 of the positions that the fullest of the best division
+    would have (Graham, 1969). The number of micro-batches starts at the smallest that the sum of positions
+    allows, and grows until all of them are within the budget.
 
     Args:
         step: indices of the step's utterances.
-        positions: LLM positions of each utterance.
+        positions: [utterances] number of LLM positions of each utterance.
         processes: number of processes that share the step.
-        budget: maximum LLM positions of a micro-batch; only a single utterance that is longer exceeds it.
+        budget: maximum number of LLM positions of a micro-batch. A single utterance that is longer gets a
+            micro-batch of its own.
 
     Returns:
         [process][micro-batch] → indices, as from `split_step`.
     """
     longest_first = sorted(step, key=lambda i: (-positions[i], i))
     rounds = max(1, -(-sum(positions[i] for i in step) // (budget * processes)))
-    # The loop ends at the latest when there are as many groups as utterances: an empty group always gets the
-    # next utterance, so each group then has one at most.
+    # The loop ends at the latest when it has as many groups as utterances: an empty group always gets the
+    # next utterance, so each group then has at most one.
     while True:
         groups: list[list[int]] = [[] for _ in range(rounds * processes)]
-        # A heap of (positions, number) of each group.
+        # A heap with (number of positions, number of the group) for each group.
         fill = [(0, number) for number in range(len(groups))]
         for index in longest_first:
             size, number = heapq.heappop(fill)
@@ -307,6 +312,6 @@ def split_packed(
         if all(size <= budget or len(groups[number]) == 1 for size, number in fill):
             break
         rounds += 1
-    # With empty groups last, all processes have work in every round of micro-batches but the last ones.
+    # Empty groups are last, so all processes have work in every round of micro-batches except the last ones.
     groups.sort(key=lambda group: not group)
     return [groups[rank::processes] for rank in range(processes)]

@@ -1,8 +1,8 @@
 """Sends the numbers of a training run to TensorBoard, MLflow and Weights & Biases.
 
-TensorBoard's files are always written; the others are used on request (`training.trackers`). MLflow and W&B
-(Weights & Biases) are not dependencies: run `pip install mlflow-skinny` or `pip install wandb` to use them.
-Both read the server and the account from their own environment variables.
+TensorBoard's files are always written. MLflow and Weights & Biases (W&B) are used on request
+(`training.trackers`). They are not dependencies: to use them, run `pip install mlflow-skinny` or `pip install
+wandb`. Both read their server and account from environment variables of their own.
 """
 
 import contextlib
@@ -19,25 +19,29 @@ from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+"""The package to install for each tracker."""
 EVENTS = "tensorboard"
-"""Folder of TensorBoard's event files."""
+"""Name of the folder with TensorBoard's event files."""
 
 
 class Tracker(Protocol):
     """Receives the numbers of a training run."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Record the numbers after `step`, keyed by name; all are finite."""
+        """Record the numbers of a step, keyed by name. All of them are finite."""
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Record a text after `step`."""
+        """Record a text of a step."""
 
     def close(self) -> None:
         """Finish the run."""
 
 
 def require_trackers(names: list[str]) -> None:
-    """Check that the packages of the trackers are installed, before anything is loaded.
+    """Check, before anything is loaded, that the packages of the trackers are installed.
+
+    Args:
+        names: `training.trackers`.
 
     Raises:
         ConfigurationError: a package is missing.
@@ -53,14 +57,15 @@ def require_trackers(names: list[str]) -> None:
 def make_trackers(
     names: list[str], folder: Path, run: str, recipe: dict[str, Any], done: int
 ) -> list[Tracker]:
-    """Create TensorBoard's tracker, and those that a recipe asks for.
+    """Create TensorBoard's tracker, and the trackers that a recipe asks for.
 
     Args:
         names: `training.trackers`.
-        folder: the training's folder.
-        run: name of the run; the same for each attempt, so that a resumed training continues its run.
-        recipe: values by full key, such as `training.seed`.
-        done: steps done before, according to the checkpoint.
+        folder: local folder of the training run.
+        run: name of the tracker's run. All attempts at a training run have the same name, so that a resumed
+            one continues its run.
+        recipe: the recipe's values by full key, such as `training.seed`.
+        done: number of steps done before the checkpoint that is resumed from; 0 for a new training run.
     """
     makers: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
     return [
@@ -73,8 +78,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # `purge_step` hides what an earlier attempt wrote after its last checkpoint. Without the suffix, the
-        # file names of two attempts would differ only by the second in which they were created.
+        # `purge_step` hides the steps that an earlier attempt logged after its last checkpoint. Without the
+        # suffix, the file names of two attempts would differ only by the second of their creation.
         self.writer = SummaryWriter(
             str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}"
         )
@@ -92,7 +97,8 @@ class _TensorBoard:
 
 class _Mlflow:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
-        # Imported by name: images contain every package in an import statement, but this one is optional.
+        # Not an import statement: the images contain every package that such a statement names, but mlflow is
+        # optional.
         self.mlflow = mlflow = importlib.import_module("mlflow")
         run_id = folder / "mlflow-run"
         if run_id.is_file():
@@ -116,7 +122,7 @@ class _Mlflow:
 class _Wandb:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         self.wandb = wandb = importlib.import_module("wandb")
-        # W&B limits the length of an id. The end of the name has the digits that distinguish training runs.
+        # W&B limits the length of an id. The name ends with the digits that distinguish training runs.
         identity = run.rpartition("/")[2][-60:]
         # With `resume="allow"` and the id of an earlier attempt, W&B continues that attempt's run.
         self.run = wandb.init(
@@ -141,11 +147,11 @@ class _Wandb:
 
 
 class _Guarded:
-    """A tracker that may fail, even while it is created. It is then no longer used, and the log says why.
+    """A tracker that is no longer used after a failure, which is logged. Even its creation may fail.
 
     Args:
         name: name of the tracker, for the log.
-        make: creates the tracker.
+        make: function that creates the tracker.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:

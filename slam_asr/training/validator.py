@@ -24,10 +24,10 @@ from slam_asr.training.prefetch import prefetch
 
 
 class StopRequest:
-    """Remembers a signal, which the loop checks at the end of each step, and a validation after each batch.
+    """Remembers a signal. The loop checks for one at the end of each step, and a validation after each batch.
 
-    Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period of 30 seconds by default.
-    That is enough for a last checkpoint.
+    Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period, by default 30 seconds. That
+    is enough for a last checkpoint. A terminated run of Kubeflow Pipelines leaves only about one second.
     """
 
     def __init__(self) -> None:
@@ -52,31 +52,31 @@ class Samples:
     texts: list[dict[str, str]]
     """`key`, `reference` and `hypothesis` of each utterance."""
     cer: float | None = None
-    """Character error rate as a fraction, instead of `wer`, where spaces do not separate words."""
+    """Character error rate as a fraction, measured instead of `wer` if spaces do not separate words."""
 
 
 class SampleTranscriber:
     """Transcribes the same dev utterances at each validation.
 
-    All processes transcribe all of them: gathering sharded weights is a collective operation, in which every
-    process must take part equally often.
+    All processes transcribe all of these utterances: gathering sharded weights is a collective operation, in
+    which every process must take part equally often.
 
     Args:
-        reader: reader of the dev set.
-        recipe: sets the number of utterances and the decoding limits.
+        reader: batch reader of the dev set.
+        recipe: sets the number of utterances and the options of decoding.
     """
 
     def __init__(self, reader: BatchReader, recipe: Recipe) -> None:
         self.reader, self.prompt = reader, reader.examples.recipe_prompts
         self.options = replace(recipe.decoding, beams=1)
         count = len(reader.examples)
-        # The same utterances on every process, at every validation and after a restart: transcripts of
-        # different steps can be compared.
+        # The utterances are the same on every process, at every validation and after a restart, so that
+        # transcripts of different steps can be compared.
         draw = random.Random(f"{recipe.training.seed}/samples")
         self.indices = sorted(draw.sample(range(count), min(recipe.training.samples, count)))
 
     def transcribe(self, model: Slam | CtcModel) -> Samples:
-        """Transcribe the chosen utterances greedily; in the beginning, as the projector spells them."""
+        """Transcribe the utterances: greedily with the LLM or, in the beginning, by CTC's best paths."""
         texts = self._spell(model) if isinstance(model, CtcModel) else self._search(model)
         examples = self.reader.examples
         rows = [
@@ -91,18 +91,18 @@ class SampleTranscriber:
 
     @torch.no_grad()
     def _spell(self, model: CtcModel) -> dict[int, str]:
-        """Return what CTC's best paths spell, by utterance."""
+        """Return the text of CTC's best path for each utterance, keyed by the utterance's index."""
         vocabulary, texts = self.reader.vocabulary, {}
         assert vocabulary is not None, "the beginning has set it"
         device = model.head.embeddings.device
         for index in self.indices:
             batch = self.reader.batch([index])
-            assert isinstance(batch, CtcBatch), "as the vocabulary is set"
+            assert isinstance(batch, CtcBatch), "in the beginning, batches are without the LLM"
             texts[index] = vocabulary.text_of(model.spell(batch.to(device))[0])
         return texts
 
     def _search(self, model: Slam) -> dict[int, str]:
-        """Return what the LLM writes, by utterance."""
+        """Return the LLM's answer for each utterance, keyed by the utterance's index."""
         examples = self.reader.examples
         searcher = Searcher(model, self.prompt, self.options, inference_only=False)
         prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
@@ -122,8 +122,8 @@ class Validator:
     """Validates the model between two steps. All processes must call each method together.
 
     Args:
-        parts: the parts of the training.
-        stop: ends a validation early.
+        parts: the parts of the training run.
+        stop: the stop request of this process, which ends a validation early.
     """
 
     def __init__(self, parts: Parts, stop: StopRequest) -> None:
@@ -136,15 +136,16 @@ class Validator:
         """Score the dev set.
 
         Returns:
-            Mean loss and accuracy over its target tokens; None if a process was asked to stop meanwhile.
+            Mean loss and accuracy over the target tokens of the dev set; None if a process was asked to stop
+            meanwhile.
         """
         reader, engine, device = self.parts.readers["dev"], self.parts.engine, self.parts.device
         mine = own_share(self.parts, list(range(len(reader.examples))), reader)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         engine.module.eval()
         try:
-            # `own_share` gives all processes the same number of batches, so their collective operations
-            # match.
+            # `own_share` gives all processes the same number of batches, so that all take part in the same
+            # collective operations.
             for batch in prefetch(reader.batch(indices) for indices in mine):
                 batch = batch.to(device)
                 sums += scores_of(engine.module(batch), batch).sums
@@ -173,8 +174,8 @@ class Validator:
             engine.module.train()
 
     def _any_process_stops(self) -> bool:
-        # Called after each batch, because all processes must leave the loop after the same one. Otherwise one
-        # of them would wait for ever in the next collective operation.
+        # Called after each batch, because all processes must leave the loop after the same batch. Otherwise,
+        # some would wait for ever in the next collective operation.
         flag = torch.tensor([float(self.stop.signal is not None)], device=self.parts.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())

@@ -1,4 +1,4 @@
-"""Follow a TrainJob from creation to end: log its output and states, explain a failure, and delete it."""
+"""Follow a TrainJob from its creation to its end: log its output and states, explain a failure, delete it."""
 
 import contextlib
 import itertools
@@ -36,9 +36,16 @@ class FollowedTrainJob:
         self._waits_logged: set[tuple[str, str]] = set()
 
     def find_or_create(self, nodes: int, command: list[str]) -> bool:
-        """Find the job of an earlier attempt of this step, or create a job; return whether it is new.
+        """Find the job that an earlier attempt at this step created, or create a job.
 
         An earlier job that failed is deleted first, so that the step can be retried.
+
+        Args:
+            nodes: number of pods.
+            command: program and arguments that each node runs.
+
+        Returns:
+            Whether the job is new.
 
         Raises:
             ClusterError: the failed job still exists a minute after its deletion was requested.
@@ -66,9 +73,9 @@ class FollowedTrainJob:
             seconds: time limit in seconds; 0 means no limit.
 
         Raises:
-            ClusterError: somebody else deleted the job, it takes too long, or Kubernetes has not answered for
-                10 minutes.
-            UserError: the job failed; the message is that of the failed node.
+            ClusterError: somebody else deleted the job, the job takes too long, or Kubernetes has not
+                answered for 10 minutes.
+            UserError: the job failed. The message is that of the failed node.
         """
         started, state, unreachable_since = time.monotonic(), "", 0.0
         log_thread: threading.Thread | None = None
@@ -120,7 +127,7 @@ class FollowedTrainJob:
             self.client.delete_job(self.name)
 
     def _until_gone(self) -> None:
-        # For a minute: by default, a pod has 30 seconds to end.
+        # Waits for about a minute: by default, a pod has 30 seconds to end.
         for _ in range(60):
             try:
                 self.client.get_job(self.name)
@@ -134,8 +141,8 @@ class FollowedTrainJob:
         )
 
     def _follow_output(self) -> None:
-        # If the connection breaks, `follow` starts a new thread, which continues after the lines logged so
-        # far.
+        # If the connection breaks, `follow` starts a new thread, which continues after the lines already
+        # logged.
         with contextlib.suppress(Exception):
             self._log_output(follow=True)
 
@@ -148,14 +155,14 @@ class FollowedTrainJob:
                 for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
                 if line.strip()
             )
-            # Each connection gets the log from its beginning.
+            # Each connection yields the log from its first line.
             for line in itertools.islice(lines, self._lines_logged, None):
                 self._lines_logged += 1
                 log_line(line.rstrip("\n"))
 
     def _log_waits(self, job: "TrainJob") -> None:
         """Log which nodes do not run yet, and why. For each node, a reason is logged only once."""
-        # Reasons only explain why the job waits, so a failure to read them must not stop the step.
+        # The reasons are only for the log, so a failure to read them must not stop the step.
         with contextlib.suppress(Exception):
             namespace, created = self.trainer.placement.namespace, job.creation_timestamp
             waits = waiting_nodes(self.trainer.core_api, namespace, self.name, job.num_nodes, created)
@@ -170,9 +177,9 @@ class FollowedTrainJob:
                 )
 
     def _failure(self) -> str:
-        """Return the error message of the node that failed, and log the last lines of the other nodes.
+        """Log the last lines of every node but the first, and return the error message of the failed node.
 
-        The first node's output is logged already.
+        The first node's output is already in the log.
         """
         message = None
         nodes = [step for step in self.client.get_job(self.name).steps if step.name.startswith(f"{NODE}-")]
@@ -195,7 +202,7 @@ class FollowedTrainJob:
 
 
 def listed(nodes: list[str]) -> str:
-    """Join names of nodes; of many, only the first ones."""
+    """Join the names of nodes for a message. If there are more than eight, only the first six are named."""
     if len(nodes) > 8:
         return f"{', '.join(nodes[:6])} and {len(nodes) - 6} others"
     return " and ".join(filter(None, (", ".join(nodes[:-1]), nodes[-1])))
@@ -203,7 +210,7 @@ def listed(nodes: list[str]) -> str:
 
 @contextlib.contextmanager
 def deleted_when_interrupted(job: FollowedTrainJob) -> Iterator[None]:
-    """Delete the job when Kubernetes ends this pod by SIGTERM.
+    """Delete the job if the block is interrupted, for example when Kubernetes ends this pod with SIGTERM.
 
     Otherwise, the job would continue to occupy its GPUs although nobody follows it.
     """

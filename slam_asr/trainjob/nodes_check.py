@@ -1,6 +1,6 @@
-"""Run a short program on several nodes as a TrainJob, to check that a training run on them could run.
+"""Run a short program on several nodes as a TrainJob, to check that training can run on them.
 
-The job is created, followed and deleted in the same way as a training's job; see `train`.
+The job is created, followed and deleted in the same way as the job of a training run; see `train`.
 """
 
 import secrets
@@ -14,17 +14,17 @@ def run_on_nodes(placement: Placement, nodes: int, command: list[str]) -> None:
     """Run a command on several nodes, log the first node's output, and delete the job.
 
     Args:
-        placement: settings for each node's pod, with a time limit.
+        placement: settings for each node's pod, including the time limit.
         nodes: number of pods.
         command: program and arguments that each node runs.
 
     Raises:
         ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job takes too long.
-        UserError: a node failed; the message is that of the failed node.
+        UserError: a node failed. The message is that of the failed node.
     """
     with explained_refusals(placement):
         client = TrainJobClient(placement)
-    # A random name: two checks at the same time must not follow one job.
+    # The name is random, because two checks at the same time must not follow the same job.
     job = FollowedTrainJob(client, f"slam-asr-doctor-{secrets.token_hex(4)}")
     with deleted_when_interrupted(job):
         try:

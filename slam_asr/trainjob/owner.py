@@ -1,8 +1,8 @@
-"""The owner of a TrainJob: the run's Argo workflow. When it is deleted, Kubernetes deletes the job too.
+"""The owner of a TrainJob: the run's Argo workflow. When the workflow is deleted, Kubernetes deletes the job.
 
-The step deletes its job at the end, but not if it is killed without notice: because its node is lost, or
-because memory runs out. The owner is the workflow and not the step's pod, because the next attempt at the
-step runs in another pod and continues to follow the job.
+The step itself deletes its job at the end, but it cannot do so if it is killed without notice, for example
+because its node is lost or memory runs out. The owner is the workflow and not the step's pod, because the
+next attempt at the step runs in another pod and continues to follow the job.
 """
 
 import os
@@ -19,17 +19,18 @@ _GROUP = ("trainer.kubeflow.org", "v1alpha1")
 
 
 def owner_of_this_step(core_api: Any, namespace: str) -> dict[str, str] | None:
-    """Return the reference to the controller of this step's pod, else to the pod itself.
+    """Return a reference to the controller of this step's pod or, if the pod has none, to the pod itself.
 
-    The reference does not block the owner's deletion: that would need a right to the owner's finalizers.
+    The reference does not block the owner's deletion, because that would need a right to the owner's
+    finalizers.
 
     Args:
         core_api: client of the Kubernetes API.
-        namespace: namespace of the step's pod. An owner in another one counts as deleted, so Kubernetes would
-            remove the job at once.
+        namespace: namespace of the step's pod, in which the job must be too. Otherwise, Kubernetes would take
+            the owner for deleted, and delete the job at once.
 
     Returns:
-        The reference; None outside Kubeflow Pipelines, and if the pod cannot be read, which is logged.
+        The reference. None outside Kubeflow Pipelines; None also if the pod cannot be read, which is logged.
     """
     name = os.environ.get(POD_NAME)
     if not name:
@@ -52,14 +53,20 @@ def owner_of_this_step(core_api: Any, namespace: str) -> dict[str, str] | None:
 def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) -> None:
     """Add an owner to another run's job, so that the job survives the deletion of that run's workflow.
 
+    Args:
+        custom_api: client of the Kubernetes API for custom objects.
+        namespace: namespace of the job.
+        job: name of the TrainJob.
+        owner: reference to the owner, as from `owner_of_this_step`.
+
     Raises:
         ApiException: the API refuses the request.
     """
     metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []
-    # A job without an owner stays without one: no workflow's deletion deletes it.
+    # A job without an owner needs none: no workflow's deletion deletes it.
     if owners and owner["uid"] not in [known["uid"] for known in owners]:
-        # The patch replaces the complete list. With the resource version, the API refuses it if the job has
-        # changed since it was read, so no other owner is lost.
+        # The patch replaces the complete list of owners. With the resource version, the API refuses the patch
+        # if the job has changed since it was read, so no other owner is lost.
         change = {"ownerReferences": [*owners, owner], "resourceVersion": metadata.get("resourceVersion")}
         custom_api.patch_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job, {"metadata": change})

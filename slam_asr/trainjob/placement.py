@@ -1,4 +1,4 @@
-"""Settings for the pods of a TrainJob's nodes.
+"""The settings for the pods of a TrainJob's nodes.
 
 They come from the cluster's profile, and are part of the compiled pipeline.
 """
@@ -14,29 +14,30 @@ NO_LIMIT = "none"
 class Placement:
     """Settings for the pod of each node of a TrainJob.
 
-    They depend on the cluster; the number of nodes is the recipe's (`training.nodes`).
+    These settings depend on the cluster. The number of nodes comes from the recipe (`training.nodes`).
     """
 
     namespace: str
     image: str
     cache: str
-    """Path for SLAM_ASR_CACHE in the container."""
+    """Value of SLAM_ASR_CACHE in the container."""
     runtime: str = "torch-distributed"
     """Name of the ClusterTrainingRuntime."""
     resources: dict[str, str] = field(default_factory=dict)
     """Requests and limits of each node, by resource name: cpu, memory, and for example nvidia.com/gpu."""
     cpu_limit: str = ""
-    """Limit of the cores of each node if it differs from the request; `NO_LIMIT` for no limit."""
+    """Limit on each node's cores. Empty: the same as the request; `NO_LIMIT`: no limit."""
     shared_memory: str = ""
-    """Size of /dev/shm."""
+    """Size of /dev/shm, such as 8Gi. Empty: the default of the container runtime."""
     scratch: str = ""
-    """Size of the disk at `cache`."""
+    """Size of an empty volume at `cache`, such as 100Gi. Empty: no volume."""
     models_claim: str = ""
-    """PersistentVolumeClaim to mount at `cache`/models."""
+    """Name of the PersistentVolumeClaim to mount at `cache`/models. Empty: none."""
     storage_secret: str = ""
-    """Secret with access to object storage; mounted where `slam_asr.storage` reads it."""
+    """Name of the secret with access to object storage, mounted where `slam_asr.storage` reads it. Empty:
+    none."""
     token_secret: str = ""
-    """Secret that contains HF_TOKEN; mounted as a file, to which HF_TOKEN_PATH points."""
+    """Name of the secret that contains HF_TOKEN, mounted as a file that HF_TOKEN_PATH names. Empty: none."""
     environment: dict[str, str] = field(default_factory=dict)
     service_account: str = ""
     run_as_user: int = 1000
@@ -49,6 +50,6 @@ class Placement:
     timeout_hours: float = 0.0
     """Time limit of the job in hours; 0 means no limit.
 
-    Each attempt at the step has a job of its own, unless the attempt before was killed: then the next one
-    follows that job.
+    Each attempt at the step creates a job of its own. But if an attempt was killed, the next one follows its
+    job.
     """

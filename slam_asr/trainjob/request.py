@@ -28,10 +28,10 @@ _ADMISSION = re.compile(r"denied (the )?request|exceeded quota|violates PodSecur
 
 
 class TrainJobClient:
-    """A client of Kubeflow Trainer in one namespace, through its SDK.
+    """A client for TrainJobs in one namespace, which uses Kubeflow Trainer's SDK.
 
     Args:
-        placement: settings for each node's pod; they include the namespace.
+        placement: settings for each node's pod, including the namespace.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -45,7 +45,7 @@ class TrainJobClient:
         self.core_api = self.client.backend.core_api
         self.custom_api = self.client.backend.custom_api
         self.owner = owner_of_this_step(self.core_api, placement.namespace)
-        # The SDK has no option for a job's owner, and makes every resource's request its limit too.
+        # The SDK has no option for a job's owner, and sets every resource's limit to its request.
         # `_send_completed` therefore changes both in the request that the SDK sends.
         self._send = self.custom_api.create_namespaced_custom_object
         self.custom_api.create_namespaced_custom_object = self._send_completed
@@ -90,7 +90,10 @@ class TrainJobClient:
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
     def adopt(self, name: str) -> None:
-        """Make this run an owner of an existing job, which would otherwise end with the run that made it."""
+        """Make this run an owner of an existing job.
+
+        Otherwise, the job would be deleted together with the run that created it.
+        """
         if self.owner is None:
             return
         try:
@@ -104,7 +107,7 @@ class TrainJobClient:
     def _send_completed(
         self, group: str, version: str, namespace: str, plural: str, job: dict[str, Any], **options: Any
     ) -> Any:
-        """Send the SDK's request for a job with the job's owner, and with the limit on its cores."""
+        """Add the owner and the limit on cores to the SDK's request for a job, and send the request."""
         if self.owner is not None:
             job["metadata"]["ownerReferences"] = [self.owner]
         limits = job["spec"]["trainer"].get("resourcesPerNode", {}).get("limits", {})
@@ -116,10 +119,10 @@ class TrainJobClient:
 
 
 def _environment(placement: Placement) -> dict[str, str]:
-    """Return the variables of each node, with the path of the hub's token, which is mounted as a file.
+    """Return the environment variables of each node.
 
-    A variable cannot come from a secret: the SDK accepts only plain values, and Trainer's webhook refuses
-    variables in the changes to the runtime.
+    For the hub's token, the path of a mounted file is given. The token's variable cannot come from a secret:
+    the SDK accepts only plain values, and Trainer's webhook refuses variables in changes to the runtime.
     """
     token = {"HF_TOKEN_PATH": f"{TOKEN_FOLDER}/HF_TOKEN"} if placement.token_secret else {}
     return token | placement.environment
@@ -172,7 +175,7 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
 
 
 def _volumes(placement: Placement) -> list[tuple[dict[str, Any], str]]:
-    """The volumes that the settings ask for, each with the path that it is mounted at."""
+    """Return the volumes that the settings ask for, each with its mount path."""
     memory = {"medium": "Memory", "sizeLimit": placement.shared_memory}
     claim, secret = {"claimName": placement.models_claim}, {"secretName": placement.storage_secret}
     token = {"secretName": placement.token_secret}
@@ -211,12 +214,12 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
     except ConfigException as error:
         raise ClusterError(
             f"No Kubernetes API is configured here ({' '.join(str(error).split()).rstrip('.')}): training "
-            "over several nodes runs in a cluster."
+            "on several nodes needs a cluster."
         ) from None
     except TimeoutError as error:
         raise ClusterError(f"The Kubernetes API does not answer ({error}): try again.") from None
     except (RuntimeError, ValueError) as error:
-        # The SDK wraps the exceptions of its Kubernetes client, so the cause is found only in the chain.
+        # The SDK wraps the exceptions of its Kubernetes client, so the complete chain is searched.
         if any(isinstance(link, HTTPError) for link in _chain(error)):
             raise ClusterError(
                 f"The Kubernetes API does not answer ({cause_of(error)}): try again."
@@ -248,16 +251,17 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
 
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that caused an error of the SDK, or None."""
-    # The SDK raises plain exceptions; only the one of its Kubernetes client, further up the chain, has a
+    # The SDK raises plain exceptions. Only the exception of its Kubernetes client, which caused them, has a
     # status.
     statuses = (getattr(link, "status", None) for link in _chain(error))
     return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the first cause of an error of the SDK, as one line.
+    """Return the message of the first exception that led to an error of the SDK, as one line.
 
-    A long one loses its middle: a webhook repeats the complete object before it says what is wrong with it.
+    A message of more than 400 characters loses its middle, because a webhook repeats the complete object
+    before it says what is wrong with it.
     """
     *_, inner = _chain(error)
     reason = getattr(inner, "reason", None) or str(inner)

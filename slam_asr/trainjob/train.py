@@ -1,9 +1,9 @@
 """Run the step `train` on several nodes, as a TrainJob.
 
 The step's own pod needs no GPU. It creates the TrainJob, and each of the job's pods runs the same command as
-a training run on a single node. The step logs the first node's output and the job's state, reports a
-failure as its own, and always deletes the job at the end. A step that is started again finds its job by name
-and continues to follow it.
+a training run on a single node. The step logs the first node's output and the job's state, fails if the job
+fails, and deletes the job at the end. A step that is started again finds its job by name and continues to
+follow it.
 """
 
 import json
@@ -49,18 +49,18 @@ def train_on_nodes(
         ConfigurationError: the store is not in object storage.
         ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job was deleted or takes
             too long.
-        UserError: training failed; the message is that of the failed node.
+        UserError: training failed. The message is that of the failed node.
     """
     if not is_s3(store):
         raise ConfigurationError(
-            f"The store is {store}: training over {recipe.training.nodes} nodes needs one in object "
-            "storage, which all of them can reach."
+            f"The store is {store}, but training on {recipe.training.nodes} nodes needs a store in object "
+            "storage, which all nodes can reach: choose an s3:// prefix."
         )
     placement = in_this_namespace(placement)
     command = node_command(recipe, train_manifest, store, feature_store, dev_manifest)
-    # The name depends on all that the job does, so that a restarted step finds its own job and no other.
+    # The name is a digest of everything that defines the job, so a restarted step finds its own job.
     name = f"slam-asr-train-{digest([command, asdict(placement)])[:12]}"
-    # The nodes' pods have no volume in common with this one, so the result's place is passed on in the store.
+    # The nodes' pods share no volume with this pod, so the first node writes a pointer into the store.
     pointer = join(store, "train", "jobs", f"{name}.json")
     command += ["--pointer", pointer]
     with explained_refusals(placement):
@@ -78,20 +78,25 @@ def train_on_nodes(
             job.follow(placement.timeout_hours * 3600)
         finally:
             job.delete()
-    if not exists(pointer):
-        raise ClusterError(
-            f"TrainJob {name} is complete, but {pointer} does not exist: check that its nodes may write to "
-            f"{store}."
-        )
-    record = require_record(follow_pointer(pointer), "train")
+    record = _record_at(pointer, name)
     return replace(record, reused=record.finished < started)
 
 
-def in_this_namespace(placement: Placement) -> Placement:
-    """Return the settings with the namespace in which this pod runs; unchanged outside of a pod.
+def _record_at(pointer: str, job: str) -> Record:
+    """Read the record to which the first node of a complete job has written a pointer."""
+    if not exists(pointer):
+        raise ClusterError(
+            f"TrainJob {job} is complete, but {pointer} does not exist: check that its nodes may write there."
+        )
+    return require_record(follow_pointer(pointer), "train")
 
-    A single-user Kubeflow runs everything in its own namespace, whatever the profile says. The account, the
-    secrets and the volumes are there, and a job must be in the namespace of its owner.
+
+def in_this_namespace(placement: Placement) -> Placement:
+    """Return the settings with the namespace in which this pod runs. Outside a pod, nothing changes.
+
+    A single-user Kubeflow runs everything in its own namespace, whatever the profile says. The service
+    account, the secrets and the volumes are in that namespace. So is the job's owner, whose namespace the job
+    must share.
     """
     try:
         here = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
@@ -108,10 +113,10 @@ def in_this_namespace(placement: Placement) -> Placement:
 def node_command(
     recipe: Recipe, train_manifest: str, store: str, feature_store: str | None, dev_manifest: str | None
 ) -> list[str]:
-    """Build the command that each node runs: the same as for a training run on a single node."""
+    """Return the command that each node runs, which is the same as for a training run on a single node."""
     options = {
-        # In full, not by name: the pods must not depend on a file of this one. Sorted, because the job's name
-        # is a digest of this command.
+        # The recipe's content, not its name, because the nodes' pods cannot read the files of this pod. The
+        # keys are sorted, because the job's name is a digest of this command.
         "--recipe": json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True),
         "--train-manifest": train_manifest,
         "--dev-manifest": dev_manifest,

@@ -1,8 +1,8 @@
-"""Why nodes of a TrainJob do not run yet, in the words of the scheduler, the node, Kubernetes or Kueue.
+"""Finds out why nodes of a TrainJob do not run yet, in the words of the scheduler, Kubernetes or Kueue.
 
-The job itself does not say it: with one of two pods pending, its status has no condition. The SDK's events do
-not either: it drops those of the scheduler, which have no first time, and those of the Job that cannot create
-a pod.
+The job's status does not give the reason: with one of two pods pending, it has no condition. The SDK does not
+give it either: it drops the scheduler's events, which have no `first_timestamp`, and the events of a Job that
+cannot create a pod.
 """
 
 from datetime import datetime
@@ -11,7 +11,7 @@ from typing import Any
 from kubernetes.client import CoreV1Event, V1Pod
 
 _STARTING = ("ContainerCreating", "PodInitializing")
-"""Reasons for which every container waits while its pod starts."""
+"""The reasons that Kubernetes gives for every container while its pod starts."""
 _OF_THE_JOB = ("TrainJob", "JobSet", "Job", "Workload")
 """Kinds of objects whose events say why a node has no pod; Workload is Kueue's."""
 
@@ -26,7 +26,7 @@ def waiting_nodes(
         namespace: namespace of the job.
         job: name of the TrainJob.
         nodes: number of the job's nodes.
-        created: when the job was created. Older events are those of an earlier job of that name.
+        created: time at which the job was created. Older events belong to an earlier job of the same name.
 
     Returns:
         The names of the nodes, such as `node-1`, keyed by the reason.
@@ -38,7 +38,7 @@ def waiting_nodes(
     latest: dict[str, V1Pod] = {}
     pods = core_api.list_namespaced_pod(namespace, label_selector=selector).items
     for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
-        # In the order of creation, so that of a node's pods the last one remains.
+        # The pods are in the order of their creation, so the newest pod of each node remains.
         latest[pod.metadata.labels["batch.kubernetes.io/job-completion-index"]] = pod
     events = [e for e in core_api.list_namespaced_event(namespace).items if _time(e) >= created]
     waiting: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def _why_no_pod(job: str, events: list[CoreV1Event]) -> str:
 
 
 def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
-    """Return why a pod is pending: its condition, else the state of a container, else the latest warning."""
+    """Return why a pod is pending: the reason of its condition, of a container, or of its latest warning."""
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":
             return _sentence(condition.reason, condition.message)
@@ -86,7 +86,7 @@ def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
 
 
 def _latest_warning(events: list[CoreV1Event]) -> str:
-    # Kueue's event about a Workload that waits for quota is no warning; its reason is Pending.
+    # Kueue's event about a Workload that waits for quota is not a warning; its reason is Pending.
     reasons = [e for e in events if e.type == "Warning" or e.reason == "Pending"]
     if not reasons:
         return ""
@@ -95,7 +95,7 @@ def _latest_warning(events: list[CoreV1Event]) -> str:
 
 
 def _time(event: CoreV1Event) -> datetime:
-    """The time of an event: which of its fields is filled depends on the component that reports it."""
+    """Return the time of an event. Components that report events fill different fields."""
     times = (event.last_timestamp, event.event_time, event.first_timestamp)
     return next((time for time in times if time), event.metadata.creation_timestamp)
 

@@ -49,6 +49,18 @@ def test_a_process_without_work_has_no_loss_and_a_zero_gradient_for_every_weight
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("distance_weight", [0.0, 0.5])
+def test_utterances_that_are_all_too_short_for_a_position_have_no_loss(distance_weight):
+    model = model_of(4, 6, 10, 8)
+    targets = [torch.tensor([1, 2]), torch.tensor([3])]
+    batch = CtcBatch([torch.randn(1, 6)] * 2, [0, 0], targets, distance_weight=distance_weight)
+    loss, sums = model(batch)
+    loss.backward()
+    # Every token counts as an error.
+    assert loss == 0 and sums.tolist() == [0, 0, 3]
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("seed", [2, 3])
 def test_a_projector_learns_the_tokens_and_its_outputs_approach_their_embeddings(seed):
     torch.manual_seed(seed)

@@ -1,4 +1,7 @@
-"""A training run that cannot fit is refused before anything is loaded; one that might not gets a warning."""
+"""A training run that cannot fit in memory is refused before anything is loaded.
+
+A run that might not fit gets a warning.
+"""
 
 import dataclasses
 import re
@@ -20,7 +23,7 @@ from slam_asr.runtime.machine import Machine, host_memory
 
 
 class Words:
-    """A prompt of 12 tokens, and a token for each word and the end."""
+    """A prompt of 12 tokens. An answer has one token for each word, and one for its end."""
 
     for_training = (TokenizedPrompt("say", [], [1] * 12),)
 
@@ -74,7 +77,7 @@ def gpus(memory: float | None, count: int = 1, host: float | None = None) -> Mac
     return Machine(count, count, True, memory, host)
 
 
-def test_what_cannot_fit_is_refused_and_what_may_not_fit_gets_a_warning(capsys):
+def test_a_run_that_cannot_fit_is_refused_and_one_that_might_not_gets_a_warning(capsys):
     model = shapes()
     with pytest.raises(
         UserError,
@@ -197,7 +200,7 @@ def test_memory_that_a_containers_processes_already_take_is_not_available(
     assert host_memory() == left
 
 
-def test_each_process_counts_with_its_own_python(capsys):
+def test_the_memory_of_python_is_counted_for_each_process(capsys):
     model = shapes(positions_per_batch=100)
     beyond = predicted_memory(model, on_gpu=False) - PROCESS_OVERHEAD
     fitting = beyond + PROCESS_OVERHEAD

@@ -1,4 +1,4 @@
-"""Plans agree with published sizes; more memory or sharding never makes a plan worse; nothing is loaded."""
+"""Plans agree with published sizes. More memory or sharding never makes a plan worse. No model is loaded."""
 
 import dataclasses
 
@@ -43,8 +43,8 @@ def test_every_shipped_recipe_can_be_planned_without_its_models(capsys):
 
 
 def test_an_epoch_of_a_thousand_hours_takes_the_published_time():
-    # In the published four hours on four A100 (312 TFLOP/s each), the planned FLOPs are 8 % (WavLM) and 16 %
-    # (Whisper) of the peak.
+    # If an epoch takes the published four hours on four A100 GPUs (312 TFLOP/s each), the planned FLOPs are
+    # 8 % (WavLM) and 16 % (Whisper) of the peak.
     result = plan(load_recipe("wavlm-large-vicuna-7b", {"training.epochs": 1}), gpus=4, hours=1000)
     whisper = plan(load_recipe("whisper-large-v2-vicuna-7b", {"training.epochs": 1}), gpus=4, hours=1000)
     shares = [p.stages["train"].flops / (4 * 3600 * 4 * 312e12) for p in (result, whisper)]
@@ -76,7 +76,7 @@ def test_a_plan_that_cannot_fit_has_no_proposal(capsys):
 
 
 @pytest.mark.slow
-def test_a_70b_full_fine_tune_needs_the_hosts_memory_on_eight_gpus():
+def test_full_fine_tuning_of_70b_needs_host_memory_on_eight_gpus():
     result = plan(
         load_recipe("wavlm-large-llama-2-70b-full", {"training.offload_optimizer": False}),
         gpus=8,
@@ -126,16 +126,16 @@ def test_the_command_takes_the_recipe_as_first_argument(capsys):
     assert "each of 2 GPUs in training, ZeRO stage 3" in out and "24 GB" in out
 
 
-def test_a_beginning_counts_with_its_steps_its_work_and_its_memory(capsys):
+def test_the_steps_work_and_memory_of_a_beginning_are_counted(capsys):
     options = {"training.epochs": 1, "projector.beginning.steps": 500}
     without = plan(load_recipe("wavlm-large-vicuna-7b", options), gpus=4)
     assert without.beginning is None and "beginning" not in capsys.readouterr().out
     begun = plan(load_recipe("wavlm-large-vicuna-7b", options | {"projector.beginning.kind": "ctc"}), gpus=4)
     assert begun.steps == without.steps + 500 and begun.memory == without.memory
     more = begun.stages["train"].flops - without.stages["train"].flops
-    # Without the LLM's layers, a step is far cheaper.
+    # Without the LLM's layers, a step of the beginning takes far fewer FLOPs.
     assert 0 < more / 500 < 0.05 * without.stages["train"].flops / without.steps
-    # Projector, gradients and optimiser, 32,000 embeddings in bf16, and logits of one process' audio.
+    # Projector with gradients and optimiser, 32,000 embeddings in bf16, logits of the audio, and CUDA.
     audio = begun.load.rows * begun.load.audio
     expected = 18_880_512 * 20 + 32_000 * 4096 * 2 + audio * 32_000 * 20 + 1.5e9
     assert begun.beginning.total == pytest.approx(expected, rel=0.03)
@@ -143,7 +143,7 @@ def test_a_beginning_counts_with_its_steps_its_work_and_its_memory(capsys):
 
 
 def test_a_proposal_fits_in_the_beginning_too():
-    """With gradient checkpointing, the beginning takes more memory than the rest."""
+    """With gradient checkpointing, the beginning takes more memory than the rest of training."""
     options = {
         "projector.beginning.kind": "ctc",
         "training.positions_per_step": 200_000,

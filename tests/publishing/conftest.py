@@ -1,4 +1,4 @@
-"""A Model Registry, and models with the scores of decodings that never happened."""
+"""A Model Registry, and models with scores of made-up hypotheses."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def registry(monkeypatch):
     """The state of a Model Registry; the environment names its address."""
     for name in ("MODEL_REGISTRY_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    # The client reads all certificates before each request, even of plain HTTP, which takes 0.1 s.
+    # The client reads all certificates before each request, even over plain HTTP, which takes 0.1 s.
     monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
     with model_registry() as (state, address):
         monkeypatch.setenv("MODEL_REGISTRY_URL", address)
@@ -28,7 +28,7 @@ def registry(monkeypatch):
 
 @pytest.fixture
 def trained(tmp_path):
-    """Return a function that writes a model and its scores: every `wrong`-th utterance has wrong words."""
+    """Return a function that writes a model and its scores, with errors in every `wrong`-th utterance."""
 
     def write(name: str, wrong: int, utterances: int = 60) -> tuple[str, str]:
         training = {"recipe": "demo", "steps": len(name), "name": name}

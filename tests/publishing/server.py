@@ -1,7 +1,7 @@
-"""An HTTP server that speaks the REST API of Kubeflow's Model Registry, with the models of its own client.
+"""An HTTP server with the REST API of Kubeflow's Model Registry.
 
-Requests are parsed, and answers are written, by the classes that the client's generator made from the API's
-description. A request or an answer with a wrong field therefore fails.
+The server parses requests and writes answers with the classes of the real client, which were generated from
+the API's description. A request or an answer with a wrong field therefore fails.
 """
 
 import http.server
@@ -17,7 +17,7 @@ from mr_openapi.models.metadata_value import MetadataValue
 
 TOKEN = "a-token-that-nobody-may-see"
 PAGE = 2
-"""Items per page of a list, so that a client has to ask for more."""
+"""Items per page of a list. It is small, so that a client has to ask for several pages."""
 
 
 class ModelRegistryServer:
@@ -28,17 +28,17 @@ class ModelRegistryServer:
         """The token that a request must have; empty for none."""
         self.versions_of_api = ("v1alpha3", "v1")
         self.faults: list[int | str] = []
-        """Status or kind (`html`) of the next answers, for any request."""
+        """Statuses of the next answers to any request; `html` is an answer with a page in HTML."""
         self.fails_at = ""
-        """End of the path of a request that gets the status 500."""
+        """Requests whose path ends with this text get the status 500; empty for none."""
         self.models: list[mr.RegisteredModel] = []
         self.versions: list[mr.ModelVersion] = []
         self.artifacts: list[tuple[str, mr.ModelArtifact]] = []
-        """Each with the id of its version."""
+        """(id of the version, artifact) for each artifact."""
         self.requests: list[str] = []
 
     def properties_of(self, version: str) -> dict[str, Any]:
-        """Custom properties of a version, as plain values."""
+        """Return the custom properties of a version as plain values."""
         [found] = [v for v in self.versions if v.name == version]
         return {key: _plain(value) for key, value in found.custom_properties.items()}
 

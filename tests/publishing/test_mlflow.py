@@ -1,4 +1,4 @@
-"""MLflow's registry behaves as Kubeflow's does: one version per model, which the next is compared with."""
+"""MLflow's registry behaves as Kubeflow's: one version per model, with which the next model is compared."""
 
 import pytest
 
@@ -14,7 +14,7 @@ mlflow = pytest.importorskip(
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Registry in a folder, and the client to look into it."""
+    """A client of a registry in a local folder."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
@@ -22,7 +22,7 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_model_is_one_version_and_a_better_one_the_next(store, trained, recipe_with, tmp_path):
+def test_a_model_becomes_one_version_and_a_better_model_the_next(store, trained, recipe_with, tmp_path):
     def published(name, wrong, output):
         recipe = recipe_with(publish__registry="mlflow", gate__better_than="registered")
         return publish(recipe, *trained(name, wrong), str(tmp_path / output), run="run-7").summary

@@ -1,4 +1,4 @@
-"""A model is registered only if it passes the gate, only once, and with what the next comparison needs."""
+"""A model is registered only if it passes the gate, only once, and with the facts that later runs compare."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.publishing.server import TOKEN
 BETTER = {"gate__better_than": "registered"}
 
 
-def test_published_model_has_its_address_its_rate_and_the_digests_of_its_data(
+def test_a_published_version_has_the_models_address_its_wer_and_the_digests_of_its_data(
     registry, trained, recipe_with, tmp_path
 ):
     model, scores = trained("good", wrong=10)
@@ -76,7 +76,7 @@ def test_model_at_the_limit_passes(registry, trained, recipe_with, tmp_path):
     assert len(registry.versions) == 1
 
 
-def test_published_twice_is_the_same_version(registry, trained, recipe_with, tmp_path):
+def test_a_model_that_is_published_twice_has_one_version(registry, trained, recipe_with, tmp_path):
     model, scores = trained("good", wrong=10)
     first = publish(recipe_with(**BETTER), model, scores, str(tmp_path / "one"), run="1")
     posts = [r for r in registry.requests if r.startswith("POST")]
@@ -109,7 +109,7 @@ def test_only_a_significantly_better_model_replaces_the_registered_one(
         f"1.67 % is significantly better than 16.67 % of the registered version {first} (p < 0.001)" in better
     )
     assert len(registry.versions) == 2
-    # The newest version is the one to compare with, unless it is archived.
+    # Models are compared with the newest version that is not archived.
     assert f"than 1.67 % of the registered version {registry.versions[1].name} " in summary_of("late", 3)
     registry.versions[1].state = ModelVersionState.ARCHIVED
     assert f"of the registered version {first} " in summary_of("later", 3)
@@ -167,7 +167,7 @@ def test_version_without_its_artifact_is_completed(registry, trained, recipe_wit
         ("down", r"does not answer \(.*\): start it, or check MODEL_REGISTRY_URL"),
     ],
 )
-def test_fault_of_the_registry_is_one_sentence_before_anything_is_read(
+def test_a_fault_of_the_registry_is_reported_in_one_sentence_before_anything_is_read(
     fault, sentence, registry, recipe_with, tmp_path, monkeypatch, capsys
 ):
     if fault == "api":
@@ -182,7 +182,7 @@ def test_fault_of_the_registry_is_one_sentence_before_anything_is_read(
     assert capsys.readouterr() == ("", "")
 
 
-def test_server_that_accepts_but_never_answers_is_given_up(recipe_with, tmp_path, monkeypatch):
+def test_a_server_that_accepts_a_connection_but_never_answers_is_reported(recipe_with, tmp_path, monkeypatch):
     import socket
 
     monkeypatch.setattr(kubeflow_registry, "_PATIENCE", 0.2)
@@ -192,7 +192,7 @@ def test_server_that_accepts_but_never_answers_is_given_up(recipe_with, tmp_path
             check_registry(recipe_with(), str(tmp_path / "out"))
 
 
-def test_token_is_that_of_the_environment_and_is_never_shown(
+def test_the_token_comes_from_the_environment_and_is_never_shown(
     registry, trained, recipe_with, tmp_path, monkeypatch, capsys
 ):
     registry.token = TOKEN

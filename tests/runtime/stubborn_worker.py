@@ -1,4 +1,4 @@
-"""A worker that does not end when it is asked to, like one that waits for a GPU's driver."""
+"""A worker that ignores SIGTERM, like a process that waits for a GPU's driver."""
 
 import signal
 import time

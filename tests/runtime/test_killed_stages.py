@@ -16,20 +16,20 @@ from slam_asr.stages.build_manifest import build_manifest
 
 SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 TOKEN = "SLAM_ASR_TEST_TOKEN"
-"""Environment variable by which the stage's processes are found: they all inherit it."""
+"""Environment variable by which the stage's processes are found: all of them inherit it."""
 WITHIN = 30.0
-"""Seconds in which the processes must end: those that still import torch notice it only afterwards."""
+"""Seconds in which the processes must end. A process that has just started may notice the kill late."""
 WORKERS = {
     "train": "slam_asr.training.loop",
     "extract-features": "slam_asr.features.extraction",
     "decode": "slam_asr.decoding.decoder",
 }
-"""Stages that start processes, and the module that these run."""
+"""Stages that start processes, and the module that these processes run."""
 
 
 @pytest.fixture(scope="module")
 def arguments(tiny_recipe, tiny_corpus, model, tmp_path_factory) -> dict[str, list[str]]:
-    """Each stage's arguments for two processes, except --output."""
+    """The arguments of each stage, except --output, for two processes."""
     folder = tmp_path_factory.mktemp("killed")
     recipe = load_recipe(str(tiny_recipe))
     manifests = build_manifest(recipe, str(tiny_corpus), str(folder / "m")).folder
@@ -59,13 +59,13 @@ def start(stage: str, arguments: list[str], folder: Path, token: str) -> subproc
 
 
 def processes_with(token: str, module: str = "") -> list[psutil.Process]:
-    """The running processes of a stage; with `module`, only those that run it."""
+    """Return the running processes of a stage; if `module` is given, only those that run this module."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TOKEN) == token:
                 found += [process] * (not module or module in process.cmdline())
-        except psutil.Error:  # it has ended meanwhile, or is another user's
+        except psutil.Error:  # the process has ended meanwhile, or belongs to another user
             continue
     return found
 
@@ -84,13 +84,14 @@ def require_end(token: str, what: str) -> None:
 @pytest.mark.cold
 @pytest.mark.parametrize("stage", WORKERS if SOAK else ["train"])
 def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(stage, arguments, tmp_path):
-    """They are importing torch then, and have not asked the kernel yet to end with the stage."""
+    """The stage is killed while its processes start, and before or while they import torch."""
     token = uuid.uuid4().hex
     killed = start(stage, arguments[stage], tmp_path, token)
-    # Each look reads the state of every process of the machine; imports take seconds.
+    # Not more often, because each call reads the state of every process on the machine, and imports take
+    # seconds.
     while killed.poll() is None and not processes_with(token, WORKERS[stage]):
         time.sleep(0.2)
-    # A process was seen running, so the kill has one to end; it may end before the next line looks for it.
+    # Whether a process still runs is not checked here: it may end before the check.
     assert killed.poll() is None, "the stage ended before it started a process"
     killed.kill()
     killed.wait()

@@ -1,4 +1,4 @@
-"""The checks of `doctor --run` find what is wrong inside a pod: real storage, folders and names."""
+"""The checks of `doctor --run` find what is wrong inside a pod. Storage, folders and names are real."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_gpus_that_torch_does_not_see_are_a_finding():
     assert finding.sign == BAD and finding.detail.startswith(expected) and "steps.train.gpu" in finding.detail
 
 
-def test_finding_is_read_again_from_its_line():
+def test_finding_can_be_parsed_from_its_line():
     finding = Finding(BAD, "store s3://bucket", "cannot be written: access is denied.")
     assert parse_finding(finding.line()) == finding
     assert parse_finding("a line of the log: 7") is None and parse_finding("✗ nothing") is None

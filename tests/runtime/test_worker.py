@@ -1,4 +1,4 @@
-"""A worker process always ends, and never outlives the stage that started it, whenever that is killed."""
+"""A worker process always ends, and never outlives its stage, whenever the stage is killed."""
 
 import atexit
 import os
@@ -18,7 +18,7 @@ WORKER = "from slam_asr.runtime.worker import die_with_parent; die_with_parent()
 
 
 def test_worker_whose_parent_is_gone_ends_at_once():
-    # The process that PARENT names has ended, as a stage that was killed while its worker was importing.
+    # The process that PARENT names has ended, like a stage that was killed while its worker was starting.
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     worker = subprocess.run(
@@ -60,7 +60,7 @@ def test_worker_dies_with_a_parent_that_is_killed_at_any_moment_of_its_start():
 
 
 def _runs(process: int) -> bool:
-    """Whether a process exists and has not ended. One without a parent may remain as a zombie."""
+    """Whether a process exists and has not ended. A zombie, which nobody waits for, has ended."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -75,7 +75,7 @@ def test_a_process_leaves_its_group_although_another_is_gone_and_the_group_canno
         torch.distributed.barrier()
         if rank == 1:
             os._exit(3)
-        # As gloo's own thread has, when another process had closed its connections.
+        # gloo's own thread has hung like this when another process had closed its connections.
         torch.distributed.destroy_process_group = lambda: time.sleep(1e6)
         leave_group(5)
 
@@ -119,7 +119,7 @@ def test_a_failing_process_ends_at_once_and_skips_the_interpreters_finalisation(
 
 
 @pytest.mark.cold
-def test_a_process_that_ignores_its_termination_is_killed(monkeypatch):
+def test_a_process_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 0.2)
     with processes_of("tests.runtime.stubborn_worker", Job(), 2, "nothing", piped=True) as running:
         assert [process.stdout.readline() for process in running] == ["ignores SIGTERM\n"] * 2

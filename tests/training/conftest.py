@@ -9,7 +9,7 @@ from slam_asr.stages.extract_features import extract_features
 
 @pytest.fixture(scope="session")
 def prepared(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[str, str, str]:
-    """Recipe, folder of manifests, and feature store."""
+    """Paths of a recipe, of a folder with manifests, and of a feature store."""
     folder = tmp_path_factory.mktemp("prepared")
     recipe = load_recipe(str(tiny_recipe))
     built = build_manifest(recipe, str(tiny_corpus), str(folder / "m"))

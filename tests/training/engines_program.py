@@ -1,9 +1,12 @@
-"""A program for torchrun: the same steps with every engine, a restart, and a gradient that is not finite.
+"""A program for torchrun: it takes the same steps with every engine, with and without a restart.
 
-Writes losses.json. By engine and precision, it has three lists of losses: of an uninterrupted run, of one
-resumed from a saved state in a new engine of the same kind, and of one resumed in another kind. It also has
-the number of updates before the restart, whether a gradient that is not finite left the weights unchanged,
-and the loss of the step after it.
+It also runs each engine with a gradient that is not finite. It writes losses.json, which contains for each
+engine and precision:
+
+- the losses of an uninterrupted run, of a run resumed from a saved state in a new engine of the same kind,
+  and of a run resumed in an engine of another kind;
+- the number of updates before the restart;
+- whether the gradient that is not finite left the weights unchanged, and the loss of the step after it.
 """
 
 import copy
@@ -39,7 +42,10 @@ PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32",
 
 
 class Model(torch.nn.Module):
-    """Odd sizes, so that slices are unequal; a frozen layer; two trained parts with their own rates."""
+    """A model with a frozen layer and two trained parts, whose learning rates differ.
+
+    Its sizes are odd, so that slices are unequal.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +66,7 @@ def make(kind: str, precision: str) -> Engine:
 
 
 def run(engine: Engine, first: int, last: int, poison: int | None = None) -> list[float]:
-    """Train from step `first` up to `last`; in step `poison` an input of the last process is NaN.
+    """Take the steps from `first` to `last` - 1. In step `poison`, an input of the last process is NaN.
 
     Returns:
         The loss of each step.
@@ -74,7 +80,7 @@ def run(engine: Engine, first: int, last: int, poison: int | None = None) -> lis
             inputs[-1, 0] = torch.nan
         total = torch.zeros((), device=DEVICE)
         mine = torch.arange(8)[rank::processes]
-        # Two micro-batches, the second one larger.
+        # Two micro-batches, of which the second is larger.
         for is_last, part in ((False, mine[:1]), (True, mine[1:])):
             outputs = engine.forward(inputs[part].to(DEVICE), is_last).float()
             loss = ((outputs - targets[part].to(DEVICE)) ** 2).sum()

@@ -1,6 +1,6 @@
-"""A program for torchrun: a small LLM with adapters under each engine, with and without compiled layers.
+"""A program for torchrun: it trains a small LLM with adapters under each engine.
 
-Writes losses.json: by engine, the losses without and with compilation.
+It writes losses.json, which contains for each engine the losses without and with compiled layers.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ if os.environ.get("SLAM_ASR_SOAK"):
 
 
 def losses(compiled: bool, **options) -> list[float]:
-    """The losses of four steps, each over another number of utterances."""
+    """Return the losses of four steps, each with a different number of utterances."""
     torch.manual_seed(0)
     llm = LlamaForCausalLM(
         LlamaConfig(
@@ -71,8 +71,7 @@ def losses(compiled: bool, **options) -> list[float]:
 
 def main(folder: Path) -> None:
     start_process_group(DEVICE, "deepspeed")
-    # Engines only interact with the traced layer; which code a compiler generates from it does not matter
-    # here.
+    # Engines interact only with the traced layer, so no code needs to be generated from it here.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     results = {
         kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()

@@ -1,8 +1,9 @@
-"""A program for torchrun: the anonymous memory that each process takes while an LLM is loaded and sharded.
+"""A program for torchrun: it measures the memory that each process takes while an LLM is loaded and sharded.
 
-The folder's name is an engine and a way of loading (`fsdp complete`); its `llm` is the LLM. Writes
-memory.json: each process's peak, as a fraction of the LLM's size. Each way runs in new processes, because a
-process that has loaded one LLM reuses its memory for the next.
+The name of the folder that it gets consists of an engine and a way of loading, such as `fsdp complete`. The
+folder contains the LLM as `llm`. The program writes memory.json: the peak of each process's anonymous memory,
+as a fraction of the LLM's size. Each way of loading needs new processes, because a process that has loaded
+one LLM reuses the memory for the next.
 """
 
 import json

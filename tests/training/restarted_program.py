@@ -1,6 +1,7 @@
-"""A training run's process that ends as `job.json` specifies, with one exit code for each attempt.
+"""A stand-in for a training process, which exits with the code that `job.json` gives for each attempt.
 
-Before the attempts that it names, it leaves a new checkpoint. It imports nothing that takes long.
+In the attempts that `job.json` lists under `checkpoints`, it first writes a checkpoint. It starts fast,
+because it imports only modules of the standard library.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A program for torchrun: the same steps with an LLM loaded completely, and with one that is read lazily.
+"""A program for torchrun: it takes the same steps with an LLM that is loaded completely or read lazily.
 
-The folder contains LLMs. Writes losses.json, by LLM, engine, tuning and way of loading (`complete` or
-`sharded`).
+The folder that it gets contains LLMs. It writes losses.json, keyed by LLM, engine, tuning and way of loading
+(`complete` or `sharded`).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ STEPS, WIDTH = 4, 8
 def build(
     folder: Path, complete: bool, kind: str, precision: str, tuning: Llm, checkpointing: bool = False
 ) -> Engine:
-    """Create an engine with the LLM in a folder, loaded completely (`complete`) or lazily."""
+    """Create an engine with the LLM in a folder, which is loaded completely if `complete`, else lazily."""
     options = dataclasses.replace(Training(), precision=precision, **ENGINES[kind])
     lazy_weights: list[LazyWeight] = []
     if complete:
@@ -57,7 +57,7 @@ def build(
 
 
 def run(engine: Engine) -> list[float]:
-    """Take a few steps, with different batches in each process; returns their losses."""
+    """Take a few steps, with different batches in each process, and return their losses."""
     rank, losses = torch.distributed.get_rank(), []
     assert engine.try_llm(allow_packing)
     if isinstance(engine, TorchEngine) and engine.try_llm(allows_chunks):

@@ -48,7 +48,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
         != steps_of_one_shard(LENGTHS, 1500, 0, 1)
         != steps_of_one_shard(LENGTHS, 1500, 1, 1)
     )
-    # Golden: the same on every machine.
+    # A golden value: the order is the same on every machine.
     assert steps_of_one_shard(list(range(10, 20)), 60, 7, 0) == [[0, 1, 2, 3, 4], [8, 9], [5, 6, 7]]
 
 
@@ -192,8 +192,8 @@ def test_packed_batches_contain_every_utterance_within_the_budget_and_are_equall
         assert sorted(i for batch in batches for i in batch) == sorted(step)
         assert len({len(share) for share in shares}) == 1
         assert all(sum(LENGTHS[i] for i in batch) <= budget or len(batch) == 1 for batch in batches)
-        # Each process has at most one batch more than necessary, unless an utterance takes more than half of
-        # the budget.
+        # Each process has at most one batch more than necessary, unless an utterance may take more than half
+        # of the budget.
         fewest = -(-sum(LENGTHS[i] for i in step) // (budget * processes))
         assert len(shares[0]) <= fewest + 1 or max(LENGTHS) > budget // 2
 

@@ -1,24 +1,26 @@
-"""A training run that this machine cannot run is refused in one sentence, before a process is started."""
+"""Before a process is started, a training run that this machine cannot run is refused in one sentence."""
 
 import importlib.util
 
 import pytest
 import torch
 
+from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.config.recipe import Training, load_recipe
 from slam_asr.errors import UserError
 from slam_asr.runtime import machine
 from slam_asr.stages import train as stage
 from slam_asr.training import kernels, launch
+from slam_asr.training.inputs import warn_of_shared_utterances
 
 
 class Started(Exception):
-    """Raised where the first process would be started."""
+    """Raised instead of starting the training processes."""
 
 
 @pytest.fixture
 def start_training(prepared, monkeypatch, tmp_path):
-    """A function that starts to train with changes to the recipe."""
+    """Return a function that trains with changes to the recipe, up to the start of the processes."""
     recipe, manifests, features = prepared
 
     def start(*_) -> None:
@@ -78,3 +80,15 @@ def test_ligers_kernels_without_a_gpu_are_refused(start_training, on_a_cpu):
 def test_ligers_kernels_without_the_package_are_refused():
     with pytest.raises(UserError, match=r"pip install liger-kernel"):
         kernels.require_kernels(Training(liger=True), torch.device("cuda"))
+
+
+def test_dev_utterances_that_are_also_in_train_are_counted(prepared, capsys):
+    _, manifests, _ = prepared
+    trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")
+    warn_of_shared_utterances({"train": trained, "dev": dev})
+    assert capsys.readouterr().out == ""
+    warn_of_shared_utterances({"train": trained, "dev": [*dev, *trained[:2]]})
+    assert (
+        f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})"
+        in capsys.readouterr().out
+    )

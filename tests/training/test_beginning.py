@@ -1,4 +1,4 @@
-"""The beginning of a training: CTC's loss, exact resume in both phases, and what it leaves out."""
+"""The beginning of a training run: its loss, its end, exact resumption in both phases, and refused inputs."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ BORDER, STEPS = 8, 14
 OPTIONS = {
     "projector.beginning.kind": "ctc",
     "projector.beginning.steps": BORDER,
-    # The models' tokens are single characters, of which there are more than LLM positions otherwise.
+    # The tokens of the tiny models are single characters. CTC needs at least as many LLM positions.
     "projector.downsampling": 1,
     "training.positions_per_step": 150,
     "training.positions_per_batch": 80,
@@ -63,7 +63,7 @@ def run(prepared, output: Path, **options):
 
 
 def curve_of(record) -> list[dict]:
-    """All rows of the curve, without what differs from run to run."""
+    """Return all rows of the curve without `memory`, which differs from run to run."""
     rows = [json.loads(line) for line in Path(record.file("curve.jsonl")).read_text("utf-8").splitlines()]
     return [{k: v for k, v in row.items() if k != "memory"} for row in rows]
 
@@ -79,13 +79,16 @@ def tensors_of(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """A training with CTC and dropout in both phases: of the encoder's values, and of LoRA's inputs."""
+    """Record and folder of a training run with CTC and dropout in both phases.
+
+    Dropout applies to the encoder's values and to LoRA's inputs.
+    """
     output = tmp_path_factory.mktemp("uninterrupted") / "t"
     return run(prepared, output, **LORA), output
 
 
 @pytest.mark.slow
-def test_both_phases_are_steps_of_one_training(uninterrupted):
+def test_both_phases_are_steps_of_one_training_run(uninterrupted):
     record, output = uninterrupted
     begun, begun_dev = read_curve(record.file("curve.jsonl"), BEGINNING)
     main, dev = read_curve(record.file("curve.jsonl"))
@@ -95,7 +98,7 @@ def test_both_phases_are_steps_of_one_training(uninterrupted):
     assert all(0 <= row["accuracy"] <= 1 for row in main) and all(row["loss"] > 0 for row in begun)
     assert record.facts["steps"] == STEPS and record.metrics["steps of the beginning"] == BORDER
     assert "Beginning: " in Path(record.file("curves.html")).read_text("utf-8")
-    # Of the LLM, the beginning trains nothing; of the head, the main phase nothing.
+    # The beginning trains nothing of the LLM, and the main phase nothing of the head.
     names = [
         {name.partition("/")[2] for name in tensors_of(output, step) if name.startswith("weights")}
         for step in (BORDER, STEPS)
@@ -106,8 +109,8 @@ def test_both_phases_are_steps_of_one_training(uninterrupted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["beginning", "border", "main"])
-def test_a_training_that_resumes_is_bit_equal(prepared, uninterrupted, tmp_path, where):
-    """A kill after a checkpoint leaves exactly this: the pointer names it, and later ones may exist too."""
+def test_a_resumed_training_run_is_bit_equal(prepared, uninterrupted, tmp_path, where):
+    """After a kill, the pointer `latest` names a checkpoint, and later ones may exist too."""
     record, output = uninterrupted
     # A checkpoint is postponed while another is being written, so not every step has one.
     saved = [c.step for c in checkpoint.all_complete(str(output / "checkpoints"))]
@@ -135,7 +138,7 @@ def test_the_best_checkpoint_the_average_and_the_model_are_of_the_main_phase(uni
     assert best.step > BORDER and best.dev_loss == min(row["loss"] for row in record.facts["validation"])
     model = convert_checkpoint(str(output), str(tmp_path / "model"))
     head = json.loads(Path(model.file("config.json")).read_text("utf-8"))["training"]["ctc_head"]
-    # The sharpness is what the beginning learned; the main phase does not change it.
+    # The beginning has learned the sharpness, and the main phase does not change it.
     learned = tensors_of(output, BORDER)["weights-00000-of-00001.safetensors/head.log_sharpness"].exp()
     assert head["sharpness"] == pytest.approx(float(learned)) and len(head["tokens"]) > 10
     with safe_open(model.file("projector.safetensors"), "pt") as file:
@@ -186,7 +189,7 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
     utterances = list(read_manifest(f"{prepared[1]}/train.jsonl"))
     reader = StoreReader(FeatureStore(prepared[2], spec.fingerprint(), recipe.features.dtype))
     tokenizer, llm = load_tokenizer(Path(recipe.llm.name)), load_llm(Path(recipe.llm.name), torch.float32)
-    # The tokens are bytes, so every character is one.
+    # The tokens are bytes, so every character is one token.
     texts = [tokenizer.encode(u.target, add_special_tokens=False) for u in utterances]
     blank = tokenizer.encode("\n", add_special_tokens=False)
     tokens = blank + sorted({t for row in texts for t in row})
@@ -212,7 +215,7 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
 
 @pytest.mark.slow
 def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepared, tmp_path):
-    # Each process draws random numbers of its own.
+    # Without dropout, because each process draws random numbers of its own.
     options = {
         "projector.beginning.dropout": 0.0,
         "training.learning_rate": 1e-4,
@@ -236,7 +239,7 @@ def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepare
 
 @pytest.mark.slow
 def test_a_beginning_ends_when_the_error_rate_is_low_enough_and_resumes_at_that_border(prepared, tmp_path):
-    """Nearly every error rate is low enough, so the first validation ends it."""
+    """Nearly every error rate is below the limit of 1.0, so an early validation ends the beginning."""
     options = {"projector.beginning.until": 1.0, "projector.beginning.steps": 500, "training.max_steps": 4}
     record = run(prepared, tmp_path / "t", **options)
     dev = read_curve(record.file("curve.jsonl"), BEGINNING)[1]
@@ -272,7 +275,7 @@ def test_utterances_that_ctc_cannot_align_are_refused(prepared, tmp_path):
         run(prepared, tmp_path / "t", **{"projector.downsampling": 5})
 
 
-def test_without_a_beginning_the_inputs_of_a_training_are_what_they_were(prepared):
+def test_the_keys_of_an_unused_beginning_are_no_inputs_of_a_training_run(prepared):
     recipe = load_recipe(prepared[0])
     off = dataclasses.replace(recipe.projector.beginning, steps=7, dropout=0.5)
     changed = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, beginning=off))

@@ -21,13 +21,13 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch, minutes, expected):
     monkeypatch.setattr(resumer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     resumes = Resumer.__new__(Resumer)
     resumes.options = load_recipe("demo", {"training.checkpoint_minutes": minutes}).training
-    resumes.writer = SimpleNamespace(last=1000.0)
+    resumes.writer = SimpleNamespace(last_save=1000.0)
     due = []
     for seconds in (31, 599, 601, 1201):
         now[0] = 1000.0 + seconds
         due.append(resumes.minutes_have_passed())
     assert due == expected
-    resumes.writer.last = now[0]
+    resumes.writer.last_save = now[0]
     assert not resumes.minutes_have_passed()
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON and the reference's batches in a complete training."""
+"""Complete training runs with DeepSpeed's own JSON, and with batches as in the reference implementation."""
 
 import json
 
@@ -20,7 +20,7 @@ SETTINGS = {
 
 @pytest.fixture
 def trained(prepared, tmp_path):
-    """A function that trains with a DeepSpeed JSON and returns the losses."""
+    """Return a function that trains with a DeepSpeed JSON and returns the losses."""
     recipe, manifests, features = prepared
 
     def run(name: str, settings: dict, **training) -> list[float]:
@@ -41,7 +41,7 @@ def trained(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_settings_in_the_json_take_effect(trained):
-    """Six utterances, two per batch, two batches per step: each of three epochs has steps of four and two."""
+    """With six utterances, two per batch and two batches per step, each of three epochs has two steps."""
     plain = trained("plain", SETTINGS)
     assert len(plain) == 6
     same = trained(
@@ -52,7 +52,7 @@ def test_settings_in_the_json_take_effect(trained):
     assert other[0] == plain[0] and other[-1] != plain[-1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused only on a CPU")
 def test_the_references_fp16_configuration_is_refused_on_a_cpu():
     reference = {
         "train_micro_batch_size_per_gpu": 4,

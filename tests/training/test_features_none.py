@@ -15,7 +15,8 @@ from slam_asr.training.live import read_curve
 from tests.conftest import write_librispeech
 
 OPTIONS = {
-    # Several shards, in windows of two: the order would change if it depended on where features are.
+    # With several shards in windows of two, the order of utterances would change if it depended on where the
+    # features are.
     "encoder.frames": "all",
     "features.shard_megabytes": 1,
     "features.window_shards": 2,
@@ -79,7 +80,7 @@ def test_all_ways_give_the_same_losses_and_texts(tiny_recipe, corpus, tmp_path, 
         loss_curves[way], hypotheses[way] = losses(training), texts(decoded)
     assert len(loss_curves["local"]) > 20
     assert loss_curves["remote"] == loss_curves["local"] and hypotheses["remote"] == hypotheses["local"]
-    # Encoded in other batches, sums differ in the last bit, and so may the values they are rounded to.
+    # If audio is encoded in other batches, sums differ in the last bit, and may be rounded to other values.
     assert loss_curves["none"] == pytest.approx(
         loss_curves["local"], rel={"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}[dtype]
     )

@@ -1,6 +1,6 @@
-"""Several machines train as one does.
+"""Several machines train as one machine does.
 
-Each machine is a process tree with its own cache folder; they meet over a port.
+In these tests, a machine is a process tree with its own cache folder. The machines meet at a port.
 """
 
 import os
@@ -53,7 +53,7 @@ def test_a_machine_reads_its_rank_from_the_environment(monkeypatch):
         (("3", "0", "host", "1"), 2, "training.nodes is 2, but PET_NNODES is 3 here"),
         (("2", "", "host", ""), 2, "PET_NODE_RANK and PET_MASTER_PORT are not set"),
         (("2", "x", "host", "1"), 2, "PET_NODE_RANK is 'x'"),
-        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2: with 2 machines it must be 0 to 1"),
+        (("2", "2", "host", "1"), 2, "PET_NODE_RANK is 2, but with 2 machines it must be from 0 to 1"),
     ],
 )
 def test_an_environment_that_contradicts_the_recipe_is_refused(monkeypatch, values, expected, sentence):
@@ -64,7 +64,7 @@ def test_an_environment_that_contradicts_the_recipe_is_refused(monkeypatch, valu
 
 @pytest.fixture
 def machines(bucket, tiny_recipe, tiny_corpus, tmp_path):
-    """A function that starts `slam-asr train` on a number of machines and returns their processes."""
+    """Return a function that starts `slam-asr train` on a number of machines, and returns their processes."""
     build_manifest(load_recipe(str(tiny_recipe)), str(tiny_corpus), str(tmp_path / "manifest"))
 
     def start(name: str, number: int, *options: str) -> list[subprocess.Popen]:
@@ -137,7 +137,7 @@ def test_two_machines_train_like_two_processes_on_one(machines, bucket, tmp_path
     curves = [[row["loss"] for row in read_curve(record.file("curve.jsonl"))[0]] for record in records]
     assert curves[0] == curves[1] and len(set(curves[0])) == 3
     assert records[1].facts["processes"] == 2
-    # The checkpoint has every rank's files, and gives the same weights.
+    # The checkpoint has the files of every rank, and gives the same weights.
     files = [
         sorted(f.name for f in walk(f"s3://bucket/{name}-{stage}/checkpoints")) for name in ("one", "two")
     ]
@@ -148,12 +148,12 @@ def test_two_machines_train_like_two_processes_on_one(machines, bucket, tmp_path
     ]
     weights = [read_bytes(model.file("projector.safetensors")) for model in models]
     assert weights[0] == weights[1]
-    # Run again: all find the record, and do nothing.
+    # If the command is run again, all machines find the record, and do nothing.
     again = machines(f"two-{stage}", 2, *zero)
     assert all("already there, nothing to do" in text for text in finish(again)) and [
         p.returncode for p in again
     ] == [0, 0]
-    # With other inputs: all refuse, and none waits for another.
+    # With other inputs, all machines refuse, and none waits for another.
     other = machines(f"two-{stage}", 2, *zero, "--training.max_steps", "2")
     assert all("with other inputs (changed: recipe)" in text for text in finish(other)) and [
         p.returncode for p in other

@@ -1,4 +1,4 @@
-"""A plateau is reported when it has lasted long enough, and nothing else is."""
+"""A plateau is reported when it has lasted long enough, and nothing else is reported."""
 
 import random
 

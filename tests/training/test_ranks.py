@@ -27,23 +27,23 @@ REAL = {
     "training.samples": 0,
     "features.dtype": "fp32",
 }
-"""The published learning rate.
+"""Options with the published learning rate.
 
-Adam's first updates are almost the signs of the gradient. At ten times this rate, the rounding of another
-summation order grows to 1e-3 within five steps, on one process as on two.
+Adam's first updates are almost the signs of the gradient. At ten times this rate, the rounding errors of
+another order of summation grow to 1e-3 within five steps, on one process as on two.
 """
 
 NOISE = 3e-4
-"""Relative tolerance.
+"""Relative tolerance for losses.
 
-Before the first update two orders of summation differ by 1e-6; a few updates of Adam amplify this to up to
-1e-4, depending on the machine.
+Before the first update, two orders of summation differ by 1e-6. A few updates of Adam amplify this difference
+to up to 1e-4, depending on the machine.
 """
 
 
 @pytest.fixture(scope="module")
 def prepared(libri_mini, tmp_path_factory):
-    """Sixteen utterances for training and four for validation, of 2 to 4.5 s, with real features."""
+    """A folder, manifests and features of real speech: 16 train and 4 dev utterances of 2 to 4.5 s."""
     folder = tmp_path_factory.mktemp("ranks")
     recipe = load_recipe("librispeech", REAL | {"training.positions_per_batch": 300})
     corpus = folder / "corpus"
@@ -71,7 +71,7 @@ def losses(prepared, name, **overrides):
 @pytest.mark.slow
 def test_one_and_two_processes_give_the_same_losses(prepared):
     one, dev_one = losses(prepared, "one", **{"training.processes": 1, "training.positions_per_batch": 300})
-    # A smaller micro-batch too: accumulation must not change the losses either.
+    # The micro-batches are smaller too, because accumulation must not change the losses either.
     two, dev_two = losses(prepared, "two", **{"training.processes": 2, "training.positions_per_batch": 110})
     assert len(one) == 4 and len(dev_one) == 2
     assert two[0] == pytest.approx(one[0], rel=1e-5)
@@ -101,7 +101,7 @@ def test_a_failing_process_ends_training_with_its_message(tiny_recipe, tiny_corp
     assert read_record(tmp_path / "t") is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused only on a CPU")
 def test_fp16_on_a_cpu_is_refused_before_anything_is_read(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe), {"training.precision": "fp16"})
     with pytest.raises(UserError, match="fp16 needs a GPU"):

@@ -19,7 +19,7 @@ TEMPORARY_CODE = os.EX_TEMPFAIL
 
 
 def attempts_of(folder: Path, codes: list[int], checkpoints: tuple[int, ...] = ()) -> int:
-    """Launch a training run whose attempts end with these codes; return how many were made."""
+    """Launch a training run whose attempts exit with these codes, and return the number of attempts."""
     (folder / "job.json").write_text(json.dumps({"codes": codes, "checkpoints": checkpoints}))
     try:
         launch_training(1, folder, Nodes(), str(folder / "checkpoints"))
@@ -98,7 +98,7 @@ def test_failures_of_drivers_and_networks_are_temporary(message):
         "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
     ],
 )
-def test_failures_that_would_come_again_are_not_temporary(message):
+def test_failures_that_would_recur_are_not_temporary(message):
     assert not TEMPORARY.search(message) and not PEER_GONE.search(message)
 
 

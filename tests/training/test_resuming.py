@@ -1,4 +1,4 @@
-"""An interrupted training resumes from its last checkpoint, with identical losses."""
+"""An interrupted training run resumes from its last checkpoint, with identical losses."""
 
 import json
 import os
@@ -24,13 +24,12 @@ from slam_asr.errors import UserError
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.stages.train import train
 from slam_asr.training import resumer
-from slam_asr.training.launch import require_same_training
 from slam_asr.training.live import read_curve
 from tests.faults import FaultyProxy
 
 STEPS = 120
 OPTIONS = {
-    # Dropout draws random numbers in each process: their state must be restored too.
+    # Dropout draws random numbers in each process, so the state of the generators must be restored too.
     "llm.tuning": "lora",
     "llm.lora.dropout": 0.2,
     "training.epochs": 1000,
@@ -209,7 +208,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_resumes(prepared, tmp_
         and "run the same command again to resume" in printed
     )
     assert "Traceback" not in printed and read_record(output) is None
-    # What has been saved can be converted, and tried, before the training run is finished.
+    # The saved checkpoint can be converted, and tried, before the training run is finished.
     model = convert_checkpoint(str(output), str(tmp_path / "model"))
     assert read_config(model.folder).training["steps"] == found.step
     process = start(prepared, output, **options)
@@ -235,7 +234,7 @@ def test_a_killed_process_ends_the_training_with_a_message(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_another_number_of_processes_resumes_in_the_same_order(prepared, tmp_path):
-    """Without dropout, because each process has random numbers of its own."""
+    """Dropout is off, because each process draws random numbers of its own."""
     options = {"llm.lora.dropout": 0.0, "training.checkpoint_every": 0, "training.max_steps": FEWER}
     one, output = tmp_path / "one", tmp_path / "t"
     succeed(start(prepared, one, **options, **{"training.processes": 1}))
@@ -255,7 +254,7 @@ def test_another_number_of_processes_resumes_in_the_same_order(prepared, tmp_pat
 def test_checkpoints_reach_object_storage_that_fails_now_and_then(
     prepared, uninterrupted, faulty_s3, monkeypatch, tmp_path
 ):
-    """After a kill and the loss of its disk, the training resumes from object storage."""
+    """After a kill and the loss of its disk, a training run resumes from object storage."""
     options = {"training.processes": 2, "training.checkpoint_every": 20}
     process = start(prepared, "s3://bucket/t", **options)
     until = time.monotonic() + 120
@@ -281,7 +280,7 @@ def test_checkpoints_reach_object_storage_that_fails_now_and_then(
 def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
     prepared, bucket, s3_server, monkeypatch
 ):
-    """A checkpoint that cannot be written is tried again while training continues."""
+    """The write of a checkpoint is repeated while training continues."""
     seconds = 120 if os.environ.get("SLAM_ASR_SOAK") else 6
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", str(10 * seconds))
     first = []
@@ -294,7 +293,7 @@ def test_storage_that_is_unavailable_for_a_while_does_not_stop_training(
 
     with FaultyProxy(s3_server, rule=unavailable) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        # Long enough to be still running when the storage is back.
+        # The training run is long enough to be still running when the storage is back.
         steps = {"training.max_steps": 150 * seconds, "training.epochs": 10**6}
         process = start(prepared, "s3://bucket/t", **{"training.checkpoint_every": 5, **steps})
         printed = ended(process, within=120 + 4 * seconds)
@@ -338,87 +337,6 @@ def test_training_stops_when_no_checkpoint_can_be_uploaded_and_resumes_from_the_
     ended(process)
     assert f"resuming after step {int(error[2])} of" in line and process.returncode == 143
     assert checkpoint.require("s3://bucket/t/checkpoints").step >= int(error[2])
-
-
-def test_a_checkpoint_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path):
-    inputs = {
-        "llm_sha256": "a" * 64,
-        "recipe": {
-            "training": {"learning_rate": 1e-4, "max_steps": 10, "schedule": "constant", "validate_every": 5}
-        },
-    }
-    folder = str(tmp_path)
-    checkpoint.publish(folder, checkpoint.Checkpoint(3, 0, 3, "ddp", 1, inputs), keep=1)
-    require_same_training(folder, inputs, overwrite=False)
-
-    def changed(**training) -> dict:
-        return inputs | {"recipe": {"training": inputs["recipe"]["training"] | training}}
-
-    require_same_training(folder, changed(max_steps=20, validate_every=1), overwrite=False)
-    with pytest.raises(
-        UserError, match=r"another training run \(1 key differs: training\.learning_rate 0\.0001 → 0\.001\)"
-    ):
-        require_same_training(folder, changed(learning_rate=1e-3, max_steps=20), overwrite=False)
-    # With a constant schedule, max_steps may change. With any other, it changes the learning rates.
-    with pytest.raises(
-        UserError,
-        match=r"3 keys differ: llm_sha256 aaaaaaaaaaaa… → b, training\.max_steps 10 → 20, "
-        r"training\.schedule constant → linear",
-    ):
-        require_same_training(
-            folder, changed(schedule="linear", max_steps=20) | {"llm_sha256": "b"}, overwrite=False
-        )
-    require_same_training(folder, changed(learning_rate=1e-3), overwrite=True)
-    assert checkpoint.find(folder) is None
-
-
-def test_the_last_and_the_best_checkpoints_are_retained(tmp_path):
-    folder = str(tmp_path / "c")
-    for step, dev_loss in ((5, None), (10, 2.0), (15, 1.0), (20, None), (25, 1.5), (30, float("nan"))):
-        about = checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}, dev_loss=dev_loss)
-        (tmp_path / "c" / about.name).mkdir(parents=True)
-        (tmp_path / "c" / about.name / "weights-00000-of-00001.safetensors").write_bytes(b"x")
-        checkpoint.publish(folder, about, keep=2)
-    assert sorted(f.name for f in (tmp_path / "c").iterdir() if f.is_dir()) == [
-        "step-00000015",
-        "step-00000025",
-        "step-00000030",
-    ]
-    assert checkpoint.require(folder).step == 30 and checkpoint.require(folder, "best").step == 15
-
-
-def test_a_half_written_checkpoint_is_ignored(tmp_path):
-    folder = str(tmp_path)
-    checkpoint.publish(folder, checkpoint.Checkpoint(5, 0, 5, "ddp", 1, {}), keep=2)
-    (tmp_path / "step-00000010").mkdir()
-    (tmp_path / "step-00000010" / "weights-00000-of-00002.safetensors").write_bytes(b"half")
-    assert checkpoint.require(folder).step == 5
-    checkpoint.publish(folder, checkpoint.Checkpoint(8, 0, 8, "ddp", 1, {}), keep=2)
-    assert (tmp_path / "step-00000010").exists(), "another process may be writing it"
-    checkpoint.publish(folder, checkpoint.Checkpoint(12, 0, 12, "ddp", 1, {}), keep=2)
-    assert not (tmp_path / "step-00000010").exists() and (tmp_path / "step-00000008").exists()
-
-
-def test_anything_after_the_latest_checkpoint_is_removed_before_resuming(tmp_path):
-    folder = str(tmp_path)
-    for step in (5, 9):
-        checkpoint.publish(folder, checkpoint.Checkpoint(step, 0, step, "ddp", 1, {}), keep=2)
-    (tmp_path / "latest").write_text("step-00000005")
-    # The process was killed after writing a pointer's new content, before renaming the file.
-    (tmp_path / ".latest.2780.140456.partial").write_text("step-00000009")
-    checkpoint.discard_newer_than_latest(folder)
-    assert not list(tmp_path.rglob("*.partial"))
-    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["step-00000005"] and checkpoint.require(
-        folder
-    ).step == 5
-
-
-def test_no_checkpoint_and_a_missing_one_are_reported(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.require(str(tmp_path))
-    (tmp_path / "latest").write_text("step-00000009")
-    with pytest.raises(UserError, match="names step-00000009, which is missing or incomplete"):
-        checkpoint.require(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -465,22 +383,3 @@ def test_training_ends_early_if_the_dev_loss_no_longer_falls(prepared, tmp_path)
         latest.file("projector.safetensors").read_bytes()
         != best_model.file("projector.safetensors").read_bytes()
     )
-
-
-def test_dev_utterances_that_are_also_in_train_are_counted_and_an_empty_set_is_refused(
-    prepared, tmp_path, capsys
-):
-    from slam_asr.artifacts.manifest import read_manifest
-    from slam_asr.training.inputs import check_utterances
-
-    _, manifests, _ = prepared
-    trained, dev = read_manifest(f"{manifests}/train.jsonl"), read_manifest(f"{manifests}/dev.jsonl")
-    check_utterances({"train": trained, "dev": dev})
-    assert capsys.readouterr().out == ""
-    check_utterances({"train": trained, "dev": [*dev, *trained[:2]]})
-    assert (
-        f"warning: 2 of {len(dev) + 2} dev utterances are also in train (first {trained[0].key})"
-        in capsys.readouterr().out
-    )
-    with pytest.raises(UserError, match="The dev manifest has no usable utterance"):
-        check_utterances({"train": trained, "dev": []})

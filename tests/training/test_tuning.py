@@ -1,4 +1,4 @@
-"""Whatever is trained along with the projector changes, the rest does not, and decoding gets all of it."""
+"""Parts that are trained with the projector change, others do not, and decoding uses all trained parts."""
 
 import json
 import os
@@ -34,7 +34,7 @@ KINDS = {
     "drawn-prompts": {"llm.training_prompts": ["Write it down. ", "What is said? "]},
 }
 if os.environ.get("SLAM_ASR_SOAK"):
-    # Either option is in another kind too.
+    # Each of these two options is already in another kind.
     KINDS["lora-bf16"] = {"llm.tuning": "lora", "training.precision": "bf16"}
 
 
@@ -127,7 +127,7 @@ def test_an_llm_without_a_tokenizer_is_refused_before_training(tiny_recipe, tiny
 
 
 @pytest.mark.slow
-def test_a_training_starts_from_projector_and_adapter_of_another_model(
+def test_a_training_run_starts_from_projector_and_adapter_of_another_model(
     tiny_recipe, tiny_corpus, tmp_path, capsys
 ):
     lora = {"llm.tuning": "lora", "llm.lora.rank": 4}

@@ -13,7 +13,7 @@ from slam_asr.training.engines.engine import Engine
 
 
 def shards_weights(options: Training) -> bool:
-    """Whether `training.engine` gives each process a shard of the frozen weights instead of a full copy."""
+    """Whether the engine gives each process a shard of the frozen weights instead of a full copy."""
     return options.engine == "fsdp" or options.zero_stage == 3
 
 
@@ -30,8 +30,9 @@ def make_engine(
         model: on any device, except for `lazy_weights`, which are on the meta device.
         options: the recipe's section `training`.
         device: where the model trains.
-        learning_rates: peak learning rates of those direct children of the model that have their own.
-        lazy_weights: weights still to be read from disk; only for engines that shard weights.
+        learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
+            children get `training.learning_rate`.
+        lazy_weights: weights that the engine reads from disk; only for engines that shard weights.
 
     Raises:
         UserError: a lazy weight cannot be read, or is not finite.

@@ -1,8 +1,8 @@
 """DeepSpeed as an engine: ZeRO stages 0 to 3, with or without offload of the optimiser.
 
-Each stage holds fp32 masters and Adam's state in a different place, and creates them at a different time. The
-methods below hide these differences from the training loop, whose checkpoints hold complete tensors instead
-of DeepSpeed's own files.
+Each stage holds the fp32 masters and Adam's state in a different place, and creates them at a different time.
+The methods below hide these differences from the training loop, which saves complete tensors instead of
+DeepSpeed's own files.
 """
 
 import os
@@ -37,8 +37,9 @@ class DeepSpeedEngine(Engine):
         model: on any device.
         options: precision, ZeRO stage, clipping, weight decay.
         device: where the model trains.
-        learning_rates: peak learning rates of those direct children of the model that have their own.
-        lazy_weights: weights still to be read from disk; ZeRO stage 3 only.
+        learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
+            children get `training.learning_rate`.
+        lazy_weights: weights that the engine reads from disk; ZeRO stage 3 only.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class DeepSpeedEngine(Engine):
 
         config = deepspeed_config(options, device)
         if lazy_weights:
-            # `deepspeed.initialize` does not change weights that are already partitioned.
+            # The cast comes first, because DeepSpeed does not change the dtype of partitioned weights.
             move_and_cast(model, device, DTYPES[options.precision])
             read_and_partition(lazy_weights, config, device)
         self.model = model
@@ -71,8 +72,8 @@ class DeepSpeedEngine(Engine):
         self.half, self.scales_loss = options.precision != "fp32", options.precision == "fp16"
         self.stage = options.zero_stage
         if self.stage in (1, 2):
-            # By default these stages check gradients in half precision only. In fp32, a single NaN would ruin
-            # the weights for good.
+            # By default, these stages check gradients for NaN only in half precision. In fp32, a single NaN
+            # would ruin the weights for good.
             self.optimizer.check_grad_overflow = True
         self._has_state = False
         self._reset_step_count()
@@ -91,14 +92,15 @@ class DeepSpeedEngine(Engine):
         # the number of micro-batches.
         self.module.backward(loss_sum * (self.processes / step_targets), scale_wrt_gas=False)
         if not last:
-            # Away from the boundary DeepSpeed's `step` only counts the micro-batch.
+            # Before the last micro-batch, DeepSpeed's `step` only counts micro-batches.
             self.module.step()
 
     def step(self, learning_rate: float) -> Update:
         self.groups.set_rates(self.adam.param_groups, learning_rate)
         norm: float | None
         if self.stage == 0:
-            # Read before the step, which clears the gradients. They are still multiplied by the loss scale.
+            # The norm is read before the step, which clears the gradients. At this point, the gradients are
+            # still multiplied by the loss scale.
             gradients = [p.grad for p in self.groups.weights.values() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale().get("cur_scale", 1.0)
             if not self.half and not is_finite(norm):
@@ -116,7 +118,7 @@ class DeepSpeedEngine(Engine):
     def get_state(self, name: str, which: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        # A checkpoint may be written before the first update, which would otherwise create the state.
+        # Adam creates its state at the first update, but a checkpoint may be written before it.
         self._create_state()
         parameter = self.groups.weights[name]
         if self.stage == 0:
@@ -139,8 +141,8 @@ class DeepSpeedEngine(Engine):
             return
         if self.stage == 3:
             # DeepSpeed partitions a weight into slices of equal length, so the last slice may reach beyond
-            # the weight's end. Its setters cut `value` at these slices but accept exactly `ds_numel` values:
-            # pad `value`, and let `ds_numel` agree with it meanwhile.
+            # the weight's end. The setters below cut `value` into these slices, but accept only `ds_numel`
+            # values. So `value` is padded, and `ds_numel` is set to the padded length during the call.
             value = nn.functional.pad(value.flatten(), (0, -value.numel() % self.processes))
             parameter.ds_numel, unpadded = len(value), parameter.ds_numel
         if which == "weight":
@@ -155,12 +157,12 @@ class DeepSpeedEngine(Engine):
         """The fp32 masters under stage 0, keyed by name."""
         if not self.half:
             return self.groups.weights
-        # DeepSpeed's groups, and the weights in them, have the order of Adam's, as `groups.weights` does.
+        # DeepSpeed's groups and their weights are in the same order as Adam's and as `groups.weights`.
         flat = [p for group in self.optimizer.fp32_groups for p in group]
         return dict(zip(self.groups.weights, flat, strict=True))
 
     def _create_state(self) -> None:
-        """Create Adam's state as `create_adam_state` does, once, and link it to DeepSpeed's weights."""
+        """Create Adam's state once, with `create_adam_state`, and link it to DeepSpeed's weights."""
         if self._has_state:
             return
         self._has_state = True
@@ -172,8 +174,8 @@ class DeepSpeedEngine(Engine):
         )
         create_adam_state(self.adam, masters)
         if self.stage in (1, 2):
-            # DeepSpeed links state to weights once, at its first step, when only the first group has state.
-            # So the link is made again here, for all groups.
+            # DeepSpeed links Adam's state to the weights only once, at its first step, when only the first
+            # group has state. So the links are made again here, for all groups.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -208,7 +210,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _scaler(self) -> Any:
-        """The object that has the attributes `_SCALE`; stage 0 has it under another name than the others."""
+        """The object with the attributes in `_SCALE`. DeepSpeed names it differently in stage 0."""
         return getattr(self.optimizer, "loss_scaler", None) or getattr(
             self.optimizer, "loss_scale_config", None
         )
@@ -222,7 +224,7 @@ def read_and_partition(
     Only the first process reads from disk; DeepSpeed broadcasts the values.
 
     Args:
-        lazy_weights: on the meta device; each gets its values.
+        lazy_weights: weights on the meta device; their values are read and put in place.
         config: DeepSpeed's configuration.
         device: where the model trains.
 
@@ -231,8 +233,8 @@ def read_and_partition(
     """
     import deepspeed
 
-    # All weights pass through one buffer of the size of the largest weight: the allocator does not always
-    # give memory back that is freed in pieces of many sizes.
+    # All weights pass through one buffer of the size of the largest weight. With a buffer for each weight,
+    # the allocator would not always return the freed memory, which would be in pieces of many sizes.
     largest = max((weight.parameter for weight in lazy_weights), key=torch.numel)
     buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
     converted: Any = None
@@ -240,7 +242,7 @@ def read_and_partition(
     for weight in lazy_weights:
         shape = weight.parameter.shape
         values = buffer[: shape.numel()].view(shape)
-        if torch.distributed.get_rank() == 0:  # the other processes get the values by DeepSpeed's broadcast
+        if torch.distributed.get_rank() == 0:  # DeepSpeed broadcasts the values to the other processes
             weight.read_into(values)
         parameter = weight.put(values)
         if converted is None:
@@ -254,8 +256,8 @@ def read_and_partition(
 def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
     """Translate the recipe's section `training` into DeepSpeed's configuration.
 
-    The micro-batch size and accumulation of 1 are nominal: batches are planned by LLM positions, and the
-    training loop marks the end of each step itself.
+    Micro-batch size and accumulation are both set to 1 but have no effect: batches are planned by LLM
+    positions, and the training loop marks the last micro-batch of each step.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -269,7 +271,7 @@ def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
             "device": "cpu",
             "pin_memory": device.type == "cuda",
         }
-        # DeepSpeed's own Adam for the CPU has to be compiled at run time; torch's does the same arithmetic.
+        # DeepSpeed's own Adam for the CPU would have to be compiled at run time. torch's computes the same.
         config["zero_force_ds_cpu_optimizer"] = False
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
@@ -284,17 +286,17 @@ def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
 
 
 def _json_settings(options: Training) -> dict[str, Any]:
-    """Return the settings in `training.deepspeed` that have no key of their own in the recipe."""
-    assert isinstance(options.deepspeed, dict)  # loading the recipe has read a file that it named
+    """Return the settings in `training.deepspeed`: those that have no key of their own in the recipe."""
+    assert isinstance(options.deepspeed, dict), "load_recipe has read the file, if it was a path"
     return options.deepspeed
 
 
 _INACTIVE = {"fp32": ("fp16", "bf16"), "bf16": ("fp16",), "fp16": ("bf16",)}
-"""Sections of a DeepSpeed JSON that do not apply, keyed by the training's precision."""
+"""Sections of DeepSpeed's JSON that are left out, keyed by the training's precision."""
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested dictionaries; `overrides` wins, key by key."""
+    """Merge two nested dictionaries. For a key in both, the value of `overrides` wins."""
     nested = {
         key: _merged(base[key], value)
         for key, value in overrides.items()
@@ -304,6 +306,6 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_accelerator(device: torch.device) -> None:
-    """Name the accelerator before DeepSpeed is imported: without a GPU, DeepSpeed would guess and warn."""
+    """Set DeepSpeed's accelerator before DeepSpeed is imported. Without a GPU, it would guess, and warn."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,10 +1,10 @@
 """The interface between the training loop and an engine.
 
-The loss of an optimiser step is the mean over its target tokens on all processes. Engines average gradients
-over processes as if each had the same number of targets, but the numbers differ. Each process therefore
-multiplies the loss summed over its own targets by `processes / targets of the step`. The average over
-processes, summed over micro-batches, is then exactly the gradient of that mean: with P processes, T targets
-and the summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
+The loss of an optimiser step is the mean over the step's target tokens on all processes. Engines average
+gradients over processes as if each process had the same number of targets, but the numbers differ. Each
+process therefore sums the loss over its own targets, and multiplies the sum by `processes / targets of the
+step`. The averaged gradient is then exactly the gradient of the mean: with P processes, T targets and the
+summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
 """
 
 import math
@@ -24,7 +24,7 @@ from slam_asr.models.slam import Slam
 from slam_asr.training.ctc_model import CtcModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state tensors for each weight, by torch's names."""
+"""torch's names of the two state tensors that Adam holds for each weight."""
 
 
 @dataclass
@@ -34,16 +34,17 @@ class Update:
     applied: bool
     """Whether the weights changed; False if a gradient was not finite."""
     gradient_norm: float | None
-    """2-norm over all trained weights before clipping, or None if the engine does not compute it."""
+    """2-norm over all trained weights before clipping. None if it is not finite, or if the engine does not
+    compute it."""
 
 
 class ParameterGroups:
-    """The trained weights, grouped by the part of the model they belong to.
+    """The trained weights, grouped by the part of the model that they belong to.
 
     Args:
         model: its direct children are the parts.
         options: gives the default peak learning rate.
-        learning_rates: peak learning rates of the parts that have their own.
+        learning_rates: peak learning rates of the parts that have their own, keyed by name.
     """
 
     def __init__(self, model: nn.Module, options: Training, learning_rates: dict[str, float]) -> None:
@@ -61,18 +62,18 @@ class ParameterGroups:
         return dict(item for weights in self.parts.values() for item in weights)
 
     def for_optimizer(self) -> list[dict[str, Any]]:
-        """Parameter groups in the form that torch's optimisers take."""
+        """Return the parameter groups in the form that torch's optimisers take."""
         return [
             {"params": [p for _, p in weights], "lr": self.peaks[name]}
             for name, weights in self.parts.items()
         ]
 
     def set_rates(self, groups: list[dict[str, Any]], learning_rate: float) -> None:
-        """Set each optimiser group's learning rate, in proportion to its peak.
+        """Set the learning rate of each optimiser group, in proportion to the group's peak.
 
         Args:
             groups: the optimiser's `param_groups`, in the order of `parts`; changed in place.
-            learning_rate: this step's rate for a part without a peak of its own.
+            learning_rate: this step's rate for parts without a peak of their own.
         """
         for group, relative in zip(groups, self.relative_rates, strict=True):
             group["lr"] = learning_rate * relative
@@ -87,9 +88,9 @@ class Engine(ABC):
     """
 
     module: nn.Module
-    """The wrapped model, which takes a batch. Validation calls it directly, training through `forward`."""
+    """The wrapped model, which takes a batch. Validation calls it directly; training calls `forward`."""
     model: Slam | CtcModel
-    """The model without its wrapper. All processes must call its methods together."""
+    """The model without the engine's wrapper. All processes must call its methods together."""
     groups: ParameterGroups
 
     def forward(self, batch: Batch | CtcBatch, last: bool) -> Any:
@@ -100,12 +101,14 @@ class Engine(ABC):
             last: whether the optimiser steps after this micro-batch.
 
         Returns:
-            The model's output: logits [targets, vocabulary], or what its scorer returns.
+            The model's output: logits [targets, vocabulary], or the fields of `AnswerScores`.
         """
         return self.module(batch)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
-        """Run a trial on the LLM, with all its weights available. All processes must call it together.
+        """Run a trial on the LLM, with all of its weights available.
+
+        All processes must call this method together.
 
         Args:
             trial: function that takes the LLM, may call it, and returns whether the trial succeeded.
@@ -128,27 +131,27 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> Update:
-        """Update the weights by the accumulated gradient, and clear it.
+        """Update the weights with the accumulated gradient, and clear the gradient.
 
         Args:
-            learning_rate: this step's rate; parts with a peak of their own get a rate in proportion to it.
+            learning_rate: this step's rate, for parts without a peak of their own.
         """
 
     @abstractmethod
     def get_state(self, name: str, which: str) -> torch.Tensor:
-        """Return one complete tensor of the optimiser's state in fp32. All processes must call it together.
+        """Return one complete tensor of the optimiser's state. All processes must call this method together.
 
         Args:
             name: name of a trained weight.
             which: `weight` for its master, or one of `MOMENTS`.
 
         Returns:
-            A tensor in the shape of the complete weight, on any device.
+            A tensor in fp32 and in the shape of the complete weight, on any device.
         """
 
     @abstractmethod
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        """Overwrite one tensor of the optimiser's state; each process takes its part of `value`.
+        """Overwrite one tensor of the optimiser's state. Each process takes its own part of `value`.
 
         Call `finish_restoring` when all tensors are set.
 
@@ -170,25 +173,28 @@ class Engine(ABC):
 
     @abstractmethod
     def updates(self) -> int:
-        """Number of updates that Adam has made so far."""
+        """Return the number of updates that Adam has made so far."""
 
     @abstractmethod
     def loss_scale(self) -> dict[str, float]:
-        """State of the dynamic loss scale; empty if the engine does not scale the loss."""
+        """Return the state of the dynamic loss scale; empty if the engine does not scale the loss."""
 
     @abstractmethod
     def set_loss_scale(self, values: dict[str, float]) -> None:
-        """Restore the state that `loss_scale` returned, perhaps from another engine."""
+        """Restore the state that `loss_scale` returned, perhaps that of another engine."""
 
     def state_to_save(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Yield this process's share of the optimiser's state, as (weight's name, which, tensor).
+        """Yield this process's share of the optimiser's state.
 
-        Weights are dealt out to the processes in turn; the tensors are complete, in fp32, on the CPU. Every
-        process takes part in gathering every tensor, so all processes must run this generator to its end.
+        The weights are dealt out to the processes in turn. Every process takes part in gathering every
+        tensor, so all processes must run this generator to its end.
+
+        Yields:
+            (name of the weight, `weight` or one of `MOMENTS`, tensor). The tensor is complete, in fp32 and on
+            the CPU.
         """
         rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # Dealing out complete tensors, instead of saving each process's shards, lets a checkpoint be resumed
-        # on another number of processes.
+        # Each process saves complete tensors, not its shards: another number of processes can then resume.
         for index, name in enumerate(self.groups.weights):
             for which in ("weight", *MOMENTS):
                 tensor = self.get_state(name, which)
@@ -200,8 +206,7 @@ class Engine(ABC):
 def create_adam_state(adam: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
     """Create the state that Adam would create at its first step, for those masters that have none.
 
-    A checkpoint may be restored, or saved, before that step: the tensors must exist to be read or
-    overwritten.
+    A checkpoint may be saved or restored before that step, so the tensors must already exist.
     """
     for master in masters:
         if not adam.state[master]:
@@ -214,7 +219,7 @@ def create_adam_state(adam: torch.optim.Optimizer, masters: Iterable[torch.Tenso
 def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Cast a model's weights to `dtype`, and move weights and buffers to `device`.
 
-    Weights on the meta device are cast but stay there: they have no values yet.
+    Weights on the meta device are cast but not moved, because they have no values yet.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to("meta" if parameter.is_meta else device, dtype)
@@ -226,8 +231,8 @@ def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def is_finite(norm: float | torch.Tensor | None) -> bool:
-    """Whether a gradient's norm is finite; None counts as finite.
+    """Whether a gradient's norm is finite. None, an unknown norm, counts as finite.
 
-    DeepSpeed reports a norm that is not finite as -1.
+    DeepSpeed reports a norm that is not finite as -1, so a negative norm counts as not finite.
     """
     return norm is None or bool(math.isfinite(norm) and norm >= 0)

@@ -1,8 +1,8 @@
 """PyTorch's own engines: DDP (each process holds the complete model) and FSDP2 (each holds a shard).
 
-The model computes in the recipe's precision; AdamW updates fp32 masters of the trained weights, as DeepSpeed
-does. Without masters, small updates would be lost: bf16 has 8 significant bits, so a relative change of 1e-4
-rounds to no change at all.
+The model computes in the recipe's precision. AdamW updates fp32 masters of the trained weights, as under
+DeepSpeed. Without masters, small updates would be lost: bf16 has 8 significant bits, so a relative change of
+1e-4 rounds to no change at all.
 """
 
 import functools
@@ -42,7 +42,7 @@ Both are the defaults of `torch.amp.GradScaler`.
 
 
 _SYNC_BUFFERS = "forward_sync_buffers"
-"""DDP's option that synchronises the model's buffers over processes in each forward pass."""
+"""Name of DDP's option that synchronises the model's buffers over processes in each forward pass."""
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"  # its name before torch 2.13
 
@@ -54,8 +54,9 @@ class TorchEngine(Engine):
         model: on any device; moved to `device`.
         options: engine, precision, clipping, weight decay.
         device: where the model trains.
-        learning_rates: peak learning rates of those direct children of the model that have their own.
-        lazy_weights: weights still to be read from disk; FSDP2 only.
+        learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
+            children get `training.learning_rate`.
+        lazy_weights: weights that the engine reads from disk; FSDP2 only.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class TorchEngine(Engine):
                 read_local_rows(weight, device)
             self.module = model
         else:
-            # Buffers are not synchronised. Of the supported models, only a HuBERT with batch norm in its
-            # positional convolution has buffers that change, and only if the encoder is trained: then each
-            # process has the running statistics of its own utterances, and no checkpoint holds them.
+            # Buffers are not synchronised. Among the supported models, only a HuBERT with batch norm in its
+            # positional convolution has buffers that change, and only if the encoder is trained. In that case
+            # each process has running statistics of its own utterances, and no checkpoint holds them.
             buffer_options: dict[str, Any] = {_SYNC_BUFFERS: False}
             self.module = DistributedDataParallel(model, **buffer_options)
         self.model = model
-        # Only now: sharding and reading have replaced the parameters by new objects.
+        # Not earlier: sharding and reading replace the parameters by new objects.
         self.groups = ParameterGroups(model, options, learning_rates or {})
         self.processes = torch.distributed.get_world_size()
         self.clipping = options.gradient_clipping
@@ -98,21 +99,21 @@ class TorchEngine(Engine):
         self.good_steps = 0
 
     def forward(self, batch: Batch | CtcBatch, last: bool) -> Any:
-        # Gradients are averaged over processes once a step, in the backward pass of its last micro-batch.
-        # Before that, each process accumulates its own.
+        # Gradients are averaged over processes once per step, in the backward pass of the last micro-batch.
+        # Before that, each process accumulates its own gradients.
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         else:
             assert isinstance(self.module, DistributedDataParallel)
-            # DDP's context manager `no_sync` sets this flag, but would have to enclose the backward pass too.
+            # DDP's context manager `no_sync` sets this flag too, but it must also enclose the backward pass.
             self.module.require_backward_grad_sync = last
         return self.module(batch)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         result = super().try_llm(trial)
         if isinstance(self.module, FSDPModule):
-            # FSDP2 leaves the root's weights gathered after a call. The next forward pass would use them,
-            # even if a checkpoint overwrites the shards in between.
+            # FSDP2 leaves the root's weights gathered after a call. The next forward pass would use these
+            # copies, even if a checkpoint overwrites the shards in between.
             self.module.reshard()
         return result
 
@@ -125,13 +126,14 @@ class TorchEngine(Engine):
         weights = self.groups.weights
         for name, parameter in weights.items():
             if parameter.grad is not None:
-                # Cast to fp32 before dividing by the loss scale: in fp16 small gradients would underflow.
+                # The cast to fp32 comes before the division by the loss scale: in fp16, small gradients would
+                # underflow.
                 master = self.masters[name]
                 master.grad = parameter.grad.to(master.dtype)
                 if self.scales_loss:
                     master.grad /= self.scale
         # An overflow in any gradient makes this norm infinite or NaN. The norm covers all shards, so all
-        # processes decide alike.
+        # processes make the same decision.
         norm = self._norm()
         applied = is_finite(norm)
         if applied:
@@ -194,24 +196,24 @@ class TorchEngine(Engine):
         return {"cur_scale": self.scale, "good_steps": float(self.good_steps)} if self.scales_loss else {}
 
     def set_loss_scale(self, values: dict[str, float]) -> None:
-        # DeepSpeed's state has the scale under the same name, but counts steps differently.
+        # DeepSpeed's state has the same name for the scale, but counts steps differently.
         self.scale = values.get("cur_scale", self.scale)
         self.good_steps = int(values.get("good_steps", 0))
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard a model's weights over all processes with FSDP2: each layer as one unit, the rest as another.
+    """Shard a model's weights over all processes with FSDP2: each layer is one unit, the rest is another.
 
     FSDP2 gathers a layer's weights just before the layer runs and frees them afterwards. With prefetching, at
     most two layers are complete at a time.
     """
-    # The layers first, then the model: its unit takes all weights that are not in a layer's unit yet.
+    # The layers are sharded before the model, whose unit takes all weights that are in no other unit yet.
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     wrap = functools.partial(fully_shard, mesh=mesh)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         wrap(layer)
     wrap(model)
-    # FSDP2 gathers the root's weights only around `forward`, unless it knows the other entry points.
+    # FSDP2 gathers the root's weights only around `forward`, unless other entry points are registered.
     for method in ("generate", "search", "try_llm"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)

@@ -325,12 +325,12 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
         ),
         (
             "Unschedulable: 0/2 nodes are available: 2 node(s) had untolerated taint {gpu: present}.",
-            "every node that would do has a taint {gpu: present}: name it in steps.train.tolerations",
+            "every suitable node has a taint {gpu: present}: name it in steps.train.tolerations",
             "for a node",
         ),
         (
             "Unschedulable: 0/2 nodes are available: 2 node(s) had untolerated taint(s).",
-            "every node that would do has a taint: name it in steps.train.tolerations",
+            "every suitable node has a taint: name it in steps.train.tolerations",
             "for a node",
         ),
         (
