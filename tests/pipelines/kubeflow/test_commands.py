@@ -294,7 +294,7 @@ def test_wrong_or_missing_endpoint_is_reported_in_one_sentence(kubeflow, program
         assert (code, len(err.splitlines())) == (2, 1) and sentence in err
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
     assert program("status")[2].startswith(
-        "Where is Kubeflow Pipelines? Give --endpoint, set KF_PIPELINES_ENDPOINT"
+        "No endpoint of Kubeflow Pipelines is named: give --endpoint, set KF_PIPELINES_ENDPOINT"
     )
 
 

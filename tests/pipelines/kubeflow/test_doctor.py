@@ -124,7 +124,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     assert code == 0, out
     lines = out.splitlines()
     assert len(lines) == 23 and all(line.startswith("✓ ") for line in lines[:-1]), out
-    assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
+    assert "retries: Argo retries lost, drained and preempted pods, but not failing exit codes" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"
@@ -255,7 +255,7 @@ def test_pages_of_several_users_load_only_from_kubeflows_own_store(doctor, kubef
     code, out = doctor(root)
     assert code == 0, out
     assert (
-        "– pages: for several users the dashboard shows pages only from minio://mlpipeline/…, but artifacts "
+        "– pages: a multi-user dashboard shows pages only from minio://mlpipeline/…, but artifacts "
         "go to s3://bucket/artifacts: remove defaultPipelineRoot (`kubectl -n team edit configmap kfp-"
     ) in out
 

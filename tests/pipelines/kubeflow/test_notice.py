@@ -222,7 +222,7 @@ def test_submit_sends_the_notice_of_a_run_that_could_not_start(
     assert "slam-asr-webhook" in package and SECRET not in package
     monkeypatch.delenv("SLAM_ASR_WEBHOOK")
     kubeflow.recorded["run-2"] = kubeflow.recorded["run-1"]
-    assert program(*argv)[1].splitlines()[-1].startswith("no notice was sent: the run could not")
+    assert program(*argv)[1].splitlines()[-1].startswith("no notice was sent: the run did not send it")
     assert len(hook.messages) == 1
 
 

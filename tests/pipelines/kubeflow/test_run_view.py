@@ -70,7 +70,7 @@ recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordi
                 ": stopped\n",
                 "extract-features     stopped     ",
                 "  somebody stopped the run",
-                "the run was stopped by somebody; `python -m pipelines resume ",
+                "somebody stopped the run; `python -m pipelines resume ",
             ],
         ),
         ("stopped-while-pulling", [": stopped\n", "build-manifest       stopped     "]),
@@ -87,7 +87,7 @@ recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordi
             [
                 ": lost\n",
                 "its workflow was deleted from the cluster",
-                " --new` starts it again and finds finished stages again",
+                " --new` starts another one, which reuses finished results",
             ],
         ),
     ],
@@ -133,7 +133,7 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     code, _, err = program("resume", run_id)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "is lost, because its workflow was deleted from the cluster: " in err
-    assert f"`python -m pipelines resume {run_id} --new` starts it again" in err
+    assert f"`python -m pipelines resume {run_id} --new` starts another one" in err
     code, out, err = program("resume", run_id, "--new")
     assert code == 0, err
     assert kubeflow.retried == []
@@ -199,7 +199,7 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "startedAt": f"2026-11-29T06:00:0{number}Z",
         }
     code, _, err = program("resume", run_id)
-    new = f"`python -m pipelines resume {run_id} --new` starts it again"
+    new = f"`python -m pipelines resume {run_id} --new` starts another one"
     if refused:
         assert code == 2 and "failed in Kubeflow's driver of score, and a restarted run keeps what" in err
         assert new in err and kubeflow.retried == []
@@ -224,13 +224,13 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "oom-killed",
             "2026-11-30T00:00:00Z",
             0,
-            "kfp-launcher with which it began and that was changed since then; `",
+            "that kfp-launcher named when the run began, and kfp-launcher has changed since: `",
         ),
         (
             "oom-killed",
             "",
             0,
-            "it still uses the pipeline root and the credentials of the kfp-launcher with which it began; `",
+            "still uses the pipeline root and the credentials that kfp-launcher named when the run began: `",
         ),
     ],
 )
