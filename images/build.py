@@ -22,8 +22,8 @@ from slam_asr.steps import IMAGES  # noqa: E402 - the package need not be instal
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
-"""Arguments with which each tool loads an image into its cluster. KIND_CLUSTER_NAME or MINIKUBE_PROFILE selects
-a cluster other than the default, as the tool documents."""
+"""Arguments with which each tool loads an image into its cluster. KIND_CLUSTER_NAME or MINIKUBE_PROFILE
+selects a cluster other than the default, as the tool documents."""
 
 
 class BuildError(Exception):

@@ -1,4 +1,5 @@
-"""A webhook receives one message when a run has ended, however it ended. A failing webhook has no effect."""
+"""A webhook receives one message when a run has ended, however it ended. A failing webhook changes
+nothing."""
 
 import copy
 import json
@@ -106,7 +107,7 @@ def test_exit_task_reports_the_step_and_the_reason_that_status_gives(
 ):
     run_id = recording(name)
     monkeypatch.setenv(RUN, run_id)
-    # While the exit task runs, so does the run.
+    # The run is still running while its exit task runs.
     kubeflow.recorded[run_id][0]["state"] = "RUNNING"
     stage.notify(str(tmp_path), "cloudevents", kubeflow.address, "https://ui/", "FAILED")
     data = hook.messages[0][1]["data"]

@@ -1,4 +1,4 @@
-"""Runs are shown as a real Kubeflow Pipelines 2.17.0 described them: each state, each reason, what to do."""
+"""Recorded runs of a real Kubeflow Pipelines 2.17.0 are shown with state, reason and what to do."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from slam_asr.notices.reasons import explain, waits_for
 from slam_asr.notices.workflow import parse_workflow
-from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
@@ -148,7 +148,7 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     ]
     # The new run has not ended.
     assert program("resume", "run-1", "--new")[0] == 2
-    # When it has, it is started again too: the time at the end of its name is replaced, not appended to.
+    # After its end it can be started again too. The time at the end of its name is then replaced.
     kubeflow.polls["run-1"] = 9
     code, _, err = program("resume", "run-1", "--new")
     assert code == 0, err
@@ -219,7 +219,7 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "and kfp-launcher was changed after it began: a rest",
         ),
         ("step-failed-exit-1", "2026-11-28T00:00:00Z", 0, "was restarted"),
-        # With finished steps there is something to resume.
+        # A run with finished steps is resumed nevertheless.
         (
             "oom-killed",
             "2026-11-30T00:00:00Z",
