@@ -84,8 +84,7 @@ def recording(kubeflow, kubernetes_at):
 
 @pytest.fixture
 def cluster(kubernetes_at):
-    """Serve a Kubernetes API with the pods of run-1 and one pod of run-2; return its description of each
-    pod."""
+    """Serve a Kubernetes API with the pods of run-1 and one pod of run-2; return what describes each pod."""
     label = {"pipeline/runid": "run-1"}
     pods = {
         "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),

@@ -20,8 +20,7 @@ FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: acces
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run `doctor --run`, where `findings` are the pods' logs by step; return the exit code and the
-    output."""
+    """Run `doctor --run`, where `findings` are the pods' logs by step; return exit code and output."""
     profile = tmp_path / "profile.yaml"
     profile.write_text('namespace: team\nstorage: {store: "s3://bucket/store", secret: bucket-secret}\n')
 

@@ -46,8 +46,7 @@ def tasks_of(run: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def pods_of(manifest: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return type, phase and message of a workflow's nodes, keyed by their path without the workflow's
-    name."""
+    """Return type, phase and message of a workflow's nodes, keyed by path without the workflow's name."""
     return {
         node["name"].partition(".")[2]: (node["type"], node["phase"], node.get("message"))
         for node in manifest["status"]["nodes"].values()

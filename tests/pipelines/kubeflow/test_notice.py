@@ -1,5 +1,4 @@
-"""A webhook receives one message when a run has ended, however it ended. A failing webhook changes
-nothing."""
+"""A webhook receives one message at the end of each run. A failing webhook changes nothing."""
 
 import copy
 import json
