@@ -34,7 +34,7 @@ WORDS = {
 LENGTHS = (8, 25)
 """Minimum and maximum number of words of a training utterance; long ones are encoded more efficiently."""
 HELD_OUT = {10: "dev-synthetic", 30: "test-synthetic"}
-"""Of every 40 chapters of the text, the positions of those that are held out, each with its subset."""
+"""Positions of the held-out chapters among every 40 chapters of the text, each with its subset."""
 
 
 def sentences(rng: random.Random) -> Iterator[str]:

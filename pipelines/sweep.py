@@ -51,8 +51,7 @@ def build_pipeline(
         Args:
             corpus: s3:// prefix of the corpus to train and test on, in any format that build-manifest reads.
             recipe: Name of a shipped recipe such as `librispeech`, or the YAML text of a recipe.
-            variations: The variations, each with its name and its changes:
-                [{"name": "slow", "training.learning_rate": 0.0001}].
+            variations: List of variations, such as [{"name": "slow", "training.learning_rate": 0.0001}].
             store: s3:// prefix for the results of all stages. Runs may share it; existing results are reused.
             recipe_overrides: Changes to single keys of the recipe for all variations.
         """
