@@ -4,11 +4,11 @@
     python benchmarks/checkouts.py ../before CORPUS         # CORPUS: a LibriSpeech tree
     python benchmarks/checkouts.py ../before CORPUS --utterances 24 --repeats 3 --stages train decode
 
-The stages run as a user runs them, start-up included, on the test set of CORPUS: build-manifest,
-extract-features, train (an epoch from the shipped projector) and decode (greedy). Each reads the
-results of its own checkout. The two checkouts alternate, and swap their order in every repetition, so that a
-change in the machine's load affects both. Prints the median seconds of both and the median of the ratios
-(above 1: this checkout is faster), with the smallest and the largest ratio.
+The stages run as a user runs them, start-up included, on one part of CORPUS: build-manifest,
+extract-features, train (an epoch from the shipped projector) and decode (greedy). Each stage reads results of
+its own checkout. The two checkouts alternate, and swap their order in every repetition, so that a change in
+the machine's load affects both. Prints the median seconds of both and the median of the ratios (above 1: this
+checkout is faster), with the smallest and the largest ratio.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, help="the other checkout")
     parser.add_argument("corpus", type=Path, help="a LibriSpeech tree")
-    parser.add_argument("--part", default="test-other", help="the part of the corpus")
+    parser.add_argument("--part", default="test-other", help="the part of CORPUS to use")
     parser.add_argument("--utterances", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -79,7 +79,7 @@ def _timed(stage: str, checkout: Path, options: argparse.Namespace, folder: Path
 
 def _run(stage: str, checkout: Path, options: argparse.Namespace, folder: Path) -> None:
     test, train = folder / "test.jsonl", folder / "train.jsonl"
-    # The spellings and brackets are those that every version of the commands understands.
+    # Every version of the commands understands these spellings of options and lists.
     splits = ["--data.train", "[]", "--data.dev", "[]", "--data.test", f"[{options.part}]"]
     features = ["--feature_store", folder / "extract-features"]
     arguments = {

@@ -78,7 +78,7 @@ def _step(llm: LlamaForCausalLM, lengths: list[int]) -> float:
     """Return the seconds of a forward and backward pass over one packed batch.
 
     Args:
-        llm: the LLM, of which only the layers run.
+        llm: the LLM; only its layers run, not its output layer.
         lengths: number of positions of each utterance.
     """
     embeddings = torch.randn(1, sum(lengths), 576, device=llm.device, dtype=llm.dtype).requires_grad_()

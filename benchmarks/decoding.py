@@ -27,9 +27,93 @@ from slam_asr.models import slam
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.searcher import Searcher, plan_batches
 
+REFERENCE = "reference: one by one, 4 beams, fp32"
+Method = tuple[str, int, int]
+"""Precision, number of beams, and positions per batch; 0 positions for the reference's method."""
+
+
+class Decoder:
+    """Decodes the same utterances with each method.
+
+    Args:
+        options: the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        opened = open_model(options.model)
+        frames = options.frames or opened.trained.encoder.frames
+        recipe = replace(opened.trained.encoder, frames=frames)
+        manifest = read_manifest(options.manifest)
+        self.utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
+        self.audio_seconds = sum(u.duration or 0.0 for u in self.utterances)
+        print(
+            f"{len(self.utterances)} utterances, {self.audio_seconds / len(self.utterances):.1f} s each on "
+            f"average, {torch.get_num_threads()} threads, encoder.frames: {frames}"
+        )
+        encoder = describe_encoder(recipe).load(torch.float32)
+        with torch.no_grad():
+            self.frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in self.utterances]
+        self.prompt = opened.prompt()
+        self.audio_positions = [opened.positions(len(f)) for f in self.frames]
+        self.decoding = replace(opened.trained.decoding, nbest=1)
+        self.models = {
+            p: opened.load(replace(self.decoding, precision=p), with_encoder=False)
+            for p in {"fp32", *options.precisions}
+        }
+        self.beam_search = slam.beam_search
+
+    def decode(self, precision: str, beams: int, positions: int) -> tuple[list[str], float]:
+        """Decode all utterances with a `Method`; return the texts and the seconds."""
+        # If this project's beam search returns None, transformers' own runs, as in the reference.
+        slam.beam_search = self.beam_search if positions else lambda *_: None
+        searcher = Searcher(self.models[precision], self.prompt, replace(self.decoding, beams=beams))
+        around = len(self.prompt.main.before) + len(self.prompt.main.ids)
+        lengths = [n + around for n in self.audio_positions]
+        batches = (
+            list(plan_batches(lengths, self.decoding.max_new_tokens, beams, positions))
+            if positions
+            else [[i] for i in range(len(lengths))]
+        )
+        texts = [""] * len(lengths)
+        started = time.perf_counter()
+        for batch in batches:
+            frames, audio_positions = (
+                [values[i] for i in batch] for values in (self.frames, self.audio_positions)
+            )
+            for i, answer in zip(batch, searcher.decode(frames, audio_positions), strict=True):
+                texts[i] = answer.text
+        return texts, time.perf_counter() - started
+
 
 def main() -> None:
     """Print a line per method."""
+    options = parse_options()
+    decoder = Decoder(options)
+    methods: dict[str, Method] = {REFERENCE: ("fp32", 4, 0)}
+    methods |= {
+        f"ours: {beams} beam{'s' * (beams > 1)}, {precision}, {budget} positions": (precision, beams, budget)
+        for beams in options.beams
+        for precision in options.precisions
+        for budget in options.positions
+    }
+    seconds_of: dict[str, list[float]] = {name: [] for name in methods}
+    texts_of: dict[str, list[str]] = {}
+    for _ in range(options.repeats):
+        for name, method in methods.items():
+            texts_of[name], elapsed = decoder.decode(*method)
+            seconds_of[name].append(elapsed)
+    for name, (precision, beams, _) in methods.items():
+        fp32_texts = next(
+            (texts_of[n] for n, (p, b, size) in methods.items() if (p, b) == ("fp32", beams) and size), None
+        )
+        differing = ""
+        if precision != "fp32" and fp32_texts:
+            differing = f"  {differences(texts_of[name], fp32_texts)}/{len(fp32_texts)} differ from fp32"
+        print(line_of(decoder, name, seconds_of, texts_of) + differing)
+
+
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,83 +135,36 @@ def main() -> None:
         help="encoder.frames; by default as in the model's training",
     )
     parser.add_argument("--repeats", type=int, default=2)
-    options = parser.parse_args()
-    opened = open_model(options.model)
-    encoder_recipe = replace(opened.trained.encoder, frames=options.frames or opened.trained.encoder.frames)
-    prompt = opened.prompt()
-    manifest = read_manifest(options.manifest)
-    utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
-    audio_seconds = sum(u.duration or 0.0 for u in utterances)
-    print(
-        f"{len(utterances)} utterances, {audio_seconds / len(utterances):.1f} s each on average, "
-        f"{torch.get_num_threads()} threads, encoder.frames: {encoder_recipe.frames}"
+    return parser.parse_args()
+
+
+def line_of(
+    decoder: Decoder, name: str, seconds_of: dict[str, list[float]], texts_of: dict[str, list[str]]
+) -> str:
+    """Format the figures of one method.
+
+    Args:
+        decoder: has the utterances.
+        name: label of the method.
+        seconds_of: seconds of each repeat, by method.
+        texts_of: texts of the last repeat, by method.
+    """
+    times, texts = seconds_of[name], texts_of[name]
+    ratios = [r / t for r, t in zip(seconds_of[REFERENCE], times, strict=True)]
+    median = statistics.median(times)
+    equal = len(texts) - differences(texts, texts_of[REFERENCE])
+    wer = jiwer.wer([u.target.lower() for u in decoder.utterances], [text.lower() for text in texts])
+    return (
+        f"{name:44} {len(texts) / median:7.2f} utterances/s "
+        f"{decoder.audio_seconds / median:7.1f} × real time "
+        f"{statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})  "
+        f"{equal}/{len(texts)} texts equal  WER {100 * wer:.1f} %"
     )
-    encoder = describe_encoder(encoder_recipe).load(torch.float32)
-    with torch.no_grad():
-        frames = [encoder([encoder.prepare(load_utterance(u))])[0] for u in utterances]
-    audio_positions = [opened.positions(len(f)) for f in frames]
-    positions = [n + len(prompt.main.before) + len(prompt.main.ids) for n in audio_positions]
-    decoding = replace(opened.trained.decoding, nbest=1)
-    models = {
-        p: opened.load(replace(decoding, precision=p), with_encoder=False)
-        for p in {"fp32", *options.precisions}
-    }
 
-    ours = slam.beam_search
 
-    def decode(precision: str, beams: int, budget: int) -> tuple[list[str], float]:
-        """Decode all utterances, one at a time if `budget` is 0; return the texts and the seconds."""
-        # If this project's beam search returns None, transformers' own runs, as in the reference.
-        slam.beam_search = ours if budget else lambda *_: None
-        searcher = Searcher(models[precision], prompt, replace(decoding, beams=beams))
-        batches = (
-            list(plan_batches(positions, decoding.max_new_tokens, beams, budget))
-            if budget
-            else [[i] for i in range(len(utterances))]
-        )
-        texts = [""] * len(utterances)
-        started = time.perf_counter()
-        for batch in batches:
-            for i, answer in zip(
-                batch,
-                searcher.decode([frames[i] for i in batch], [audio_positions[i] for i in batch]),
-                strict=True,
-            ):
-                texts[i] = answer.text
-        return texts, time.perf_counter() - started
-
-    methods = {"reference: one by one, 4 beams, fp32": ("fp32", 4, 0)}
-    methods |= {
-        f"ours: {beams} beam{'s' * (beams > 1)}, {precision}, {budget} positions": (precision, beams, budget)
-        for beams in options.beams
-        for precision in options.precisions
-        for budget in options.positions
-    }
-    seconds_of: dict[str, list[float]] = {name: [] for name in methods}
-    texts_of: dict[str, list[str]] = {}
-    for _ in range(options.repeats):
-        for name, method in methods.items():
-            texts_of[name], elapsed = decode(*method)
-            seconds_of[name].append(elapsed)
-    (reference, *_) = methods
-    for (name, times), (precision, beams, _) in zip(seconds_of.items(), methods.values(), strict=True):
-        ratios = [r / t for r, t in zip(seconds_of[reference], times, strict=True)]
-        median = statistics.median(times)
-        equal = sum(a == b for a, b in zip(texts_of[name], texts_of[reference], strict=True))
-        wer = jiwer.wer([u.target.lower() for u in utterances], [text.lower() for text in texts_of[name]])
-        fp32_texts = next(
-            (texts_of[n] for n, (p, b, size) in methods.items() if (p, b) == ("fp32", beams) and size), None
-        )
-        differing = ""
-        if precision != "fp32" and fp32_texts:
-            count = sum(a != b for a, b in zip(texts_of[name], fp32_texts, strict=True))
-            differing = f"  {count}/{len(fp32_texts)} differ from fp32"
-        print(
-            f"{name:44} {len(utterances) / median:7.2f} utterances/s "
-            f"{audio_seconds / median:7.1f} × real time "
-            f"{statistics.median(ratios):6.2f} × ({', '.join(f'{r:.2f}' for r in ratios)})  "
-            f"{equal}/{len(texts_of[name])} texts equal  WER {100 * wer:.1f} %{differing}"
-        )
+def differences(texts: list[str], others: list[str]) -> int:
+    """Return how many texts differ."""
+    return sum(a != b for a, b in zip(texts, others, strict=True))
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def main() -> None:
                 for _ in range(options.repeats + 2):
                     started = time.perf_counter()
                     features = [feature_dtype.quantize(f, options.dtype) for f in encoder.encode(prepared)]
-                    # Copying needs none of the batch's own fields.
+                    # `_copy_to_host` uses no field of the batch, so an empty one is enough.
                     encoded = _copy_to_host(AudioBatch(None, [], [], True), features)
-                    # The previous batch's copy is awaited only now, so that it overlaps with this batch.
+                    # Waiting for the previous batch's copy only now lets it overlap with this batch.
                     if previous is not None:
                         previous.wait()
                     previous = encoded

@@ -20,10 +20,11 @@ import torch
 
 from slam_asr.artifacts.manifest import Utterance, write_manifest
 from slam_asr.audio import load_audio
-from slam_asr.config.recipe import load_recipe
+from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.features.audio_workers import AudioLoader, default_workers
 from slam_asr.features.encode import plan_batches, run_shards
 from slam_asr.features.extraction import Extraction
+from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
 from slam_asr.progress import Meter
@@ -52,7 +53,8 @@ def noise(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("corpus", nargs="?", help="folder with FLAC files, such as a LibriSpeech tree")
     parser.add_argument("--synthetic", action="store_true", help="noise instead of a corpus")
@@ -64,13 +66,18 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.corpus or options.synthetic):
         parser.error("give a corpus or --synthetic")
+    return options
+
+
+def main() -> None:
+    """Measure both methods, and print their speeds and the ratio."""
+    options = parse_options()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.synthetic:
             files = noise(folder, options.utterances)
         else:
             files = sorted(Path(options.corpus).rglob("*.flac"))[: options.utterances]
-        manifest = manifest_of(files, folder)
         recipe = load_recipe(
             "librispeech",
             {
@@ -80,18 +87,43 @@ def main() -> None:
                 "features.workers": options.workers,
             },
         )
-        spec, device = describe_encoder(recipe.encoder), pick_device()
-        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
-        extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), WorkShard())
-        shards = [shard for plan in extraction.plans() for shard in plan.shards]
-        with Meter("prepare", plain_lines=False) as meter:
-            batches = [
-                [encoder.prepare(load_audio(u.source)) for u in batch.utterances]
-                for batch in plan_batches(shards, spec, recipe.encoder.batch_seconds, meter)
-            ]
-        audio = sum(p.samples for batch in batches for p in batch) / 16_000
-        encoder_times, extraction_times = [], []
-        loader = AudioLoader(spec.preparer(), options.workers or default_workers(1, device.type == "cuda"))
+        encoder_times, extraction_times, batches = measure(
+            recipe, manifest_of(files, folder), options, folder
+        )
+    audio = sum(p.samples for batch in batches for p in batch) / 16_000
+    a, b = statistics.median(encoder_times), statistics.median(extraction_times)
+    ratios = [x / y for x, y in zip(encoder_times, extraction_times, strict=True)]
+    print(
+        f"{len(files)} utterances, {audio:.0f} s, {len(batches)} batches, {pick_device().type}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(f"encoder alone  {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
+    print(
+        f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, without loading weights"
+    )
+    print(f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{r:.3f}' for r in ratios)})")
+
+
+def measure(
+    recipe: Recipe, manifest: Path, options: argparse.Namespace, folder: Path
+) -> tuple[list[float], list[float], list[list[Prepared]]]:
+    """Run both methods alternately.
+
+    Returns:
+        The seconds of the encoder alone and of the extraction in each repeat, and the prepared batches.
+    """
+    spec, device = describe_encoder(recipe.encoder), pick_device()
+    encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
+    extraction = Extraction(recipe, spec, [str(manifest)], str(folder / "planned"), WorkShard())
+    shards = [shard for plan in extraction.plans() for shard in plan.shards]
+    with Meter("prepare", plain_lines=False) as meter:
+        batches = [
+            [encoder.prepare(load_audio(u.source)) for u in batch.utterances]
+            for batch in plan_batches(shards, spec, recipe.encoder.batch_seconds, meter)
+        ]
+    encoder_times, extraction_times = [], []
+    workers = options.workers or default_workers(1, device.type == "cuda")
+    with AudioLoader(spec.preparer(), workers) as loader:
         for repeat in range(options.repeats + 1):
             started = time.perf_counter()
             for batch in batches:
@@ -106,22 +138,10 @@ def main() -> None:
             missing = extraction.missing(extraction.plans())
             started = time.perf_counter()
             run_shards(extraction, missing, encoder, loader)
-            if repeat:  # the first of each is a warm-up
+            if repeat:  # the first repeat is a warm-up
                 encoder_times.append(encoder_seconds)
                 extraction_times.append(time.perf_counter() - started)
-        loader.__exit__()
-        a, b = statistics.median(encoder_times), statistics.median(extraction_times)
-        ratios = [x / y for x, y in zip(encoder_times, extraction_times, strict=True)]
-        print(
-            f"{len(files)} utterances, {audio:.0f} s, {len(batches)} batches, {device.type}, "
-            f"{torch.get_num_threads()} threads"
-        )
-        print(f"encoder alone  {len(files) / a:7.2f} utt/s, {audio / a:7.0f} × real time")
-        print(
-            f"extraction     {len(files) / b:7.2f} utt/s, {audio / b:7.0f} × real time, "
-            "without loading weights"
-        )
-        print(f"ratio          {a / b:.3f}  (each repeat: {', '.join(f'{r:.3f}' for r in ratios)})")
+    return encoder_times, extraction_times, batches
 
 
 if __name__ == "__main__":

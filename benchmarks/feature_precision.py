@@ -4,9 +4,9 @@
 
 MODEL is a folder that convert-checkpoint wrote. MANIFEST has utterances that the model was not trained on.
 The encoder runs once, on a CPU in fp32 (on a GPU, in the model's own `features.dtype`). Its outputs are
-rounded to each `features.dtype`, and projector and LLM run on them in fp32. Prints bytes per frame, the
-features' relative error (root mean square), the mean loss over all target tokens, and its difference from
-fp32.
+rounded to each `features.dtype`, and projector and LLM run on them in fp32. For each dtype, this
+prints bytes per frame, the features' relative error (root mean square), the mean loss over all target tokens,
+and the difference of the loss from that in fp32.
 """
 
 import argparse

@@ -5,10 +5,10 @@
 
 Each step runs in its own process. The kernel measures the process's peak resident memory, which includes
 Python and its packages. `--build` also runs the complete stage `build-manifest` on a table with as many rows.
-All rows have the same short audio file, so decoding takes hardly any time.
+All rows name the same short audio file, so decoding takes hardly any time.
 
-The time for `sort` includes generating the utterances, and that for `build` writing the table. For `iterate`
-and `index`, the time excludes opening the manifest, but the peak memory includes it.
+The time for `sort` includes generating the utterances, and the time for `build` includes writing the table.
+For `iterate` and `index`, the time excludes opening the manifest, but the peak memory includes it.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python benchmarks/pipeline_overhead.py my.yaml --corpus /data/x --repeats 5
 
 Both methods do the same work: once from scratch, then `--repeats` times with all results in place, so that
-only starting processes and passing on results remain. The first row includes the variation of the work
-itself; the second row is the overhead. Run it on an idle machine.
+only starting processes and passing on results remain. In the first row, the difference includes the variation
+of the work itself; in the second row, it is the overhead. Run this on an idle machine.
 """
 
 import argparse

@@ -34,13 +34,15 @@ def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int, **m
 
 
 CASES = [
-    # LLM configuration, training options, utterances; and per utterance positions, audio positions, targets
+    # Each case: LLM configuration, training options, number of utterances, and for each utterance its LLM
+    # positions, audio positions and target tokens.
     (_llama(576, 1536, 30, 9, 49152, num_key_value_heads=3, tie_word_embeddings=True), {}, 6, 100, 60, 25),
     (_llama(768, 2048, 12, 12, 32000), {}, 16, 150, 100, 30),
     (_llama(1024, 2816, 8, 16, 32000), {"precision": "bf16"}, 16, 200, 140, 40),
     (_llama(512, 1408, 16, 8, 16000), {"packing": False}, 40, 120, 80, 20),
     (_llama(1280, 3456, 10, 20, 8000), {"packing": False}, 8, 300, 240, 50),
-    # Most of the memory is for logits, which are computed in chunks, but under ZeRO-3 all at once.
+    # In these two, most of the memory is for logits. They are computed in chunks, but under ZeRO-3 all at
+    # once.
     (_llama(512, 1408, 6, 8, 128000), {}, 24, 100, 40, 50),
     (_llama(512, 1408, 6, 8, 128000), {"zero_stage": 3}, 24, 100, 40, 50),
 ]
@@ -97,7 +99,7 @@ def compare(number: int, case: tuple) -> dict:
         [],
     )
     memory = training_memory(shapes, Load(rows, length, audio, targets), 1, on_gpu=False)
-    memory = replace(memory, overhead=0.0)  # the measurement is the difference to an idle process
+    memory = replace(memory, overhead=0.0)  # the measurement excludes the memory of an idle process
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).to(DTYPES[recipe.training.precision]).save_pretrained(folder)
         command = [sys.executable, __file__, "--measure", json.dumps(case), "--llm", folder]

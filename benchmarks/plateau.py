@@ -1,16 +1,16 @@
-"""Measure how long trainings stay on the plateau, with and without `projector.beginning`.
+"""Measure how long training runs stay on the plateau, with and without `projector.beginning`.
 
-    python benchmarks/plateau.py data/train.jsonl                # by build-manifest
+    python benchmarks/plateau.py data/train.jsonl                # a manifest of build-manifest
     python benchmarks/plateau.py data/train.jsonl --seeds 0 --steps 300 --beginning 200
 
-Trains projectors with random weights, for each pair of encoder and LLM, with several seeds, with the
+Trains projectors from random weights, for each pair of encoder and LLM, with several seeds, with the
 beginning and without. Prints the optimiser steps and the seconds until the accuracy, as a mean over 20 steps,
-reaches a value at which the LLM no longer guesses. Steps and seconds of the beginning count. Seconds begin
-with the first step: with the beginning they contain the time that loading the LLM takes, and without they do
-not. Trainings take turns, so that a change in the machine's load affects both ways. Needs no network if the
-models are on the machine. Features are extracted first, and are not counted.
+reaches a value at which the LLM no longer guesses. Steps and seconds of the beginning count. Time is measured
+from the first step on, so it includes loading the LLM only if there is a beginning. Runs with and without it
+alternate, so that a change in the machine's load affects both. This needs no network if the models are on the
+machine. Features are extracted first, and that time does not count.
 
-By default, features and trainings are in a temporary folder; with --work, they stay there.
+By default, features and training runs are in a temporary folder. With --work, they remain in that folder.
 """
 
 import argparse
@@ -35,26 +35,26 @@ PAIRS = (
 AVERAGED = 20
 """Number of steps over which the accuracy is averaged."""
 POLL = 0.05
-"""Seconds between two looks at a training's curve."""
+"""Seconds between two looks at the curve of a training run."""
 
 
 @dataclass
 class Result:
-    """One training."""
+    """One training run."""
 
     pair: str
     begins: bool
     seed: int
     steps: int
-    """Steps until the accuracy was reached, or all steps."""
+    """Number of steps until the accuracy was reached, or of all steps."""
     seconds: float
     accuracy: float
-    """Mean over the last steps."""
+    """Mean over the last `AVERAGED` steps."""
     reached: bool
 
 
 def main() -> None:
-    """Print a line per training, and a summary per pair."""
+    """Print a line per training run, and a summary per pair."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--beginning", type=int, default=1000, help="steps of the beginning")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
-    parser.add_argument("--work", type=Path, help="folder for features and trainings")
+    parser.add_argument("--work", type=Path, help="folder for features and training runs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace, pair: str, begins: bool, seed: int, wor
 def start(
     options: argparse.Namespace, overrides: dict[str, object], features: str, output: Path
 ) -> subprocess.Popen:
-    """Start a training, whose log goes to a file next to its output."""
+    """Start a training run, whose log goes to a file next to its output."""
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "slam_asr", "train", "--recipe", options.recipe]
     command += ["--train-manifest", options.manifest, "--feature-store", features, "--output", str(output)]
@@ -123,10 +123,10 @@ def start(
 
 
 def watch(process: subprocess.Popen, output: Path, accuracy: float) -> tuple[int, float, float, bool]:
-    """Wait until a training reaches an accuracy, and stop it; or until its end.
+    """Wait until a training run reaches an accuracy, and stop it; or wait until it ends by itself.
 
     Returns:
-        Steps, seconds, the mean accuracy of the last steps, and whether that is the accuracy or more.
+        Steps, seconds, the mean accuracy of the last steps, and whether it reached `accuracy`.
     """
     curve, began, seen = output / "curve.jsonl", 0.0, -1
     while True:
@@ -148,7 +148,7 @@ def watch(process: subprocess.Popen, output: Path, accuracy: float) -> tuple[int
 
 
 def summarise(results: list[Result], accuracy: float) -> None:
-    """Print the medians of the trainings of one pair, all of one kind."""
+    """Print the medians of the runs of one pair, all with a beginning or all without."""
     first, reached = results[0], sum(r.reached for r in results)
     steps, seconds = (statistics.median(getattr(r, key) for r in results) for key in ("steps", "seconds"))
     print(

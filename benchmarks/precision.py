@@ -3,8 +3,8 @@
     python benchmarks/precision.py [--threads N]
 
 Both precisions alternate within one run, so that a change in the machine's speed affects both; only the ratio
-is meaningful. The published figure is for two cores of an Intel Xeon with AVX-512 and its bf16 instructions
-but without AMX. On that machine, fp32 is faster.
+is meaningful. The published figure is for two cores of an Intel Xeon that has AVX-512 with bf16 instructions
+but no AMX. On that machine, fp32 is faster.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Measure how fast features are read in training order, and how fast audio is.
+"""Measure how fast features are read in training order, and how fast audio is read.
 
-    python benchmarks/reading.py         # writes a store of noise; part 2 starts a moto server
+    python benchmarks/reading.py         # parts 1 and 2: writes a store of noise, and starts a moto server
     python benchmarks/reading.py --audio # only part 3
 
 1. A local store, memory-mapped and in the page cache. One process reads two epochs in training order and
@@ -10,8 +10,9 @@
    `download_file` fetches the same shards in the same order with as many threads. The two alternate; the
    ratio is that of their median speeds.
 3. Audio. 45 segments of 4 s are read in random order from 20 minutes of stereo, as mp3 and as flac; the cost
-   of a segment of mp3 must not grow with what precedes it. Then a file of 10 s is read in each format with
-   all checks, and by soundfile alone. All are CPU seconds of one process; the reads alternate.
+   of an mp3 segment must not grow with the length of the audio before it. Then a file of 10 s is read in each
+   format with all checks, and by soundfile alone; the two alternate. All results are CPU seconds of one
+   process.
 """
 
 import argparse

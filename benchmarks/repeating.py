@@ -67,7 +67,7 @@ def repeated(llm: torch.nn.Module, prompt: Prompt, texts: list[str], pause: int,
     for text in texts:
         audio_ids: list[int] = []
         for token in prompt.tokenizer.encode(" " + text, add_special_tokens=False):
-            # The fractional part of `breaks` is the probability of one line break more than its integer part.
+            # `breaks` of 1.8, for example, means one line break, and a second one with a probability of 0.8.
             audio_ids += [token] + [pause] * (int(breaks) + (rng.random() < breaks % 1))
         after_audio, answer = prompt.with_answer(prompt.main, text)
         ids = [*prompt.main.before, *audio_ids, *after_audio, *answer]

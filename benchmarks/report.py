@@ -3,7 +3,7 @@
     python benchmarks/report.py --utterances 100000
 
 The utterances are random and about as long as LibriSpeech's. One word in twenty is wrong, and there are 3
-speakers per thousand utterances. Each step is timed separately, then all of them together. If `chromium` is
+speakers per thousand utterances. Each step is timed separately, then all steps together. If `chromium` is
 on the PATH, the time to lay out the page in a headless browser is printed too; it includes the browser's
 start.
 """

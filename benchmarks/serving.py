@@ -1,4 +1,4 @@
-"""Measure `slam-asr serve` beside a plain loop of `generate`, and let it run for long with disturbed clients.
+"""Compare `slam-asr serve` with a plain loop of `generate`, or test it for long with misbehaving clients.
 
 MODEL is a model folder or the name of a shipped model; FOLDER has recordings of at most 20 seconds:
 
@@ -6,16 +6,16 @@ MODEL is a model folder or the name of a shipped model; FOLDER has recordings of
     python benchmarks/serving.py MODEL FOLDER --faster-whisper CTRANSLATE2_MODEL
     python benchmarks/serving.py MODEL FOLDER --soak 10
 
-Each method gets the same recordings from the same number of clients, which send the next one as soon as they
-have an answer. The plain loop and faster-whisper run in this process, one recording at a time, without HTTP:
-a client waits until the others' recordings are finished. The plain loop calls transformers' `generate` of the
+Each method gets the same recordings from the same number of clients. A client sends its next recording as
+soon as it has an answer. The plain loop and faster-whisper run in this process, without HTTP. They process
+one recording at a time, so clients wait for each other. The plain loop calls transformers' `generate` of the
 same model, with the same search. Prints requests per second, the multiple of real time, the 50th and 95th
-percentile of the latency in seconds, and seconds of processor time per request, of all processes. With
-OMP_NUM_THREADS=1, other programs on the machine hardly affect the last one.
+percentile of the latency in seconds, and the processor time of all processes per request in seconds. With
+OMP_NUM_THREADS=1, other programs on the machine hardly affect the processor time.
 
-With `--soak`, clients send recordings of random formats for that many minutes; some close their connection
-early, and some files are cut. Each text is compared with that of the recording decoded alone, and the memory
-of the server is printed.
+With `--soak`, clients send recordings in several formats for that many minutes; some clients close their
+connection early, and some files are cut. Each text is compared with that of the recording decoded alone, and
+the memory of the server is printed.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def post(address: str, content: bytes, seconds: float = 3600) -> tuple[int, str]
 
 
 def one_at_a_time(transcribe: Transcribe) -> Transcribe:
-    """Let clients wait for each other, as before a server without batches."""
+    """Let clients wait for each other, as for a server without batches."""
     lock = threading.Lock()
 
     def waiting(content: bytes) -> str:
@@ -150,7 +150,7 @@ def plain(transcriber: Transcriber, content: bytes) -> str:
 
 
 def faster_whisper(folder: str) -> Transcribe:
-    """Load a Whisper for CTranslate2, in fp32 as the recipe of the shipped model."""
+    """Load a Whisper for CTranslate2, in fp32 like the recipe of the shipped model."""
     from faster_whisper import WhisperModel
 
     model = WhisperModel(
@@ -182,16 +182,16 @@ def measure(clients: int, transcribe: Transcribe, contents: list[bytes], request
     with ThreadPoolExecutor(clients) as pool:
         latencies = list(pool.map(ask, sent))
     seconds = time.perf_counter() - started
-    median, late = (statistics.quantiles(latencies, n=20, method="inclusive")[i] for i in (9, 18))
+    median, percentile_95 = (statistics.quantiles(latencies, n=20, method="inclusive")[i] for i in (9, 18))
     rates = f"{requests / seconds:7.3f} requests/s  {audio / seconds:6.2f} x real time"
-    return f"{rates}  p50 {median:7.2f} s  p95 {late:7.2f} s"
+    return f"{rates}  p50 {median:7.2f} s  p95 {percentile_95:7.2f} s"
 
 
 def soak(
     address: str, process: psutil.Process, transcriber: Transcriber, contents: list[bytes], seconds: float
 ) -> None:
     """Send random recordings from eight clients, and print what came back and the memory of the server."""
-    recordings = [(content, alone(transcriber, content)) for content in in_all_formats(contents)]
+    recordings = [(content, alone(transcriber, content)) for content in in_alternating_formats(contents)]
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
 
@@ -199,7 +199,7 @@ def soak(
         draw = random.Random(seed)
         while time.monotonic() < end:
             content, (text, is_close) = draw.choice(recordings)
-            counts[disturbed(address, draw, content, text, is_close)] += 1
+            counts[send(address, draw, content, text, is_close)] += 1
 
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(client, seed) for seed in range(8)]
@@ -213,8 +213,8 @@ def soak(
     assert not counts["wrong"], counts
 
 
-def in_all_formats(contents: list[bytes]) -> Iterator[bytes]:
-    """Yield each recording in each format, those of which the text depends on the format too."""
+def in_alternating_formats(contents: list[bytes]) -> Iterator[bytes]:
+    """Yield each recording in one of `FORMATS`, which take turns."""
     for content, (suffix, options) in zip(contents, list(FORMATS.items()) * len(contents), strict=False):
         buffer = io.BytesIO()
         samples = read_clip("a", content=content).samples
@@ -231,8 +231,8 @@ def alone(transcriber: Transcriber, content: bytes) -> tuple[str, bool]:
     return " ".join(a.text for a in answers if a.text), any(a.close for a in answers)
 
 
-def disturbed(address: str, draw: random.Random, content: bytes, text: str, is_close: bool) -> str:
-    """Send a recording as it is, cut, or without waiting for the answer; return what happened."""
+def send(address: str, draw: random.Random, content: bytes, text: str, is_close: bool) -> str:
+    """Send a recording, sometimes cut or without waiting for the answer; return what happened."""
     kind = draw.random()
     if kind < 0.15:
         status, _ = post(address, content[: len(content) // 2])
@@ -241,8 +241,8 @@ def disturbed(address: str, draw: random.Random, content: bytes, text: str, is_c
     if kind < 0.3:
         with contextlib.suppress(TimeoutError):
             post(address, content, draw.uniform(0.01, 1))
-            return "answered before the client went"
-        return "client went"
+            return "answered before the client left"
+        return "client left"
     status, answer = post(address, content)
     if status != 200:
         return f"status {status}"

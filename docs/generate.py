@@ -166,28 +166,7 @@ def _pipelines() -> str:
             "",
         ]
     for name, (module, used_by) in PIPELINES.items():
-        pipeline = getattr(importlib.import_module(module), name)
-        document = parse(inspect.getdoc(pipeline.pipeline_func) or "")
-        lines += [
-            f"## Pipeline `{pipeline.name}`",
-            "",
-            *_paragraphs(document),
-            f"Used by: {used_by}.",
-            "",
-            *_table(
-                ("parameter", "type", "default", "meaning"),
-                [
-                    (
-                        f"`{key}`",
-                        _kfp_type(spec.type),
-                        _default(spec.default) if spec.optional else "required",
-                        _argument(document, key),
-                    )
-                    for key, spec in pipeline.component_spec.inputs.items()
-                ],
-            ),
-            "",
-        ]
+        lines += _describe_pipeline(getattr(importlib.import_module(module), name), used_by)
     lines += [
         "## Steps",
         "",
@@ -297,6 +276,25 @@ def _component_readme(folder: str, steps: list[str]) -> str:
 
 
 # ── parts of pages ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _describe_pipeline(pipeline: Any, used_by: str) -> Iterator[str]:
+    """Yield a pipeline's description, the commands that use it, and its parameters."""
+    document = parse(inspect.getdoc(pipeline.pipeline_func) or "")
+    yield from (f"## Pipeline `{pipeline.name}`", "", *_paragraphs(document), f"Used by: {used_by}.", "")
+    yield from _table(
+        ("parameter", "type", "default", "meaning"),
+        [
+            (
+                f"`{key}`",
+                _kfp_type(spec.type),
+                _default(spec.default) if spec.optional else "required",
+                _argument(document, key),
+            )
+            for key, spec in pipeline.component_spec.inputs.items()
+        ],
+    )
+    yield ""
 
 
 def _describe_command(function: Callable[..., Any], command: str) -> Iterator[str]:

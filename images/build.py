@@ -22,8 +22,8 @@ from slam_asr.steps import IMAGES  # noqa: E402 - the package need not be instal
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
-"""Arguments with which each tool loads an image into its cluster. To choose a cluster other than the default,
-set KIND_CLUSTER_NAME or MINIKUBE_PROFILE, as the tool documents."""
+"""Arguments with which each tool loads an image into its cluster. KIND_CLUSTER_NAME or MINIKUBE_PROFILE
+selects a cluster other than the default, as the tool documents."""
 
 
 class BuildError(Exception):
@@ -98,7 +98,7 @@ def _stages(names: str) -> list[str]:
 def _require_index(stages: list[str], options: argparse.Namespace) -> None:
     """Check that pip gets an index with torch's CPU builds, if they are needed.
 
-    Without one, the build would fail only in the fourth image.
+    Without this check, a missing index would fail the build only at the fourth image.
     """
     without_cuda = [stage for stage in stages if _torch_of(stage, options) == "cpu"]
     if without_cuda and not options.pip_args and not options.base_image:
@@ -156,8 +156,8 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
         *shlex.split(options.build_args),
         ".",
     ]
-    # The legacy builder is the default because every engine has it; BuildKit is an optional plugin. The
-    # user's environment comes last, so it can select BuildKit.
+    # The legacy builder is the default, because every engine has it and BuildKit is an optional plugin. The
+    # user's environment takes precedence, so it can select BuildKit.
     environment = {"DOCKER_BUILDKIT": "0", **os.environ}
     build = subprocess.Popen(
         command,

@@ -19,8 +19,8 @@ def _complaint() -> str | None:
     for package in ("slam_asr", "kfp", "jsonargparse"):
         if importlib.util.find_spec(package) is None:
             return (
-                f"{sys.executable} has no {package}: `make install` sets up .venv with all that is needed, "
-                "then use .venv/bin/python."
+                f"{sys.executable} has no {package}: run `make install`, which sets up .venv with all "
+                "required packages, and use .venv/bin/python."
             )
     return None
 

@@ -16,6 +16,9 @@ from components.train.component import train
 from pipelines.notice import Steps, without_notice
 from slam_asr.steps import PUBLISHING, TRAINING
 
+Place = Callable[[str, dsl.PipelineTask], None]
+"""A function that takes a step's name and its task, and assigns the cluster's resources to the task."""
+
 DESCRIPTION = (
     "Train a SLAM-ASR speech recogniser and measure it: a frozen speech encoder, a frozen LLM, "
     "and the trained projector between them."
@@ -23,7 +26,7 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    place: Place = lambda step, task: None,
     trainjob: str = "",
     publishes: bool = False,
     ending: Callable[[Steps], Steps] = without_notice,
@@ -31,9 +34,9 @@ def build_pipeline(
     """Build the training pipeline.
 
     Args:
-        place: function that is called with each step's name and task, and assigns the cluster's resources to
-            the task.
-        trainjob: placement of the nodes of multi-node training (JSON); if empty, the step's own pod trains.
+        place: called with each step's name and task.
+        trainjob: the `Placement` of the nodes of multi-node training, as JSON; if empty, the step's own pod
+            trains.
         publishes: whether the pipeline ends with the step `publish`, which registers the model.
         ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
@@ -58,7 +61,7 @@ def build_pipeline(
         )
         publication: list[dsl.PipelineTask] = []
         if publishes:
-            # The registry is tried first, so that a registry that is down ends the run before the training.
+            # The registry comes first: if it does not answer, the run fails before anything is computed.
             opened = open_registry(recipe=recipe, recipe_overrides=recipe_overrides, store=store)
             manifest.after(opened)
             publication.append(opened)
@@ -77,13 +80,20 @@ def build_pipeline(
         if publishes:
             run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
             publication.append(publish(store=store, model=model, scores=scoring.outputs["scores"], run=run))
-        for task in (manifest, extraction, training, conversion, decoding, scoring, *publication):
-            # Kubeflow's cache knows neither the corpus' content nor an unfinished training, and would return
-            # pointers to folders that have been deleted. Each stage checks the store for results itself.
-            task.set_caching_options(False)
-            place(task.name, task)
+        apply_settings(place, manifest, extraction, training, conversion, decoding, scoring, *publication)
 
     return asr
+
+
+def apply_settings(place: Place, *tasks: dsl.PipelineTask) -> None:
+    """Turn off Kubeflow's cache for the tasks, and call `place` for each of them.
+
+    Kubeflow's cache does not notice that a corpus has changed or that a training is unfinished, and may
+    return pointers to folders that have been deleted. Instead, each stage looks for its results in the store.
+    """
+    for task in tasks:
+        task.set_caching_options(False)
+        place(task.name, task)
 
 
 asr = build_pipeline()

@@ -43,7 +43,7 @@ COMMANDS = {
         "pipelines.kubeflow.commands:runs", "", "list the latest runs, your own or those of a recipe"
     ),
     "schedule create": Command(
-        "pipelines.kubeflow.schedules:create", "RECIPE", "start runs in a cluster again and again; --cron"
+        "pipelines.kubeflow.schedules:create", "RECIPE", "start runs in a cluster at the times of --cron"
     ),
     "schedule list": Command("pipelines.kubeflow.schedules:list_all", "", "list the schedules"),
     "schedule pause": Command("pipelines.kubeflow.schedules:pause", "NAME", "pause a schedule"),
@@ -67,7 +67,7 @@ USAGE = list_commands(
             f"{name} {command.positionals}".strip(): command.summary for name, command in COMMANDS.items()
         }
     },
-    "--model MODEL trains nothing, and evaluates the model on the recipe's test sets.",
+    "--model MODEL trains nothing, and evaluates MODEL on the recipe's test sets.",
     "--sweep FILE  trains every variation of the recipe that FILE lists, with the same features, and "
     "compares them.",
     f"{PROGRAM} COMMAND --help      the options of a command",
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
     """
     if argv is None:
-        # Only for this process's own command line, because it may start the program again.
+        # Called only for this process's own command line, because `ensure_utf8` may restart the program.
         ensure_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     with processes.interruptible(), exit_on_user_error():
-        # Some names consist of two words.
+        # Some commands have names of two words, such as `schedule list`.
         words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
         command = " ".join(arguments[:words])
         if command not in COMMANDS:

@@ -30,7 +30,7 @@ class Images:
     """Where the nodes pull the images of the steps from."""
 
     names: str = "slam-asr/{stage}:{version}"
-    """Template with {stage} and {version} for image names, or the file of digests from `make images`."""
+    """Template for image names with {stage} and {version}, or the file that `make images` writes."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When a node pulls an image again. IfNotPresent is right as long as no tag is ever moved."""
     pull_secrets: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Models:
 
 @dataclass
 class Registry:
-    """The model registry, for recipes with `publish.registry`. `environment` has its address."""
+    """The model registry, for recipes with `publish.registry`. Its address is a variable in `environment`."""
 
     secret: str = ""
     """Name of the secret with MODEL_REGISTRY_TOKEN, or with what MLflow's server needs:
@@ -114,7 +114,7 @@ class OnExit:
     key: str = "url"
     """Key of the URL in that secret."""
     dashboard: str = ""
-    """Address of the dashboard, for the link in the message. If empty, `endpoint`."""
+    """Address of the dashboard, for the link in the message. If empty, `endpoint` is used."""
 
 
 @dataclass
@@ -148,8 +148,9 @@ class StepSettings:
     retries: int = 3
     """Maximum number of restarts of a step; each resumes the work.
 
-    Kubeflow's own Argo configuration decides which failures are retried. Since 2.17.0 these are lost, drained
-    and preempted pods (OnError); before, exit codes, lack of memory and evictions (OnFailure).
+    Kubeflow's own Argo configuration decides which failures are retried. Kubeflow Pipelines 2.17.0 and later
+    retry lost, drained and preempted pods (OnError). Earlier versions retry failing exit codes, lack of
+    memory and evictions (OnFailure).
     """
     retry_after: str = "30s"
     """Wait before the first retry; it doubles with each retry."""
@@ -232,7 +233,7 @@ class Cluster:
 
     @property
     def names_registry(self) -> bool:
-        """Whether the profile names a model registry. MLFLOW_TRACKING_URI may be for the tracker only."""
+        """Whether the profile names a model registry. MLFLOW_TRACKING_URI may be for the tracker alone."""
         variables = {"MODEL_REGISTRY_URL", "MLFLOW_REGISTRY_URI"}
         return bool(self.registry.secret or variables & self.environment.keys())
 

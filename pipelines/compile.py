@@ -37,7 +37,7 @@ DEFAULT_CLUSTER = "one-gpu-node"
 OLDEST_BACKEND = "2.16"
 """The oldest Kubeflow Pipelines that accepts the compiled pipelines.
 
-An earlier one fails to read their Kubernetes settings, with `unknown field "securityContext"`
+An earlier version fails to read their Kubernetes settings, with `unknown field "securityContext"`
 (https://github.com/kubeflow/kale/issues/687).
 """
 
@@ -232,8 +232,8 @@ def compile_all(
     If `output` is a `.yaml` file, only the pipeline is written. The arguments are those of `compile_package`.
 
     Returns:
-        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`. The files of
-        the other pipelines begin with `slam-asr-evaluate` and `slam-asr-sweep`.
+        The files written: `slam-asr.yaml`, `slam-asr.resources.yaml` and `components/*.yaml`. Files of
+        another pipeline have its name in place of `slam-asr`, such as `slam-asr-sweep.yaml`.
     """
     if output.suffix in (".yaml", ".yml"):
         return [compile_package(cluster, output, images, defaults, request)]

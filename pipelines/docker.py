@@ -43,7 +43,8 @@ _CREDENTIAL_FILES = {
     "AWS_CA_BUNDLE": ("", "/run/aws/AWS_CA_BUNDLE"),
     SECRET: (SECRET_FOLDER, SECRET_FOLDER),
 }
-"""Environment variables that name a file or folder: its default here, and its path in containers."""
+"""Environment variables that name a file or folder: its default path on this machine, and its path in
+containers."""
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 """Environment variables that containers also get, in upper or lower case."""
 
@@ -63,7 +64,7 @@ class Containers:
 
         Raises:
             ClusterError: no engine answers, or it lacks the network or the GPUs.
-            ConfigurationError: a folder does not exist, or the number of GPUs is not a number.
+            ConfigurationError: a path in `readable` or `--mounts` does not exist, or `--gpus` is not valid.
         """
         self.settings, self.run_name = settings, run
         try:
@@ -155,29 +156,7 @@ class Containers:
         """
         if self._ending:
             return _KILLED
-        try:
-            # Without `auto_remove`: see https://github.com/kubeflow/pipelines/issues/13332 for what it hides.
-            container = self.client.containers.create(
-                image,
-                command,
-                entrypoint=[],
-                environment=_environment() | (environment or {}),
-                volumes=self.volumes,
-                # Results must belong to this user, not to root.
-                user=f"{os.getuid()}:{os.getgid()}",
-                network=self.settings.network,
-                shm_size=self.settings.shared_memory,
-                device_requests=self.gpus if stage in GPU_STAGES else [],
-                labels={LABEL: self.run_name},
-                # An init process passes SIGTERM on; a program with process id 1 ignores it by default.
-                init=True,
-                # The user may be unknown to the image, so the step starts in a folder that all can write.
-                working_dir="/tmp",
-            )
-        except APIError as error:
-            raise ClusterError(
-                f"The Docker engine refuses a container of {image} ({_reason(error)})."
-            ) from error
+        container = self._create(stage, image, command, environment or {})
         with (
             self._removed_at_the_end(container),
             processes.stopped_on_interruption(lambda: _stop(container)),
@@ -193,6 +172,33 @@ class Containers:
             except NotFound:
                 # Another thread ended the run and removed the container.
                 return _KILLED
+
+    def _create(self, stage: str, image: str, command: list[str], environment: dict[str, str]) -> Any:
+        """Create the container of a stage without starting it. The arguments are those of `run`."""
+        try:
+            # `auto_remove` is not set, because it can hide that a step failed:
+            # https://github.com/kubeflow/pipelines/issues/13332
+            return self.client.containers.create(
+                image,
+                command,
+                entrypoint=[],
+                environment=_environment() | environment,
+                volumes=self.volumes,
+                # Results must belong to this user, not to root.
+                user=f"{os.getuid()}:{os.getgid()}",
+                network=self.settings.network,
+                shm_size=self.settings.shared_memory,
+                device_requests=self.gpus if stage in GPU_STAGES else [],
+                labels={LABEL: self.run_name},
+                # An init process passes SIGTERM on; a program with process id 1 ignores it by default.
+                init=True,
+                # The user may be unknown to the image, so the step starts in a folder that all may write.
+                working_dir="/tmp",
+            )
+        except APIError as error:
+            raise ClusterError(
+                f"The Docker engine refuses a container of {image} ({_reason(error)})."
+            ) from error
 
     @contextlib.contextmanager
     def _removed_at_the_end(self, container: Any) -> Iterator[None]:
@@ -259,13 +265,13 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(_PASSED_PREFIXES) or name.upper() in _PROXIES
     }
-    # The values are paths on this machine. They are replaced by the paths in the container.
+    # These variables contain paths of this machine, which are replaced by those in the container.
     mounted = _credential_files().values()
     for name, (default, target) in _CREDENTIAL_FILES.items():
         if target in mounted:
             passed[name] = target
         elif default:
-            # No such file is mounted: without the variable, the stages do not look for one.
+            # The file does not exist here, so the stages must not look for it.
             passed.pop(name, None)
     # The hub's cache folders are not mounted. Models are in this project's own cache, which is mounted.
     for name in ("HF_HOME", "HF_HUB_CACHE"):

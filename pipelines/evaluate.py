@@ -10,6 +10,7 @@ from components.convert_checkpoint.open_model import open_model
 from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
+from pipelines.asr import Place, apply_settings
 from pipelines.notice import Steps, without_notice
 from slam_asr.steps import EVALUATION
 
@@ -17,14 +18,13 @@ DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report the
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    place: Place = lambda step, task: None,
     ending: Callable[[Steps], Steps] = without_notice,
 ) -> BaseComponent:
     """Build the evaluation pipeline.
 
     Args:
-        place: function that is called with each step's name and task, and assigns the cluster's resources to
-            the task.
+        place: called with each step's name and task.
         ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
 
@@ -59,10 +59,7 @@ def build_pipeline(
             # `decode` reads the features from the store, so kfp sees no dependency on the extraction.
             decoding.after(extraction)
         scoring = score(store=store, model=trained, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
-        for task in (opened, manifest, extraction, decoding, scoring):
-            # As in the training pipeline, each stage checks the store for results itself.
-            task.set_caching_options(False)
-            place(task.name, task)
+        apply_settings(place, opened, manifest, extraction, decoding, scoring)
 
     return evaluate
 

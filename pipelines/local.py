@@ -185,8 +185,8 @@ class LocalRun:
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
-            # kfp guesses from an image's name whether it contains Python, and warns about this project's
-            # images, although they do.
+            # kfp guesses from an image's name whether it contains Python. It warns about this project's
+            # images, although they contain it.
             warnings.filterwarnings("ignore", message=".*non-Python base image", category=RuntimeWarning)
             yield
 
@@ -245,16 +245,16 @@ class LogFilter:
 
     def write(self, line: str) -> None:
         """Write a line of the step to the terminal, or a line of the executor to the log."""
-        ours = not self.in_dump and not (line.startswith(_EXECUTOR_PREFIX) and " INFO]: " in line)
-        if ours and line.startswith(ERROR_PREFIX):
+        from_step = not self.in_dump and not (line.startswith(_EXECUTOR_PREFIX) and " INFO]: " in line)
+        if from_step and line.startswith(ERROR_PREFIX):
             self.error = line.removeprefix(ERROR_PREFIX).strip().rstrip(".")
-        target = self.terminal if ours else self.log
+        target = self.terminal if from_step else self.log
         target.write(line)
         target.flush()
         # "Got executor_input:" is followed by indented JSON, whose last line is a single brace.
         if self.in_dump:
             self.in_dump = line.rstrip("\n") != "}"
-        elif not ours:
+        elif not from_step:
             self.in_dump = line.rstrip().endswith("Got executor_input:")
 
 

@@ -71,7 +71,7 @@ def send_if_missing(run: "RunView", cluster: Cluster, link: str, log_line: Calla
         return
     url = webhook_url()
     if not url:
-        log_line(f"no notice was sent: the run could not, and neither {URL} nor {URL_FILE} is set here")
+        log_line(f"no notice was sent: the run did not send it, and neither {URL} nor {URL_FILE} is set here")
         return
     notice = Notice(run.run.display_name, run.run.run_id, run.state, *run.failure(), link=link)
     send(notice, cluster.on_exit.format, url)

@@ -97,7 +97,7 @@ def _dag_defects(
             for other in task.dependent_tasks
             if other not in tasks
         )
-        # Loops over a list that is constant have `raw` here, and nothing to look up.
+        # A loop over a constant list has `raw` here, and nothing to look up.
         items = task.parameter_iterator.items.input_parameter
         if items and items not in task.inputs.parameters:
             yield f"{where} iterates over {items}, which is not among its inputs"

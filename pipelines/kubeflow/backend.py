@@ -14,9 +14,9 @@ from slam_asr.errors import ClusterError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 
 DEFAULT_SECRET = "mlpipeline-minio-artifact"
-"""Secret that the launcher reads if `kfp-launcher` sets no root, and that Argo mounts to archive logs."""
+"""Secret that the launcher reads if `kfp-launcher` sets no pipeline root. Argo mounts it to archive logs."""
 _OWN_ROOT = "minio://mlpipeline/"
-"""Beginning of the pipeline roots in the object storage that Kubeflow Pipelines brings along."""
+"""Beginning of pipeline roots in the object storage that comes with Kubeflow Pipelines."""
 _TRAINER = (2, 2)
 """First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
 
@@ -40,14 +40,16 @@ def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool, n
         if not _may(cluster.service_account, namespace, verb, group, resource, name)
     ]
     if missing:
-        more = ", and manifests/components/trainer in your overlay what several nodes need" * (nodes > 1)
+        more = ", and manifests/components/trainer in your overlay grants what several nodes need" * (
+            nodes > 1
+        )
         return Finding(
             BAD,
             subject,
             f"it is not allowed to {', '.join(missing)} in {namespace}: "
             f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need{more}.",
         )
-    return Finding(GOOD, subject, "it may do what driver, launcher and Argo do in its name")
+    return Finding(GOOD, subject, "it has the rights that Kubeflow's driver and launcher and Argo need")
 
 
 def _needed_rights(
@@ -81,8 +83,8 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
         subresource=subresource or None,
         name=name or None,
     )
-    # A review does not look up an account's groups, so those that every service account is in are named:
-    # rights may be bound to them.
+    # Rights may be bound to a group, and a review does not look up the account's groups. So it gets the
+    # groups that every service account belongs to.
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     review = kubernetes.V1SubjectAccessReview(
         spec=kubernetes.V1SubjectAccessReviewSpec(
@@ -94,7 +96,7 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
 
 
 def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
-    """Report which failures Argo retries. Its own default decides that, not the pipeline.
+    """Report which failures Argo retries. Argo's own configuration decides this, not the pipeline.
 
     Raises:
         kubernetes.ApiException: the configuration cannot be read.
@@ -111,12 +113,12 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     # The policy is inside YAML text, in the value of whichever key the installation uses.
     policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
     explained = {
-        "OnError": "lost, drained and preempted pods, but no exit code and no lack of memory (OnError)",
-        "OnFailure": "exit codes, lack of memory and evictions, but no lost pod (OnFailure)",
+        "OnError": "lost, drained and preempted pods, but not failing exit codes or lack of memory (OnError)",
+        "OnFailure": "failing exit codes, lack of memory and evictions, but not lost pods (OnFailure)",
         "Always": "every failure (Always)",
-        "OnTransientError": "only errors that Argo knows as transient (OnTransientError)",
+        "OnTransientError": "only errors that Argo regards as transient (OnTransientError)",
     }
-    # Without a default of its own, Argo applies OnFailure to steps that ask for retries.
+    # If the configuration names no policy, Argo applies OnFailure to steps that ask for retries.
     name = policy[1] if policy else "OnFailure"
     return Finding(GOOD, "retries", f"Argo retries {explained.get(name, name)}")
 
@@ -170,8 +172,8 @@ def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
 def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     """Check whether the dashboard can show the reports and curves of runs.
 
-    For several users, the dashboard drops provider settings with secrets for namespaces other than its own
-    (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from Kubeflow's own object storage.
+    In a multi-user Kubeflow, the dashboard ignores provider settings with secrets of namespaces other than
+    its own (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only Kubeflow's own object storage.
 
     Raises:
         kubernetes.ApiException: the launcher's configuration cannot be read.
@@ -182,7 +184,7 @@ def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     return Finding(
         UNKNOWN,
         "pages",
-        f"for several users the dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
+        f"a multi-user dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
         f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
         "open report.html in the store.",
     )
@@ -206,7 +208,7 @@ def launcher_changed_after(namespace: str, time: datetime) -> bool | None:
         )
     except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
         return None
-    # Kubernetes records there when each client changed the object last.
+    # `managed_fields` records when each client last changed the object.
     changes = [field.time for field in metadata.managed_fields or []]
     return any(change and change > time for change in [metadata.creation_timestamp, *changes])
 

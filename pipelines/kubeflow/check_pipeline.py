@@ -25,12 +25,13 @@ from slam_asr.version import source_digest
 NAME = "slam-asr-doctor"
 DESCRIPTION = "Check from inside a pod of each step what runs need: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
-"""Steps with settings of their own. `run_view` shows these for any workflow named slam-asr-…."""
+"""Steps with settings of their own: those of the training pipeline. `run_view` shows them for this pipeline
+too, because the name of its workflow begins with `slam-asr-`."""
 _MINUTES = 10
 """Time limit in minutes of a pod, a TrainJob and each of its pods."""
 
 
-# Without an image of its own: `build_pipeline` gives each task the image of its step.
+# The base image is a placeholder: `place` gives each task the image of its step.
 @dsl.component(base_image="python", install_kfp_package=False)
 def check_pod(request: str, findings: dsl.Output[dsl.Markdown]) -> None:
     """Check from inside a pod what a step needs there.
@@ -67,7 +68,7 @@ def write_package(
         images: image of each step.
         output: the file.
         namespace: namespace of the runs, for the pods' messages.
-        nodes: number of pods of a TrainJob that the step `train` starts; 1 for none.
+        nodes: number of pods of a TrainJob that the step `train` starts; with 1, it starts no TrainJob.
 
     Returns:
         `output`.
@@ -135,7 +136,7 @@ def small(cluster: Cluster) -> Cluster:
     for name in CHECKED:
         step = copied.steps[name]
         step.gpus = min(1, step.gpus)
-        # On a node of two cores, all pods fit at once. With a GPU, importing torch takes most of the memory.
+        # All pods fit at once on a node of two cores. With a GPU, importing torch takes most of the memory.
         step.cpu, step.memory = "200m", "4Gi" if step.gpus else "1Gi"
         step.shared_memory, step.scratch = "", "1Gi"
         step.retries, step.timeout_hours = 0, _MINUTES / 60

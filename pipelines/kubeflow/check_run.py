@@ -18,9 +18,8 @@ from slam_asr.errors import UserError
 from slam_asr.findings import BAD, UNKNOWN, Finding, parse_finding
 
 _HOPELESS = ("for its image", "for its secret", "for its configuration")
-"""What a pod waits for in vain unless somebody acts. Such a pod is given up after `_GRACE` seconds."""
+"""Beginnings of details of pods that wait until somebody acts. After `_GRACE` seconds they are given up."""
 _GRACE = 30.0
-"""Seconds."""
 _HEADING = re.compile(r"── (\S+) \(")
 """The line before the log of each pod, as `LogReader` prints it."""
 
@@ -32,14 +31,14 @@ class CheckRun:
     cluster: Cluster
     images: dict[str, str]
     nodes: int = 1
-    """Number of pods of a TrainJob that reach each other; 1 for none."""
+    """Number of pods of a TrainJob that must reach each other; with 1, no TrainJob is started."""
     patience: float = 600.0
     """Seconds for which a pod may wait to start before it is given up."""
     poll: float = 5.0
     """Seconds between two requests for the run's state."""
 
     def findings(self, connection: Connection, log_line: Callable[[str], None]) -> Iterator[Finding]:
-        """Start the run, wait for its end, and yield what its pods found. At the end, nothing runs any more.
+        """Start the run, wait for its end, and yield what its pods found. Stop the run if it does not end.
 
         Args:
             connection: the connection to Kubeflow Pipelines.
@@ -49,7 +48,7 @@ class CheckRun:
             UserError: the run cannot be started or followed.
         """
         with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
-            # The file is needed until `start` has uploaded it, and no longer.
+            # The file is needed only until `start` has uploaded it.
             package = write_package(
                 self.cluster, self.images, Path(folder) / f"{NAME}.yaml", connection.namespace, self.nodes
             )
@@ -57,7 +56,7 @@ class CheckRun:
             run_id = start(connection, package, name, NAME, {}, self.cluster.service_account, NAME)
         log_line(f"run {run_id}: {name}\n{connection.link(run_id)}")
         try:
-            # Before the run is stopped, because that removes the pods that still run, with their logs.
+            # The findings are read before the run is stopped: stopping removes running pods with their logs.
             found = list(_findings(connection, self._wait(connection, run_id, log_line)))
         finally:
             _stop(connection, run_id, log_line)
@@ -83,7 +82,8 @@ class CheckRun:
             ended = ("succeeded", "failed", "stopped", "never reached")
             unfinished = [step for step in current.steps if step.state not in ended]
             given_up = [s for s in unfinished if now - since.get(s.name, now) >= self._limit(s)]
-            # Only if all are given up: as long as another step runs, its findings are worth waiting for.
+            # The run is given up only if all unfinished steps are: the findings of a step that runs are
+            # worth waiting for.
             if current.ended or (unfinished and len(given_up) == len(unfinished)):
                 return current
             time.sleep(self.poll)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.kubeflow.run_view import RunView
 
 POLL = 5.0
-"""Default seconds between two requests while following a run."""
+"""Default number of seconds between two requests while following a run."""
 
 
 def runs(arguments: list[str]) -> int:
@@ -142,12 +142,11 @@ def resume(arguments: list[str]) -> int:
         type=bool,
         default=False,
         help="start another run with the same version of the pipeline and the same parameters; it uses the "
-        "cluster's present configuration, and finds finished stages again",
+        "cluster's present configuration, and reuses finished results",
     )
     run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
-    from pipelines.kubeflow.run_view import new_run_hint
     from pipelines.kubeflow.runs import find, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 
@@ -163,10 +162,11 @@ def resume(arguments: list[str]) -> int:
         retry(connection, run, read_workflow(connection, run_id), changed)
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
         if changed is not False:
-            since = " and that was changed since then" if changed else ""
+            since = ", and kfp-launcher has changed since" if changed else ""
             print(
-                "it still uses the pipeline root and the credentials of the kfp-launcher with which it "
-                f"began{since}; {new_run_hint(run_id)}, with the present ones"
+                "it still uses the pipeline root and the credentials that kfp-launcher named when the run "
+                f"began{since}: `python -m pipelines resume {run_id} --new` starts another run with the "
+                "present ones"
             )
     if not options["wait"]:
         return 0
@@ -232,7 +232,7 @@ def add_wait(parser: ArgumentParser) -> None:
 
 def flags(arguments: list[str]) -> list[str]:
     """Add the value that the parser requires to flags without one: `--wait` → `--wait=true`."""
-    # The last argument has no follower, so a flag there must count as one without a value.
+    # Nothing follows the last argument. `--` stands in, so that a flag there counts as one without a value.
     followers = [*arguments[1:], "--"]
     return [
         f"{argument}=true"
@@ -302,10 +302,10 @@ def _watch(watch: Callable[[], int], run_id: str) -> int:
 
 
 def _print_costs(run: "RunView", cluster: Cluster) -> None:
-    """Print what the steps of a run took, if its store can be read from here."""
+    """Print the time and the costs of a run's steps, if its store can be read from here."""
     settings = run.run.runtime_config
     store = ((settings and settings.parameters) or {}).get("store")
-    # The store may be in the cluster's own network, so this must not wait for long.
+    # The store may be reachable only inside the cluster, so this must not wait for long.
     limits = {name: "5" for name in (PATIENCE, TIMEOUT) if name not in os.environ}
     os.environ.update(limits)
     try:

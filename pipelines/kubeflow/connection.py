@@ -98,13 +98,13 @@ class Connection:
                 may already exist.
 
         Raises:
-            NotFound: the requested object does not exist; a ClusterError too.
+            NotFound: the requested object does not exist. NotFound is a ClusterError.
             ClusterError: the API refuses the request, or temporary failures lasted for `patience()` seconds.
         """
         deadline, pause = time.monotonic() + patience(), 0.2
         while True:
             try:
-                # kfp's client prints links of its own.
+                # kfp's client prints links of its own, which are discarded.
                 with contextlib.redirect_stdout(io.StringIO()):
                     return request()
             except kfp_server_api.ApiException as error:
@@ -161,8 +161,8 @@ class Connection:
     def version(self) -> str:
         """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        # The published type of v2beta1's answer has no version, that of v1beta1 has. Through the dashboard,
-        # the key has another name.
+        # The published type of v1beta1's answer has a version; v2beta1's has none. The dashboard, which
+        # passes the request on, gives the key another name.
         for api in ("v2beta1", "v1beta1"):
             try:
                 answer = self._pool.request(
@@ -251,10 +251,10 @@ class Connection:
 
 
 def require_seconds(options: dict[str, Any], *names: str) -> None:
-    """Check options that are numbers of seconds; `time.sleep` takes nothing negative or infinite.
+    """Check options that are numbers of seconds: `time.sleep` accepts neither negative nor infinite ones.
 
     Raises:
-        ConfigurationError: one of them is not.
+        ConfigurationError: one of them is negative, infinite or NaN.
     """
     for name in names:
         # A comparison with NaN is false as well.
@@ -283,8 +283,8 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
     endpoint = options["endpoint"] or os.environ.get(ENDPOINT) or cluster.endpoint
     if not endpoint:
         raise ConfigurationError(
-            f"Where is Kubeflow Pipelines? Give --endpoint, set {ENDPOINT}, "
-            "or write `endpoint` into the cluster profile."
+            f"No endpoint of Kubeflow Pipelines is named: give --endpoint, set {ENDPOINT}, or write "
+            "`endpoint` into the cluster profile."
         )
     return Connection(
         endpoint, options["namespace"] or cluster.namespace, options["ca_cert"], cluster.kubeflow_namespace
@@ -295,7 +295,7 @@ def patience() -> float:
     """Return the seconds for which temporary failures are retried.
 
     Raises:
-        ConfigurationError: the environment names no number of seconds.
+        ConfigurationError: the environment variable is not a number of seconds.
     """
     return seconds_from_environment(PATIENCE, 60.0)
 

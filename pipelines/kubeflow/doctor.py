@@ -219,7 +219,7 @@ def _check_version(connection: Connection) -> Finding:
         return Finding(
             UNKNOWN, subject, f"the server does not report it; {OLDEST_BACKEND} or later is needed"
         )
-    # As numbers, because 2.9 comes after 2.16 as text.
+    # Compared as numbers, because as text 2.9 would come after 2.16.
     if [int(version[1]), int(version[2])] < [int(part) for part in OLDEST_BACKEND.split(".")]:
         return Finding(
             BAD,
@@ -232,7 +232,7 @@ def _check_version(connection: Connection) -> Finding:
 def _check_store(cluster: Cluster) -> Iterator[Finding]:
     store = cluster.storage.store
     if not store:
-        yield Finding(UNKNOWN, "store", "the profile names none, so each run has to")
+        yield Finding(UNKNOWN, "store", "the profile names none, so each run must name one")
         return
     # The storage client reads these variables. The user's own take precedence over the profile's.
     before = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
@@ -298,7 +298,7 @@ def _check_account(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) 
 
 def _check_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
     subject = f"secret {cluster.storage.secret}"
-    # Only the names of the keys: the values never leave this line.
+    # Only the names of the keys are used, never the values.
     keys = set(api.read_namespaced_secret(cluster.storage.secret, namespace).data or {})
     if any(required <= keys for required in SECRET_KEYS):
         return Finding(GOOD, subject, "exists, with key id and secret key")

@@ -21,11 +21,11 @@ STEP_LABEL = "app.kubernetes.io/component"
 _NODE_NAME = "workflows.argoproj.io/node-name"
 """Annotation of a pod with the name of its node in the workflow; Argo sets it."""
 _QUICK_TIMEOUT = 5.0
-"""Timeout in seconds. The answer only adds a reason to the run's state, which is shown without it too."""
+"""Timeout in seconds of `waiting_pods`, whose answer only adds a reason to a run's state."""
 CONTAINER = "main"
 """Container of a pod that runs the step."""
 _MAX_FRAMEWORK_LINES = 200
-"""Number of the last lines of Kubeflow and Argo that are shown if the program never started."""
+"""How many of the last lines of Kubeflow and Argo are shown if the program never started."""
 _FRAMEWORK_LINE = re.compile(
     r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.]+:\d+\]"  # Kubeflow's launcher
     r"|time=\S+ level=\w+ msg=.*\bargo="  # Argo up to 3
@@ -57,15 +57,14 @@ def core_api() -> kubernetes.CoreV1Api:
 class LogReader:
     """Reads the logs of a run's pods from the Kubernetes API, or else from Argo's archive.
 
-    The archive has the logs of deleted pods, and of pods that the user is not allowed to read.
-
-    The API of Kubeflow Pipelines provides no logs.
+    The archive has the logs of deleted pods, and of pods that the user is not allowed to read. The API of
+    Kubeflow Pipelines itself provides no logs.
 
     Args:
         connection: the connection to Kubeflow Pipelines.
         run_id: id of the run.
-        everything: show the lines of Kubeflow and Argo as well, and the logs of drivers whose pods still
-            exist, unless `show` is called with a step.
+        everything: also show the lines of Kubeflow and Argo and, if `show` is called without a step, the
+            logs of drivers whose pods still exist.
     """
 
     def __init__(self, connection: Connection, run_id: str, everything: bool = False) -> None:
@@ -82,15 +81,15 @@ class LogReader:
 
         Raises:
             ConfigurationError: there is no such step.
-            ClusterError: no pod was found, nor any archived log: permission is missing, the API does not
-                answer, no pod exists yet, or all were deleted.
+            ClusterError: neither a pod nor an archived log was found. Permission is missing, the API does
+                not answer, no pod exists yet, or all were deleted.
         """
         if step is not None and step not in STEPS:
             raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")
         unavailable = ""
         shown: set[str] = set()
         try:
-            # Inside `try`: without configured access it raises, and the archive may still have the logs.
+            # This raises if no access is configured; the archive may still have the logs.
             api = core_api()
             for pod in self._pods(api, step):
                 shown.add(pod.metadata.name)
@@ -213,7 +212,7 @@ def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
 
     Returns:
         A message for each waiting pod, keyed by the name of its node in the workflow. Without access to the
-        Kubernetes API there are none, and Kubeflow's own states have to suffice.
+        Kubernetes API it is empty, and only Kubeflow's own states are known.
     """
     try:
         pods = (

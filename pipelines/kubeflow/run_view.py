@@ -92,15 +92,16 @@ def why_failed(run: kfp_server_api.V2beta1Run, workflow: Workflow | None, steps:
 
 
 def new_run_hint(run_id: str) -> str:
-    """Return the command that starts a run again, and what it does, for messages."""
-    return f"`python -m pipelines resume {run_id} --new` starts it again and finds finished stages again"
+    """Return the command that starts another run like this one, and what it does, for messages."""
+    return f"`python -m pipelines resume {run_id} --new` starts another one, which reuses finished results"
 
 
 def broken_driver(workflow: Workflow) -> Node | None:
-    """Return a driver that ran and failed last; a restart of such a run repeats the failure.
+    """Return a driver whose failure a restart of the run would repeat; None if there is none.
 
-    A driver records what it resolved, such as the root of the artifacts, before it fails. After a restart the
-    server finds two executions of one name. A driver whose pod was never created has recorded nothing.
+    Before it fails, a driver that ran has recorded what it resolved, such as the pipeline root. After a
+    restart, the server would find two executions of one name. A driver whose pod was never created has
+    recorded nothing, and is not returned.
     """
     return next((node for node in workflow.failed_drivers() if node.phase == "Failed"), None)
 
@@ -108,7 +109,7 @@ def broken_driver(workflow: Workflow) -> Node | None:
 def is_orphaned(run: kfp_server_api.V2beta1Run, workflow: Workflow | None) -> bool:
     """Whether somebody deleted the run's workflow from the cluster. Kubeflow shows such a run as unfinished.
 
-    A workflow is saved within seconds of its creation, so only older runs count.
+    A workflow is saved within seconds of the run's creation, so only runs older than five minutes count.
     """
     age = (datetime.now(UTC) - run.created_at).total_seconds() if run.created_at else 0
     return workflow is not None and not workflow.name and run.state not in ENDED and age > 300
@@ -137,7 +138,10 @@ class RunView:
         return (self.run.state or "pending").lower()
 
     def failure(self) -> tuple[str, str]:
-        """The steps that failed and why, without a full stop; empty if no step failed or nothing is known."""
+        """Return the names of the failed steps, and why the run failed, without a full stop.
+
+        Each is empty if it is unknown; both are empty if the run succeeded or was stopped.
+        """
         if self.state in ("succeeded", "stopped"):
             return "", ""
         if self.state == "lost":
@@ -159,7 +163,7 @@ class RunView:
         if self.workflow is not None and broken_driver(self.workflow) is not None:
             resume = f"once this is mended, {new_run_hint(run_id)}"
         if self.state == "stopped":
-            return f"the run was stopped by somebody; {resume}"
+            return f"somebody stopped the run; {resume}"
         failed, why = self.failure()
         where = f" in {failed}" if failed else ""
         cause = f": {why}" if why else ""
@@ -169,7 +173,7 @@ class RunView:
 
 
 def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
-    """Read a run with its workflow, and ask Kubernetes about pods that wait without a reason.
+    """Read a run with its workflow; ask Kubernetes why pods wait if the workflow gives no reason.
 
     Args:
         connection: the connection to Kubeflow Pipelines.
@@ -218,7 +222,7 @@ def follow(
             now = (step.state, step.detail)
             if logged.get(step.key) != now:
                 logged[step.key] = now
-                # At the first look, every step of the pipeline would be logged as not started.
+                # Without this, the first look would log every step of the pipeline as not started.
                 if step.state != "not started":
                     log_line(step.line())
         if current.ended:
@@ -236,11 +240,11 @@ def _steps_of_nodes(
 ) -> list[RunStep]:
     steps = []
     for place, nodes in workflow.attempts().items():
-        most = workflow.max_attempts(place) or attempts.get(nodes[-1].task)
-        steps.append(_step_of_attempts(run, workflow, place, nodes, waiting_pods, most))
+        limit = workflow.max_attempts(place) or attempts.get(nodes[-1].task)
+        steps.append(_step_of_attempts(run, workflow, place, nodes, waiting_pods, limit))
     reached = {step.name for step in steps}
     state = "never reached" if run.state in ENDED else "not started"
-    # The workflow has no nodes of a loop's steps before the loop starts: their names come from the pipeline.
+    # Before a loop starts, the workflow has no nodes of its steps, so the names come from the pipeline.
     names = list(outputs_of(workflow.pipeline)) or sorted(workflow.omitted())
     return steps + [RunStep(name, name, state) for name in names if name not in reached]
 
@@ -316,7 +320,7 @@ def _steps_of_tasks(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
 
 
 _STATES = {"PENDING": "not started", "RUNTIME_STATE_UNSPECIFIED": "not started", "CANCELED": "stopped"}
-"""Our words for those states of v2beta1 that read differently."""
+"""States of v2beta1 that have another name here."""
 
 
 def _message(status: Any) -> str:

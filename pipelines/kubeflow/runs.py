@@ -13,7 +13,7 @@ import kfp_server_api
 
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
-from pipelines.kubeflow.versions import place_for
+from pipelines.kubeflow.versions import experiment_and_version
 from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
@@ -53,7 +53,7 @@ def start(
     Raises:
         ClusterError: the API refuses or does not answer.
     """
-    experiment_id, version = place_for(connection, package, experiment, pipeline)
+    experiment_id, version = experiment_and_version(connection, package, experiment, pipeline)
     request = kfp_server_api.V2beta1Run(
         experiment_id=experiment_id,
         display_name=name,
@@ -67,7 +67,7 @@ def start(
 
 
 def submitter() -> str:
-    """Return the description of a run, which names the user who started it: Kubeflow does not record that."""
+    """Return the description of a run: its user's name, because Kubeflow does not record who started it."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # the user id of a container may have no name
@@ -120,7 +120,7 @@ def latest(
     namespace = connection.namespace if connection.multi_user else None
     found: list[kfp_server_api.V2beta1Run] = []
     token = ""
-    # Runs are filtered here, not by the server, so a filter needs larger pages, and perhaps several.
+    # Runs are filtered here and not by the server, so a filter needs larger pages, and perhaps several.
     while True:
         answer = connection.call(
             "list the runs",

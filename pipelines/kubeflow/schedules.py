@@ -1,7 +1,6 @@
-"""`python -m pipelines schedule`: runs that Kubeflow Pipelines starts again and again, at the times of a cron
-expression.
+"""`python -m pipelines schedule`: runs that Kubeflow Pipelines starts at the times of a cron expression.
 
-Finished stages are found in the store, so a scheduled run without new data ends after their look-ups.
+A scheduled run reuses the results in the store, so without new data it computes nothing.
 """
 
 import re
@@ -36,7 +35,7 @@ _GRAMMAR = {
 def create(arguments: list[str]) -> int:
     """Create a schedule, print its next times, and return the exit code."""
     source, rest = recipe_and_rest("schedule create", arguments)
-    description = "Start runs at the times of a cron expression. Finished stages are found in the store."
+    description = "Start runs at the times of a cron expression. They reuse finished results in the store."
     parser = submission_parser("schedule create", description, source)
     parser.add_argument(
         "--cron",
@@ -74,14 +73,14 @@ def _create(submission: Submission, name: str, cron: str, catch_up: bool) -> Non
     import kfp_server_api
 
     from pipelines.kubeflow.runs import submitter
-    from pipelines.kubeflow.versions import place_for
+    from pipelines.kubeflow.versions import experiment_and_version
 
     with compiled(submission) as (connection, package):
         if any(known.display_name == name for known in _all(connection)):
             raise ConfigurationError(
                 f"There is a schedule {name} already: delete it first, or choose another --schedule-name."
             )
-        experiment, version = place_for(
+        experiment, version = experiment_and_version(
             connection, package, submission.options["experiment"], submission.request.pipeline
         )
         request = kfp_server_api.V2beta1RecurringRun(
@@ -174,7 +173,7 @@ def six_fields(cron: str) -> str:
         )
     fields = ["0", *fields][-6:]
     for name, field in zip(_FIELDS, fields, strict=True):
-        # Kubeflow's parser is robfig/cron 1.2. Others also know L, # and 7 for Sunday.
+        # Kubeflow's parser is robfig/cron 1.2. Other parsers also accept L, #, and 7 for Sunday.
         if not re.fullmatch(_GRAMMAR.get(name, f"{_NUMBERS}+"), field.lower()):
             raise ConfigurationError(
                 f'--cron "{cron}": Kubeflow does not accept the {name} {field}: it takes numbers, *, ranges, '
@@ -189,7 +188,7 @@ def next_times(cron: str, count: int = 3) -> list[str]:
     """Return the next times of an expression of six fields in UTC, such as `2026-12-01 03:00:00`.
 
     Raises:
-        ConfigurationError: a field is out of bounds, or the expression never comes true.
+        ConfigurationError: a field is out of bounds, or too few future times match the expression.
     """
     try:
         # cronsim does not know `?`, which means the same as `*`.
@@ -199,7 +198,7 @@ def next_times(cron: str, count: int = 3) -> list[str]:
             f'--cron "{cron}" is not valid ({str(error).lower()}): the fields are {", ".join(_FIELDS)}.'
         ) from None
     if len(times) < count:
-        raise ConfigurationError(f'--cron "{cron}" never comes true: correct the day or the month.')
+        raise ConfigurationError(f'--cron "{cron}" matches no date: correct the day or the month.')
     return [f"{time:%Y-%m-%d %H:%M:%S}" for time in times]
 
 
@@ -232,7 +231,7 @@ def _find(connection: "Connection", name: str) -> "kfp_server_api.V2beta1Recurri
 
 
 def _cron_of(schedule: "kfp_server_api.V2beta1RecurringRun") -> str:
-    """Return the cron expression; empty for a schedule with a period, which others may have created."""
+    """Return the cron expression; empty for a schedule with a fixed period, which other clients create."""
     cron: Any = schedule.trigger and schedule.trigger.cron_schedule
     return (cron.cron or "") if cron else ""
 

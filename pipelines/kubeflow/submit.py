@@ -40,6 +40,7 @@ class Submission:
     parameters: dict[str, Any]
     """The pipeline parameters."""
     options: dict[str, Any]
+    """All parsed options."""
 
 
 def submit(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ _DESCRIPTIONS = {
 }
 
 
-def place_for(
+def experiment_and_version(
     connection: Connection, package: Path, experiment: str, pipeline: str
 ) -> tuple[str, kfp_server_api.V2beta1PipelineVersionReference]:
     """Upload a package, and create the experiment, unless they exist.
@@ -70,13 +70,14 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
     """
     client = connection.client
     description = _DESCRIPTIONS[pipeline]
-    # 48 bits: two of a thousand versions share them with a probability of n² / 2 / 2**48, about 2 in a
-    # billion.
+    # The digest has 48 bits. Two of n versions have the same one with a probability of about n² / 2 / 2**48:
+    # for n = 1000, 2 in a billion.
     version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
     namespace = connection.namespace if connection.multi_user else None
     pipeline_id = _find_pipeline(connection, pipeline, namespace)
     if pipeline_id is None:
-        # Without a package: a pipeline that is created from one gets a version of its own, besides ours.
+        # The pipeline is created empty. Created from a package, it would get a version from that as well, in
+        # addition to the version that is uploaded below.
         empty = kfp_server_api.V2beta1Pipeline(
             display_name=pipeline, name=pipeline, description=description, namespace=namespace
         )

@@ -29,5 +29,5 @@ def read_workflow(connection: Connection, run_id: str) -> Workflow | None:
     try:
         return workflow_of(connection.call("read the run's workflow", request))
     except ClusterError:
-        # Callers still have the states of v2beta1. An unreadable reason must not fail them.
+        # Callers still know the states of v2beta1, so a missing reason must not stop them.
         return None

@@ -150,7 +150,7 @@ def test_missing_image_is_named_while_its_pod_waits_and_the_run_is_stopped(real)
     stopped = real.command("stop", run_id)
     assert stopped.code == 0 and "is being stopped; `python -m pipelines resume" in stopped.out
     ended = real.command("status", run_id, "--wait")
-    assert ended.code == 1 and ended.last.startswith("the run was stopped by somebody; "), ended.out
+    assert ended.code == 1 and ended.last.startswith("somebody stopped the run; "), ended.out
 
 
 def test_doctor_reports_images_that_cannot_be_pulled(real):
@@ -191,7 +191,7 @@ def test_stopped_run_is_resumed_to_the_same_result(real, disturbed, demo):
     assert real.command("stop", disturbed).code == 0
     stopped = real.command("status", disturbed, "--wait")
     assert stopped.code == 1 and stopped.last == (
-        f"the run was stopped by somebody; `python -m pipelines resume {disturbed}` restarts the steps that "
+        f"somebody stopped the run; `python -m pipelines resume {disturbed}` restarts the steps that "
         "did not finish"
     )
     resumed = real.command("resume", disturbed, "--wait")

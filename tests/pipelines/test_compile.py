@@ -19,6 +19,7 @@ import yaml
 from google.protobuf import json_format
 from kfp import dsl
 from kfp.compiler import Compiler
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec
 
 from components import images
@@ -235,11 +236,11 @@ def test_steps_of_the_training_pipeline_form_a_chain(compiled):
 
 
 def graphs_of(spec: PipelineSpec) -> dict[str, ComponentSpec]:
-    """The layers of a pipeline's graph in the dashboard: the pipeline itself and its loops."""
+    """Return the layers of a pipeline's graph in the dashboard: the pipeline itself and its loops."""
     return {"root": spec.root} | {name: c for name, c in spec.components.items() if c.HasField("dag")}
 
 
-def test_build_manifest_hands_on_a_single_artifact(compiled):
+def test_only_one_artifact_of_build_manifest_is_read_by_other_steps(compiled):
     tasks = spec_of(compiled / "slam-asr.yaml").root.dag.tasks
     read = {
         (source.task_output_artifact.producer_task, source.task_output_artifact.output_artifact_key): []
@@ -274,7 +275,7 @@ def test_graph_in_the_dashboard_has_the_names_of_the_steps(name):
             else:
                 artifacts += component.output_definitions.artifacts
             assert task.task_info.name == expected
-        # The dashboard labels an artifact with its name alone, so two of one name would look the same.
+        # The dashboard labels an artifact with its name alone, so two with the same name would look alike.
         assert "metrics" not in artifacts and len(set(artifacts)) == len(artifacts)
 
 
@@ -299,7 +300,8 @@ def test_picture_for_the_docs_shows_every_task_and_artifact():
         "word_error_rates": "",
     }
     assert sorted(label for label in labels if label not in STEPS) == sorted(shown)
-    # An edge to each artifact, one from it to each of its readers, and one for each task that another awaits.
+    # One edge leads to each artifact, one from it to each of its readers, and one to a task from each task
+    # that it waits for.
     waits = sum(
         len(task.dependent_tasks) for task in spec_of(GOLDEN / "one-gpu-node.yaml").root.dag.tasks.values()
     )
@@ -308,8 +310,8 @@ def test_picture_for_the_docs_shows_every_task_and_artifact():
 
 
 def test_demo_starts_no_more_than_eleven_drivers(compiled):
-    # Kubeflow starts a driver pod, of about ten seconds, for the pipeline, for each task, and for each
-    # iteration of a loop. The demo has one work shard, so each of its loops has one iteration.
+    # Kubeflow starts a driver pod for the pipeline, for each task, and for each iteration of a loop. A driver
+    # takes about ten seconds. The demo has one work shard, so each of its loops has one iteration.
     spec = spec_of(compiled / "slam-asr.yaml")
     graphs = graphs_of(spec)
     assert sum(len(graph.dag.tasks) + 1 for graph in graphs.values()) == 11
@@ -403,15 +405,18 @@ steps:
 """
 
 
+@pytest.fixture(scope="module")
+def with_every_setting(tmp_path_factory) -> tuple[PipelineSpec, dict[str, KubernetesExecutorConfig]]:
+    """Compile the training pipeline for a profile that sets every key of the step `train`."""
+    folder = tmp_path_factory.mktemp("everything")
+    (folder / "everything.yaml").write_text(EVERYTHING)
+    cluster = load_cluster(str(folder / "everything.yaml"))
+    return read_package(compile_package(cluster, folder / "p.yaml", defaults={"store": "s3://bucket/s"}))
+
+
 @pytest.mark.slow
-def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
-    (tmp_path / "everything.yaml").write_text(EVERYTHING)
-    package = compile_package(
-        load_cluster(str(tmp_path / "everything.yaml")),
-        tmp_path / "p.yaml",
-        defaults={"store": "s3://bucket/s"},
-    )
-    spec, settings = read_package(package)
+def test_every_setting_for_container_and_retries_reaches_the_task(with_every_setting):
+    spec, _ = with_every_setting
     container = json_format.MessageToDict(spec.deployment_spec)["executors"]["exec-train"]["container"]
     assert container["image"] == "registry.example/team/train:7"
     assert {e["name"]: e["value"] for e in container["env"]} == {
@@ -436,7 +441,11 @@ def test_every_setting_of_the_profile_reaches_the_task(tmp_path):
         "backoffMaxDuration": f"{6 * 5400 + 62 * 60}s",
     }
     assert not task.caching_options.enable_cache
-    settings = json_format.MessageToDict(settings["exec-train"])
+
+
+@pytest.mark.slow
+def test_every_setting_for_the_pod_reaches_the_task(with_every_setting):
+    settings = json_format.MessageToDict(with_every_setting[1]["exec-train"])
     assert settings["emptyDirMounts"] == [
         {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"},
         {"volumeName": "scratch", "mountPath": "/var/cache/slam-asr", "sizeLimit": "30Gi"},
@@ -496,7 +505,7 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
         ("{cpu: '8'}", False, ("8", "8", "8Gi", "8Gi"), 24),
         ("{cpu: '8', cpu_limit: '12'}", False, ("8", "12", "8Gi", "8Gi"), 24),
         ("{cpu: '8', cpu_limit: none}", False, ("8", None, "8Gi", "8Gi"), 24),
-        # The step that only watches a TrainJob; the job's time limit is trainer.timeout_hours.
+        # This step only watches a TrainJob, whose time limit is trainer.timeout_hours.
         ("{cpu: '8', gpus: 4, timeout_hours: 1}", True, ("100m", "1", "512Mi", "512Mi"), 14 * 24 + 1),
         ("{cpu: '8', cpu_limit: none}", True, ("100m", None, "512Mi", "512Mi"), 14 * 24 + 1),
     ],
@@ -749,10 +758,6 @@ def test_default_profile_requests_no_gpus():
     assert all(Cluster().steps[stage].gpus == 0 for stage in RESULTS)
 
 
-if __name__ == "__main__":
-    write_golden_files()
-
-
 def test_retries_are_not_cut_off_by_the_bound_on_their_duration(compiled):
     # Argo gives a step up once this time has passed since its first start, whatever retries remain.
     specification, platforms = yaml.safe_load_all((compiled / "slam-asr.yaml").read_text())
@@ -771,3 +776,7 @@ def test_retries_are_not_cut_off_by_the_bound_on_their_duration(compiled):
             assert int(policy["backoffMaxDuration"][:-1]) >= (retries + 1) * attempt + waits, name
             checked += 1
     assert checked >= 6
+
+
+if __name__ == "__main__":
+    write_golden_files()

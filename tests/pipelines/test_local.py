@@ -34,7 +34,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tiny_recipe, tiny_corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run without earlier results, in a folder whose name kfp's own runner would corrupt."""
+    """Run the pipeline without earlier results, in a folder whose name kfp's own runner would corrupt."""
     output = tmp_path_factory.mktemp("runs") / "my python3 läuft"
     done = run(tiny_recipe, tiny_corpus, output)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -139,7 +139,7 @@ IN_WORK_SHARDS = ("--decoding.parts", "3", "--decoding.positions_per_batch", "40
 
 @pytest.fixture(scope="module")
 def in_work_shards(finished, tiny_recipe, tiny_corpus) -> tuple[Path, subprocess.CompletedProcess]:
-    """The hypotheses of the undivided decoding, and a later run in the same folder, in three work shards."""
+    """Run again in the same folder with three work shards; return the earlier hypotheses, and the new run."""
     output, _ = finished
     [before] = (output / "store" / "score").glob("*/hypotheses.jsonl")
     done = run(tiny_recipe, tiny_corpus, output, *IN_WORK_SHARDS)
@@ -186,7 +186,7 @@ def model_of(output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_model(finished, tmp_path_factory) -> Path:
-    """The model of the run, as a user might share it: a model folder without the record of its stage."""
+    """Copy the run's model as a user might share it: a model folder without the record of its stage."""
     folder = tmp_path_factory.mktemp("shared") / "model"
     shutil.copytree(model_of(finished[0]), folder, ignore=shutil.ignore_patterns("stage.json"))
     return folder

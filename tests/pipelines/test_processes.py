@@ -71,7 +71,7 @@ def wait_for_end(pid: int) -> bool:
 
 
 def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
-    # More than fits in a pipe: if nobody read it, the step would block until it is killed.
+    # The step prints more than fits in a pipe: if nobody read it, the step would block until it is killed.
     code = (
         "import time\n"
         "try: print('on', flush=True); time.sleep(60)\n"
@@ -121,7 +121,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("start", [[], ["sh", "-c", 'trap "" INT; exec "$0" "$@"']])
 def test_interruption_ends_the_steps_that_run_in_threads(start):
-    """The step ends by itself, the next one does not start, also if a shell ignores SIGINT for its jobs."""
+    """The step ends by itself, and the next one does not start, even if a shell ignores SIGINT for its
+    jobs."""
     done = subprocess.run([*start, *python(STEP_IN_A_THREAD)], capture_output=True, text=True)
     assert done.stdout == "begun\ninterrupted\n7 KeyboardInterrupt\n", done.stderr
 

@@ -1,4 +1,4 @@
-"""The pipeline that publishes: it tries the registry first, and ends with a decision, on this machine too."""
+"""On this machine too, the publishing pipeline tries the registry first and ends with a decision."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def run(recipe: Path, corpus: Path, output: Path, address: str, *options: str) -
 def refused(
     registry, tiny_recipe, tiny_corpus, tmp_path_factory
 ) -> tuple[Path, str, ModelRegistryServer, str]:
-    """A run whose model is not good enough; no model with random weights is."""
+    """Run the pipeline with a gate that refuses the model, as it would refuse any model with random
+    weights."""
     (state, address), output = registry, tmp_path_factory.mktemp("published")
     done = run(tiny_recipe, tiny_corpus, output, address, *PUBLISH, "--gate.max_wer", "25")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from pipelines import cli
-from tests.pipelines.kubeflow.fake import TOKEN, FakeKubeflow, Handler, KubernetesHandler, serving
+from tests.pipelines.kubeflow.fake import TOKEN, FakeKubeflow, Handler
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 
@@ -83,7 +84,7 @@ def recording(kubeflow, kubernetes_at):
 
 @pytest.fixture
 def cluster(kubernetes_at):
-    """Serve a Kubernetes API with the pods of run-1, and one of run-2; return what it says about each pod."""
+    """Serve a Kubernetes API with the pods of run-1 and one pod of run-2; return what describes each pod."""
     label = {"pipeline/runid": "run-1"}
     pods = {
         "a-train": (label | {"app.kubernetes.io/component": "train"}, "Running", "step 1\nlöss 2"),

@@ -1,18 +1,15 @@
-"""HTTP servers that imitate Kubeflow Pipelines, Kubernetes and a registry of images.
+"""An HTTP server that imitates Kubeflow Pipelines.
 
-Kubeflow Pipelines' builds its answers with the classes of the real client. It saves what it receives, checks
-the token, and on request answers late, with 503, with a truncated answer or with a login page.
+It builds its answers with the classes of the real client, saves what it receives, and checks the token. If a
+test asks for it, it answers late, with 503, with a truncated answer or with a login page.
 """
 
 import email
 import http.server
 import json
 import re
-import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,10 +51,13 @@ class FakeKubeflow:
         self.faults: list[str] = []
         """Kinds of the next answers, in order: 503, 500, proxy, slow, cut, html, 401, 403 or ok."""
         self.requests: list[str] = []
+        """Method and path of each request so far."""
         self.fails_at: str | None = None
+        """The step at which runs fail."""
         self.waits = ""
-        """Message of the first step's pod, if that never starts."""
+        """Message of the first step's pod, if it never starts."""
         self.polls: dict[str, int] = {}
+        """Number of requests for the state of each run, from which its progress follows."""
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
         """Return the workflow of a run. Each request for the run's state takes it one step further."""
@@ -84,6 +84,9 @@ class FakeKubeflow:
 def refusal(code: int, message: str) -> dict[str, Any]:
     """Build the body of an answer that refuses a request: gRPC's code, and the server's message."""
     return {"code": code, "message": message, "details": []}
+
+
+NAMESPACE_REQUIRED = 400, refusal(3, "Invalid input error: a namespace is required in multi-user mode")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -141,24 +144,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _route(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        """Return the status and the content of the answer to a request."""
         fake: FakeKubeflow = self.server.fake
         if match := re.fullmatch(r"/apis/v1beta1/runs/([^/]+)", path):
-            if match[1] in fake.recorded:
-                answer = fake.recorded[match[1]][1]
-                of_run, manifest = answer["run"], answer["pipeline_runtime"]["workflow_manifest"]
-            elif match[1] in fake.runs:
-                of_run, manifest = {"id": match[1]}, fake.workflow_of(match[1])
-            else:
-                return 404, refusal(5, f"Run {match[1]} not found")
-            return 200, {"run": of_run, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
+            return self._workflow(match[1])
         if path == "/apis/v1beta1/healthz":
             return 200, kfp.ApiClient().sanitize_for_serialization(
                 {"commit_sha": "unknown", "tag_name": fake.version, "multi_user": fake.multi_user}
             )
-        path = path.removeprefix("/apis/v2beta1")
-        if path == "/healthz":
+        resource, _, rest = path.removeprefix("/apis/v2beta1/").partition("/")
+        if resource == "healthz":
             return 200, kfp.V2beta1GetHealthzResponse(multi_user=fake.multi_user)
-        if path == "/pipelines" and method == "POST":
+        handlers = {
+            "pipelines": self._pipelines,
+            "experiments": self._experiments,
+            "runs": self._runs,
+            "recurringruns": self._recurring_runs,
+        }
+        if resource in handlers:
+            return handlers[resource](method, rest, query, body)
+        return 404, refusal(5, f"nothing at {path}")
+
+    def _workflow(self, run_id: str) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        if run_id in fake.recorded:
+            answer = fake.recorded[run_id][1]
+            of_run, manifest = answer["run"], answer["pipeline_runtime"]["workflow_manifest"]
+        elif run_id in fake.runs:
+            of_run, manifest = {"id": run_id}, fake.workflow_of(run_id)
+        else:
+            return 404, refusal(5, f"Run {run_id} not found")
+        return 200, {"run": of_run, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
+
+    def _pipelines(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        if path == "upload_version":
+            return self._upload_version(query, body)
+        if path:
+            pipeline_id, _, rest = path.partition("/")
+            assert rest == "versions", path
+            known = [v for v in fake.versions.values() if v.pipeline_id == pipeline_id]
+            # One per page, to test paging.
+            index = int(query.get("page_token") or 0)
+            next_page = str(index + 1) if index + 1 < len(known) else ""
+            return 200, kfp.V2beta1ListPipelineVersionsResponse(
+                pipeline_versions=known[index : index + 1], next_page_token=next_page
+            )
+        if method == "POST":
             request = json.loads(body)
             name, namespace = request["display_name"], fake.namespace_of(request.get("namespace"))
             if any((p.display_name, p.namespace) == (name, namespace) for p in fake.pipelines.values()):
@@ -169,107 +201,104 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
             fake.pipelines[created.pipeline_id] = created
             return 200, created
-        if path == "/pipelines/upload_version":
-            number = f"version-{len(fake.versions) + 1}"
-            if any(
-                (v.pipeline_id, v.display_name) == (query["pipelineid"], query["name"])
-                for v in fake.versions.values()
-            ):
-                return 409, refusal(6, "")
-            created = kfp.V2beta1PipelineVersion(
-                pipeline_id=query["pipelineid"], pipeline_version_id=number, display_name=query["name"]
+        name = re.search(
+            r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", "")
+        )
+        # Without a namespace, a multi-user server looks among the shared pipelines only.
+        matching = [
+            p
+            for p in fake.pipelines.values()
+            if (not name or p.display_name in name.groups())
+            and p.namespace == fake.namespace_of(query.get("namespace"))
+        ]
+        return 200, kfp.V2beta1ListPipelinesResponse(pipelines=matching, total_size=len(matching))
+
+    def _upload_version(self, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        pipeline_id, name = query["pipelineid"], query["name"]
+        if any((v.pipeline_id, v.display_name) == (pipeline_id, name) for v in fake.versions.values()):
+            return 409, refusal(6, "")
+        number = f"version-{len(fake.versions) + 1}"
+        created = kfp.V2beta1PipelineVersion(
+            pipeline_id=pipeline_id, pipeline_version_id=number, display_name=name
+        )
+        fake.versions[number], fake.packages[number] = created, self._file(body)
+        return 200, created
+
+    def _experiments(self, method: str, _: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        request = json.loads(body) if method == "POST" else query
+        if fake.multi_user and not request.get("namespace"):
+            return NAMESPACE_REQUIRED
+        namespace = fake.namespace_of(request.get("namespace"))
+        if method == "POST":
+            created = kfp.V2beta1Experiment(
+                experiment_id=f"experiment-{len(fake.experiments) + 1}",
+                namespace=namespace,
+                **{k: v for k, v in request.items() if k in ("display_name", "description")},
             )
-            fake.versions[number], fake.packages[number] = created, self._file(body)
+            fake.experiments[created.experiment_id] = created
             return 200, created
-        if path == "/pipelines":
-            name = re.search(
-                r'"stringValue"\s*:\s*"([^"]+)"|"string_value"\s*:\s*"([^"]+)"', query.get("filter", "")
-            )
-            # Without a namespace, a multi-user server looks among the shared pipelines only.
-            matching = [
-                p
-                for p in fake.pipelines.values()
-                if (not name or p.display_name in name.groups())
-                and p.namespace == fake.namespace_of(query.get("namespace"))
+        return 200, kfp.V2beta1ListExperimentsResponse(
+            experiments=[
+                e
+                for e in fake.experiments.values()
+                if e.display_name in query.get("filter", "") and e.namespace == namespace
             ]
-            return 200, kfp.V2beta1ListPipelinesResponse(pipelines=matching, total_size=len(matching))
-        if match := re.fullmatch(r"/pipelines/([^/]+)/versions", path):
-            known = [v for v in fake.versions.values() if v.pipeline_id == match[1]]
-            # One per page, to test paging.
-            index = int(query.get("page_token") or 0)
-            next_page = str(index + 1) if index + 1 < len(known) else ""
-            return 200, kfp.V2beta1ListPipelineVersionsResponse(
-                pipeline_versions=known[index : index + 1], next_page_token=next_page
-            )
-        if path in ("/experiments", "/runs"):
-            asked = (json.loads(body) if method == "POST" else query).get("namespace")
-            # A run is created in the namespace of its experiment.
-            if fake.multi_user and not asked and (path, method) != ("/runs", "POST"):
-                return 400, refusal(3, "Invalid input error: a namespace is required in multi-user mode")
-            namespace = fake.namespace_of(asked)
-        if path == "/experiments":
-            if method == "POST":
-                created = kfp.V2beta1Experiment(
-                    experiment_id=f"experiment-{len(fake.experiments) + 1}",
-                    namespace=namespace,
-                    **{k: v for k, v in json.loads(body).items() if k in ("display_name", "description")},
-                )
-                fake.experiments[created.experiment_id] = created
-                return 200, created
-            return 200, kfp.V2beta1ListExperimentsResponse(
-                experiments=[
-                    e
-                    for e in fake.experiments.values()
-                    if e.display_name in query.get("filter", "") and e.namespace == namespace
-                ]
-            )
-        if path.startswith("/recurringruns"):
-            return self._recurring_runs(method, path.removeprefix("/recurringruns"), query, body)
-        if path == "/runs" and method == "POST":
-            request = json.loads(body)
-            version = request.get("pipeline_version_reference") or {}
-            if version.get("pipeline_version_id") in fake.unknown_versions:
-                return 404, {"message": "pipeline version not found"}
-            fake.created.append(request)
-            run = kfp.V2beta1Run(
-                run_id=f"run-{len(fake.runs) + 1}",
-                display_name=request["display_name"],
-                description=request.get("description"),
-                experiment_id=request.get("experiment_id"),
-                runtime_config=request.get("runtime_config"),
-                pipeline_version_reference=version,
-                state="PENDING",
-                created_at=START,
-            )
-            fake.runs[run.run_id] = run
-            # Experiments of recorded runs are not among the server's own.
-            experiment = fake.experiments.get(request.get("experiment_id", ""))
-            fake.namespaces[run.run_id] = (experiment.namespace if experiment else "") or "kubeflow"
-            return 200, run
-        if path == "/runs":
-            newest = reversed(fake.runs.values())
-            found = [run for run in newest if fake.namespaces[run.run_id] == (namespace or "kubeflow")]
-            return 200, kfp.V2beta1ListRunsResponse(runs=found)
-        if match := re.fullmatch(r"/runs/([^/:]+):terminate", path):
-            fake.terminated.append(match[1])
+        )
+
+    def _runs(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        run_id, _, action = path.partition(":")
+        if action == "terminate":
+            fake.terminated.append(run_id)
             return 200, {}
-        if match := re.fullmatch(r"/runs/([^/:]+)(:retry)?", path):
-            if match[1] in fake.recorded and match[2]:
-                if fake.retry_refusal:
-                    return fake.retry_refusal
-                fake.retried.append(match[1])
-                return 200, {}
-            if match[1] in fake.recorded:
-                return 200, fake.recorded[match[1]][0]
-            if match[1] not in fake.runs:
-                return 404, refusal(5, f"Run {match[1]} not found")
-            if match[2]:
-                fake.retried.append(match[1])
+        if run_id in fake.recorded:
+            if not action:
+                return 200, fake.recorded[run_id][0]
+            if fake.retry_refusal:
+                return fake.retry_refusal
+            fake.retried.append(run_id)
+            return 200, {}
+        if run_id:
+            if run_id not in fake.runs:
+                return 404, refusal(5, f"Run {run_id} not found")
+            if action:
+                fake.retried.append(run_id)
                 fake.fails_at = None
                 return 200, {}
-            fake.polls[match[1]] = fake.polls.get(match[1], -1) + 1
-            return 200, fake.run_at(match[1])
-        return 404, refusal(5, f"nothing at {path}")
+            fake.polls[run_id] = fake.polls.get(run_id, -1) + 1
+            return 200, fake.run_at(run_id)
+        if method == "POST":
+            return self._create_run(json.loads(body))
+        if fake.multi_user and not query.get("namespace"):
+            return NAMESPACE_REQUIRED
+        namespace = fake.namespace_of(query.get("namespace")) or "kubeflow"
+        newest = reversed(fake.runs.values())
+        found = [run for run in newest if fake.namespaces[run.run_id] == namespace]
+        return 200, kfp.V2beta1ListRunsResponse(runs=found)
+
+    def _create_run(self, request: dict[str, Any]) -> tuple[int, Any]:
+        fake: FakeKubeflow = self.server.fake
+        version = request.get("pipeline_version_reference") or {}
+        if version.get("pipeline_version_id") in fake.unknown_versions:
+            return 404, {"message": "pipeline version not found"}
+        fake.created.append(request)
+        run = kfp.V2beta1Run(
+            run_id=f"run-{len(fake.runs) + 1}",
+            display_name=request["display_name"],
+            description=request.get("description"),
+            experiment_id=request.get("experiment_id"),
+            runtime_config=request.get("runtime_config"),
+            pipeline_version_reference=version,
+            state="PENDING",
+            created_at=START,
+        )
+        fake.runs[run.run_id] = run
+        # A run is created in the namespace of its experiment. Those of recorded runs are not on this server.
+        experiment = fake.experiments.get(request.get("experiment_id", ""))
+        fake.namespaces[run.run_id] = (experiment.namespace if experiment else "") or "kubeflow"
+        return 200, run
 
     def _recurring_runs(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         fake: FakeKubeflow = self.server.fake
@@ -291,7 +320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 200, created
         if not path:
             if fake.multi_user and not query.get("namespace"):
-                return 400, refusal(3, "Invalid input error: a namespace is required in multi-user mode")
+                return NAMESPACE_REQUIRED
             namespace = fake.namespace_of(query.get("namespace"))
             known = [s for s in fake.schedules.values() if s.namespace == namespace]
             # One per page, to test paging.
@@ -301,7 +330,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 total_size=len(known),
                 next_page_token=str(index + 1) if index + 1 < len(known) else "",
             )
-        name, _, action = path.removeprefix("/").partition(":")
+        name, _, action = path.partition(":")
         if name not in fake.schedules:
             return 404, refusal(5, f"Recurring run {name} not found")
         if method == "DELETE":
@@ -316,108 +345,3 @@ class Handler(http.server.BaseHTTPRequestHandler):
             b"content-type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + body
         )
         return next(part.get_payload(decode=True) for part in message.get_payload())
-
-
-class KubernetesHandler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.pods` (name → labels, phase, log) and `server.objects` (path → status, content).
-
-    A pending pod has the reason for its wait in place of a log. `server.forbidden`: refuse all requests.
-    """
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        """Answer whether an account has a right. It has all except those in `server.objects["denied"]`."""
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if self.server.forbidden:
-            return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
-        assert self.path == "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-        asked = request["spec"]["resourceAttributes"]
-        right = " ".join(filter(None, (asked["verb"], asked["resource"], asked.get("name"))))
-        denied = self.server.objects.get("denied", ())
-        self.server.objects.setdefault("reviews", []).append((request["spec"]["user"], right))
-        request["status"] = {"allowed": right not in denied}
-        self._send(201, json.dumps(request).encode())
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        options = dict(urllib.parse.parse_qsl(query))
-        if self.server.forbidden:
-            return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
-        if path in self.server.objects:
-            status, content = self.server.objects[path]
-            return self._send(status, json.dumps(content).encode())
-        if not path.endswith("/pods") and "/pods/" not in path:
-            return self._send(404, json.dumps({"kind": "Status", "code": 404}).encode())
-        if match := re.fullmatch(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log", path):
-            assert options["container"] == "main"
-            return self._send(200, self.server.pods[match[1]][2].encode(), "text/plain")
-        key, _, value = options["labelSelector"].partition("=")
-        items = [
-            {
-                "metadata": {
-                    "name": name,
-                    "labels": labels,
-                    "creationTimestamp": f"2026-01-02T03:04:0{number}Z",
-                },
-                "status": {
-                    "phase": phase,
-                    "conditions": [{"type": "PodScheduled", "status": "False", "message": log}]
-                    if phase == "Pending"
-                    else [],
-                },
-            }
-            for number, (name, (labels, phase, log)) in enumerate(self.server.pods.items())
-            if labels.get(key) == value
-        ]
-        self._send(
-            200, json.dumps({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}).encode()
-        )
-
-    def _send(self, status: int, content: bytes, kind: str = "application/json") -> None:
-        self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-class RegistryHandler(http.server.BaseHTTPRequestHandler):
-    """A public registry with tokens for anonymous users; `server.manifests`: name:reference → status."""
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        match = re.fullmatch(r"/v2/(.+)/manifests/(.+)", self.path)
-        if self.headers.get("authorization") != f"Bearer for-{match[1]}":
-            self.send_response(401)
-            address = f"http://127.0.0.1:{self.server.server_address[1]}/token"
-            self.send_header(
-                "www-authenticate",
-                f'Bearer realm="{address}",service="registry",scope="repository:{match[1]}:pull"',
-            )
-        else:
-            self.send_response(self.server.manifests.get(f"{match[1]}:{match[2]}", 404))
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        query = dict(urllib.parse.parse_qsl(self.path.partition("?")[2]))
-        content = json.dumps({"token": f"for-{query['scope'].split(':')[1]}"}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@contextmanager
-def serving(handler: type, **attributes: Any) -> Iterator[str]:
-    """Run a local server during the block, and yield its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        vars(server).update(attributes)
-        # `shutdown` waits for the end of the poll interval, which is half a second by default.
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()

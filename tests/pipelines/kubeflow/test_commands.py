@@ -65,7 +65,7 @@ def test_waiting_prints_state_changes_in_order_and_ends_with_the_run(kubeflow, p
     printed = [line.split()[:2] for line in out.splitlines() if line.split()[0] in STEPS]
     for step in STEPS:
         states = [state for name, state in printed if name == step]
-        # Short states can fall between two polls, but the last one is always printed.
+        # A short state may pass unseen between two polls, but the last one is always printed.
         assert states and states == ["pending", "running", "succeeded"][-len(states) :]
     assert "-driver" not in out and "1:01" in out and out.splitlines()[-1] == "the run succeeded"
 
@@ -169,7 +169,7 @@ def test_trainjob_is_in_the_namespace_of_the_run(
     kubeflow, kubernetes_at, program, multi_user, options, namespace
 ):
     kubeflow.multi_user = multi_user
-    # Nothing listens on port 9: submitting must not need the Kubernetes API.
+    # No server listens on port 9: submitting must not need the Kubernetes API.
     kubernetes_at("http://127.0.0.1:9")
     assert program(*SUBMIT, "--training.nodes", "2", *options)[0] == 0
     [package] = kubeflow.packages.values()
@@ -294,7 +294,7 @@ def test_wrong_or_missing_endpoint_is_reported_in_one_sentence(kubeflow, program
         assert (code, len(err.splitlines())) == (2, 1) and sentence in err
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
     assert program("status")[2].startswith(
-        "Where is Kubeflow Pipelines? Give --endpoint, set KF_PIPELINES_ENDPOINT"
+        "No endpoint of Kubeflow Pipelines is named: give --endpoint, set KF_PIPELINES_ENDPOINT"
     )
 
 

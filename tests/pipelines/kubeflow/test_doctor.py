@@ -8,7 +8,7 @@ import yaml
 
 from pipelines.cluster import load_cluster
 from pipelines.kubeflow.backend import _needed_rights
-from tests.pipelines.kubeflow.fake import KubernetesHandler, RegistryHandler, serving
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, RegistryHandler, serving
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 PROFILE = """
@@ -38,7 +38,7 @@ def node(gpus: int, labels: dict, taints: list) -> dict:
 
 
 def objects() -> dict:
-    """A cluster in which nothing is missing."""
+    """The objects of a cluster in which nothing is missing, by path: status and content."""
     encoded = {key: base64.b64encode(b"nobody-may-see-this").decode() for key in ("accesskey", "secretkey")}
     taint = {"key": "gpu", "value": "yes", "effect": "NoSchedule"}
     return {
@@ -95,7 +95,7 @@ def objects() -> dict:
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run doctor on a complete cluster, to which `change` was applied; return exit code and output."""
+    """Run doctor on a complete cluster after `change`; return the exit code and the output."""
 
     def run(change=lambda objects, manifests: None, forbidden=False, profile=PROFILE, options=()):
         served, manifests = (
@@ -124,7 +124,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     assert code == 0, out
     lines = out.splitlines()
     assert len(lines) == 23 and all(line.startswith("✓ ") for line in lines[:-1]), out
-    assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
+    assert "retries: Argo retries lost, drained and preempted pods, but not failing exit codes" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"
@@ -248,14 +248,14 @@ def test_single_user_kubeflow_is_checked_in_its_own_namespace(doctor, kubeflow):
     assert "for a single user: runs are in kubeflow, not in team" in out
 
 
-def test_pages_of_several_users_load_only_from_kubeflows_own_store(doctor, kubeflow):
+def test_multi_user_dashboard_shows_pages_only_from_kubeflows_own_storage(doctor, kubeflow):
     root = changed(
         f"{NAMESPACE}/configmaps/kfp-launcher", data={"defaultPipelineRoot": "s3://bucket/artifacts"}
     )
     code, out = doctor(root)
     assert code == 0, out
     assert (
-        "– pages: for several users the dashboard shows pages only from minio://mlpipeline/…, but artifacts "
+        "– pages: a multi-user dashboard shows pages only from minio://mlpipeline/…, but artifacts "
         "go to s3://bucket/artifacts: remove defaultPipelineRoot (`kubectl -n team edit configmap kfp-"
     ) in out
 

@@ -12,7 +12,7 @@ from slam_asr import __version__
 from slam_asr.stages.check_pod import PodCheck
 from slam_asr.steps import STEPS, TRAINING, outputs_of
 from slam_asr.version import source_digest
-from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, serving
 
 IMAGES = {name: f"registry.example/{STEPS[name].image or name}:1" for name in STEPS}
 FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: access is denied."
@@ -20,7 +20,7 @@ FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: acces
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run `doctor --run`; the pods' logs are `findings`, keyed by step. Return its code and output."""
+    """Run `doctor --run`, where `findings` are the pods' logs by step; return exit code and output."""
     profile = tmp_path / "profile.yaml"
     profile.write_text('namespace: team\nstorage: {store: "s3://bucket/store", secret: bucket-secret}\n')
 
@@ -47,7 +47,7 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
 def test_each_kind_of_step_has_a_small_pod_with_its_own_settings(name, tmp_path):
     cluster = load_cluster(name)
     spec, settings = read_package(write_package(cluster, IMAGES, tmp_path / "doctor.yaml", "team"))
-    # `run_view` shows the steps of the training pipeline for any workflow named slam-asr-….
+    # `run_view` shows the steps of the training pipeline for any workflow whose name begins with slam-asr-.
     assert set(spec.root.dag.tasks) == set(CHECKED) == set(outputs_of(TRAINING))
     for step in CHECKED:
         executor, pod = spec.deployment_spec["executors"][f"exec-{step}"], settings[f"exec-{step}"]
@@ -102,7 +102,7 @@ def test_findings_of_each_pod_are_shown_and_change_the_exit_code(doctor, kubeflo
         assert f"✓ {step}: image: was pulled, and has your version of slam_asr" in out.splitlines(), out
     assert "✗ decode: " + FAULT.removeprefix("✗ ") in out.splitlines()
     assert "another line" not in out and f"{kubeflow.address}/#/runs/details/run-1" in out
-    # doctor itself finds more, such as images that no registry has; none of it is about a pod.
+    # doctor itself reports other problems, such as images that no registry has, but none about a pod.
     assert code == 1 and out.count("✗ decode: ") == 1 and "pod: " not in out
     assert kubeflow.terminated == [] and len(kubeflow.runs) == 1
     [package] = kubeflow.packages.values()

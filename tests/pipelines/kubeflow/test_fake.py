@@ -1,4 +1,4 @@
-"""The fake server answers as the real one did, where tests of the commands depend on it."""
+"""Where tests of the commands depend on it, the fake server answers as the recorded real one did."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def failed_run(kubeflow, send) -> str:
 
 
 def tasks_of(run: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """State and error of the tasks that are steps."""
+    """Return the state and the error of each task that is a step."""
     details = run["run_details"]["task_details"]
     return {
         t["display_name"]: (t.get("state"), t.get("error")) for t in details if t["display_name"] in STEPS
@@ -46,7 +46,7 @@ def tasks_of(run: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def pods_of(manifest: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Type, phase and message of the nodes of a workflow, keyed by their path without the workflow's name."""
+    """Return type, phase and message of a workflow's nodes, keyed by path without the workflow's name."""
     return {
         node["name"].partition(".")[2]: (node["type"], node["phase"], node.get("message"))
         for node in manifest["status"]["nodes"].values()

@@ -1,4 +1,4 @@
-"""A webhook receives one message when a run has ended, however it ended. A failing webhook has no effect."""
+"""A webhook receives one message at the end of each run. A failing webhook changes nothing."""
 
 import copy
 import json
@@ -106,7 +106,7 @@ def test_exit_task_reports_the_step_and_the_reason_that_status_gives(
 ):
     run_id = recording(name)
     monkeypatch.setenv(RUN, run_id)
-    # While the exit task runs, so does the run.
+    # The run is still running while its exit task runs.
     kubeflow.recorded[run_id][0]["state"] = "RUNNING"
     stage.notify(str(tmp_path), "cloudevents", kubeflow.address, "https://ui/", "FAILED")
     data = hook.messages[0][1]["data"]
@@ -222,7 +222,7 @@ def test_submit_sends_the_notice_of_a_run_that_could_not_start(
     assert "slam-asr-webhook" in package and SECRET not in package
     monkeypatch.delenv("SLAM_ASR_WEBHOOK")
     kubeflow.recorded["run-2"] = kubeflow.recorded["run-1"]
-    assert program(*argv)[1].splitlines()[-1].startswith("no notice was sent: the run could not")
+    assert program(*argv)[1].splitlines()[-1].startswith("no notice was sent: the run did not send it")
     assert len(hook.messages) == 1
 
 

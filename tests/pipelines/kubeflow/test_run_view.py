@@ -1,4 +1,4 @@
-"""Runs are shown as a real Kubeflow Pipelines 2.17.0 described them: each state, each reason, what to do."""
+"""Recorded runs of a real Kubeflow Pipelines 2.17.0 are shown with state, reason and what to do."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from slam_asr.notices.reasons import explain, waits_for
 from slam_asr.notices.workflow import parse_workflow
-from tests.pipelines.kubeflow.fake import KubernetesHandler, serving
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, serving
 
 RECORDINGS = Path(__file__).resolve().parents[4] / "shared" / "recordings"
 recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordings in ../shared")
@@ -70,7 +70,7 @@ recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordi
                 ": stopped\n",
                 "extract-features     stopped     ",
                 "  somebody stopped the run",
-                "the run was stopped by somebody; `python -m pipelines resume ",
+                "somebody stopped the run; `python -m pipelines resume ",
             ],
         ),
         ("stopped-while-pulling", [": stopped\n", "build-manifest       stopped     "]),
@@ -87,7 +87,7 @@ recorded = pytest.mark.skipif(not RECORDINGS.is_dir(), reason="needs the recordi
             [
                 ": lost\n",
                 "its workflow was deleted from the cluster",
-                " --new` starts it again and finds finished stages again",
+                " --new` starts another one, which reuses finished results",
             ],
         ),
     ],
@@ -133,7 +133,7 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     code, _, err = program("resume", run_id)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "is lost, because its workflow was deleted from the cluster: " in err
-    assert f"`python -m pipelines resume {run_id} --new` starts it again" in err
+    assert f"`python -m pipelines resume {run_id} --new` starts another one" in err
     code, out, err = program("resume", run_id, "--new")
     assert code == 0, err
     assert kubeflow.retried == []
@@ -148,7 +148,7 @@ def test_lost_run_is_not_resumed_but_started_again(recording, kubeflow, program)
     ]
     # The new run has not ended.
     assert program("resume", "run-1", "--new")[0] == 2
-    # When it has, it is started again too: the time at the end of its name is replaced, not appended to.
+    # After its end it can be started again too. The time at the end of its name is then replaced.
     kubeflow.polls["run-1"] = 9
     code, _, err = program("resume", "run-1", "--new")
     assert code == 0, err
@@ -199,7 +199,7 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "startedAt": f"2026-11-29T06:00:0{number}Z",
         }
     code, _, err = program("resume", run_id)
-    new = f"`python -m pipelines resume {run_id} --new` starts it again"
+    new = f"`python -m pipelines resume {run_id} --new` starts another one"
     if refused:
         assert code == 2 and "failed in Kubeflow's driver of score, and a restarted run keeps what" in err
         assert new in err and kubeflow.retried == []
@@ -219,18 +219,18 @@ def test_run_that_failed_in_a_driver_is_not_resumed(recording, kubeflow, program
             "and kfp-launcher was changed after it began: a rest",
         ),
         ("step-failed-exit-1", "2026-11-28T00:00:00Z", 0, "was restarted"),
-        # With finished steps there is something to resume.
+        # A run with finished steps is resumed nevertheless.
         (
             "oom-killed",
             "2026-11-30T00:00:00Z",
             0,
-            "kfp-launcher with which it began and that was changed since then; `",
+            "that kfp-launcher named when the run began, and kfp-launcher has changed since: `",
         ),
         (
             "oom-killed",
             "",
             0,
-            "it still uses the pipeline root and the credentials of the kfp-launcher with which it began; `",
+            "still uses the pipeline root and the credentials that kfp-launcher named when the run began: `",
         ),
     ],
 )
