@@ -1,7 +1,7 @@
 """Text of any language is scored as it is written.
 
-Characters are counted where spaces do not separate words; two Unicode forms of a text are the same text; and
-English rules are applied to English alone.
+Invariants: characters are counted where spaces do not separate words; two Unicode forms of a text are the
+same text; the rules for English are applied only to English.
 """
 
 import json
@@ -73,7 +73,7 @@ def test_words_are_counted_where_spaces_separate_them(text):
     assert characters_of(text) == text
 
 
-def test_an_english_word_among_chinese_does_not_decide_and_neither_does_one_chinese_name():
+def test_neither_an_english_word_in_chinese_nor_a_chinese_name_in_english_decides_the_unit():
     assert not separates_words(["我用 iPhone 打电话给朋友们", "OK"])
     assert separates_words(["she met 王 in the market"])
     # The spaces next to the name do not count; those between words do.
