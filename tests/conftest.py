@@ -75,7 +75,8 @@ def warmth() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name == "SLAM_ASR_WARM"}
 
 
-LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+LIBRI_MINI, REFERENCE = SHARED / "speech" / "libri-mini", SHARED / "reference"
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +87,15 @@ def libri_mini() -> Path:
             "needs LibriSpeech's real speech in ../shared/speech/libri-mini, which is not in this repository"
         )
     return LIBRI_MINI
+
+
+def require_reference() -> None:
+    """Skip the test if this machine lacks the files of the reference implementation, in `REFERENCE`."""
+    if not REFERENCE.is_dir():
+        pytest.skip(
+            "needs the files of the reference implementation in ../shared/reference, "
+            "which are not part of this repository"
+        )
 
 
 def make_tone(

@@ -28,6 +28,7 @@ from slam_asr.models.projector import build_projector
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.storage import sha256_of_file
 from tests.conversion.test_slam_llm import checkpoint
+from tests.models.test_pickles import Harm
 
 LORA = {"llm.tuning": "lora", "llm.lora.targets": ["q_proj", "v_proj"], "llm.lora.rank": 2}
 
@@ -132,11 +133,6 @@ def test_ranks_that_disagree_are_refused_and_named(recipe, tmp_path, change, sen
     assert "pp_rank_1" in str(refused.value) and not (tmp_path / "model" / "config.json").exists()
 
 
-class Intruder:
-    def __reduce__(self):
-        return os.system, ("touch intruder-was-here",)
-
-
 @pytest.mark.parametrize(
     "file",
     [
@@ -149,15 +145,14 @@ class Intruder:
 def test_no_code_from_a_pickle_runs_in_any_file(recipe, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
-    torch.save(
-        {"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()},
-        folder / file,
-    )
+    harm = Harm(os.system, "touch it-ran")
+    content = {"optimizer_state_dict": harm, "module": harm, "encoder_projector.x": harm}
+    torch.save(content, folder / file)
     source = folder / file if file == "model.pt" else folder
     adapter = str(folder) if file == "adapter_model.bin" else None
     with pytest.raises(UserError, match=r"posix\.system"):
         convert_checkpoint(str(source), str(tmp_path / "model"), recipe=recipe, adapter=adapter)
-    assert not (tmp_path / "intruder-was-here").exists()
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_a_model_can_be_copied_and_copied_in_half_precision(recipe, tmp_path):

