@@ -43,7 +43,7 @@ def weights_of(recipe, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: str = "encoder_projector."):
-    """A checkpoint as ZeRO-2 writes it: the flattened weights, cut into a slice per rank."""
+    """Write a checkpoint as ZeRO-2 does: the flattened weights, cut into a slice per rank; return `folder`."""
     folder.mkdir(parents=True)
     flat = torch.cat([tensor.flatten() for tensor in weights.values()])
     size = -(-len(flat) // ranks)
@@ -181,7 +181,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     with torch.no_grad():
         for weights in drawn.parameters():
             if weights.dim() > 1:
-                weights.mul_(8)  # initial weights are so small that hardly anything changes the output
+                weights.mul_(8)  # with small initial weights, the adapter would hardly change the output
     drawn.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     recipe = load_recipe(
@@ -190,7 +190,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     llm = load_llm(recipe.llm.name, torch.float32)
     add_lora(llm, recipe.llm.lora, seed=1)
     generator = torch.Generator().manual_seed(5)
-    # Initially B is zero, and an adapter without effect would prove nothing.
+    # The initial B is zero, and an adapter without effect would prove nothing.
     adapter = {
         f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator)
         for n, p in llm.named_parameters()
@@ -237,7 +237,7 @@ def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
     assert complete and complete.keys() == half.keys()
     for name, tensor in complete.items():
         assert half[name].dtype == torch.float16 and torch.equal(half[name], tensor.half())
-    # A copy of it loses nothing more.
+    # A copy of the model in half precision loses no more precision.
     copy = convert_checkpoint(models[1].folder, str(tmp_path / "copy"))
     assert all(torch.equal(t, half[n].float()) for n, t in read_adapter(copy.folder).items())
 
@@ -283,8 +283,8 @@ def test_a_frozen_llm_is_not_written(recipe, tmp_path):
         )
 
 
-def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
-    """The folder of a training run with three complete checkpoints and an unfinished fourth."""
+def write_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
+    """Write a training run with complete checkpoints and an unfinished one; return its folder."""
     for number, seed in enumerate(seeds, start=1):
         step = folder / "checkpoints" / folder_name(10 * number)
         step.mkdir(parents=True)
@@ -315,7 +315,7 @@ def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
 
 
 def test_an_average_is_the_mean_of_all_complete_checkpoints(recipe, tiny_recipe, tmp_path):
-    training = a_training(tmp_path / "training", recipe, tiny_recipe)
+    training = write_training(tmp_path / "training", recipe, tiny_recipe)
     assert [found.step for found in all_complete(f"{training}/checkpoints")] == [10, 20, 30]
     record = convert_checkpoint(training, str(tmp_path / "mean"), which="average")
     found = load_file(record.file("projector.safetensors"))

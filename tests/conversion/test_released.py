@@ -49,15 +49,15 @@ def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams)
             str(beams),
             "--decoding.max_new_tokens",
             "40",
-            # One utterance at a time, like the reference's results for single utterances.
+            # One utterance at a time, as in the reference's results below.
             "--decoding.positions_per_batch",
             "1",
         ]
     )
     expected = json.loads((REFERENCE / "expected.json").read_text())[encoder]
     keys = [json.loads(line)["key"] for line in (REFERENCE / "manifest.jsonl").read_text().splitlines()]
-    said = {
+    found = {
         h["key"]: h["hypothesis"]
         for h in map(json.loads, (tmp_path / "decoded/hypotheses.jsonl").read_text().splitlines())
     }
-    assert said == {key: expected[f"text_beam{beams}_single_{i}"][0].strip() for i, key in enumerate(keys)}
+    assert found == {key: expected[f"text_beam{beams}_single_{i}"][0].strip() for i, key in enumerate(keys)}

@@ -20,7 +20,7 @@ RANKS = [1, 2, *([4] if os.environ.get("SLAM_ASR_SOAK") else [])]
 
 @pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n} ranks")
 def checkpoints(request, tmp_path_factory) -> Path:
-    """The folder of the engines' checkpoints and weights, as `engine_program` writes it."""
+    """A folder with the checkpoints and weights that `engine_program` wrote."""
     return run_on_ranks(engine_program.__file__, request.param, tmp_path_factory.mktemp("checkpoints"))
 
 
