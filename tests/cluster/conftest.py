@@ -177,7 +177,7 @@ def run_id_of(answer: Answer) -> str:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
-    """The cluster, with the demo's speech in its bucket. Everything in the tests' prefix is removed at the end."""
+    """The cluster, with the demo's speech in its bucket. At the end, the tests' prefix is emptied."""
     profile = os.environ[PROFILE]
     store = load_cluster(profile).storage.store
     assert store, f"{profile} has no storage.store, where the tests write"

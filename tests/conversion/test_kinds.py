@@ -43,7 +43,7 @@ def weights_of(recipe, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: str = "encoder_projector."):
-    """Write a checkpoint as ZeRO-2 does: the flattened weights, cut into a slice per rank; return `folder`."""
+    """Write a checkpoint as ZeRO-2 does: flattened weights, cut into a slice per rank. Return `folder`."""
     folder.mkdir(parents=True)
     flat = torch.cat([tensor.flatten() for tensor in weights.values()])
     size = -(-len(flat) // ranks)

@@ -61,7 +61,7 @@ def tiny_whisper():
 
 
 def ctranslate2_variables(model) -> dict[str, np.ndarray]:
-    """Return the weights of transformers' Whisper under CTranslate2's names: the inverse of the conversion."""
+    """Return the weights of transformers' Whisper under CTranslate2's names: the conversion's inverse."""
     variables = {}
     for side, stack in (("encoder", model.model.encoder), ("decoder", model.model.decoder)):
         variables[f"{side}/num_heads"] = np.array(2, np.int16)
