@@ -1,7 +1,7 @@
 """Fixtures for all tests: small audio files, tiny models with random weights, an S3 server, a Docker engine.
 
-This file also makes the tests fast: this project's programs start warm (`tests/warm`), and tests that share a
-costly fixture run on the same worker of pytest-xdist.
+This file also makes the tests fast: this project's programs start warm (`tests/warm`), and the files that
+take longest begin first.
 """
 
 import functools

@@ -53,7 +53,7 @@ def test_a_model_trained_by_all_stages_knows_eight_utterances_by_heart(libri_min
     chosen = [u for u, _ in zip(short_utterances(libri_mini), range(UTTERANCES), strict=False)]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    # The test set is the train set under other keys; features are found by audio, so they are shared.
+    # The test set is the train set under other keys; features are looked up by audio, so they are shared.
     for split, rows in (("train", chosen), ("dev", chosen[:4]), ("test", chosen)):
         lines = [json.dumps(u | {"key": f"{split}-{u['key']}"}) for u in rows]
         (corpus / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Options work in every usual spelling; a mistake is answered by one line and exit code 2."""
+"""Options work in every usual spelling; a mistake is reported in one line, with exit code 2."""
 
 import re
 import shutil

@@ -93,7 +93,7 @@ def patterns() -> list[str | bytes]:
 
 
 @pytest.mark.timeout(120)
-def test_no_regular_expression_takes_for_ever():
+def test_no_regular_expression_takes_forever():
     """With an expression whose time grows faster than the square of the text's length, this would not end."""
     hostile = [
         f"{start}{part * 300}\n"
@@ -108,7 +108,7 @@ def test_no_regular_expression_takes_for_ever():
 
 
 def test_values_in_pages_are_never_markup():
-    """Templates escape all values, and mark none but constants as safe."""
+    """Templates escape all values, and mark only constants as safe."""
     files = [*(ROOT / "slam_asr" / "pages").glob("*.html")]
     assert len(files) >= 5
     for file in files:

@@ -1,7 +1,8 @@
-"""A program that the tests run: it prints the peak anonymous memory of a conversion, in largest weights.
+"""A program that the tests run: it prints the peak anonymous memory of a conversion.
 
-Its arguments are the target format; recipe, checkpoint and output of a small model; and the same three of the
-model that is measured. The small model comes first, so that the libraries have allocated their own memory.
+It prints this as a multiple of the model's largest weight. Its arguments are the target format; recipe,
+checkpoint and output of a small model; and the same three of the model that is measured. The small model is
+converted first, so that the libraries have already allocated their own memory.
 """
 
 import sys

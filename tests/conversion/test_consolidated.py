@@ -27,7 +27,7 @@ def step(recipe, tmp_path):
 def consolidated(step, out, **options):
     """Write a checkpoint's weights with DeepSpeed's own script; return the folder `out`."""
     for path in step.glob("*.pt"):
-        # The script reads keys that our conversion, and therefore `deepspeeds_folder`, does not need.
+        # `deepspeeds_folder` writes only what our conversion reads, but the script needs more keys.
         content = torch.load(path, weights_only=True)
         if "optimizer_state_dict" in content:
             content["optimizer_state_dict"] |= {"zero_stage": 2, "partition_count": 2}

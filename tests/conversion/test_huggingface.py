@@ -214,7 +214,7 @@ def test_other_prompts_have_the_ids_that_training_would_give_them(
 
 
 @pytest.mark.slow
-def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
+def test_a_complete_folder_needs_no_other_folder(tiny_recipe, tiny_models, tmp_path):
     places = {part: str(shutil.copytree(tiny_models[part], tmp_path / part)) for part in tiny_models}
     overrides = {f"{part}.name": place for part, place in places.items()}
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **overrides)
@@ -239,7 +239,7 @@ def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_is_that_of_the_answer(tiny_recipe, tmp_path):
+def test_the_loss_is_the_cross_entropy_of_the_labels(tiny_recipe, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
     folder = convert_checkpoint(
         file, str(tmp_path / "exported"), to="huggingface", recipe=recipe, verify=False

@@ -243,7 +243,7 @@ def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, tmp_path, suffix):
+def test_an_adapter_in_its_own_folder_gives_the_same_model_as_one_in_the_file(tiny_recipe, tmp_path, suffix):
     recipe, _, file, adapter = with_lora(tiny_recipe, tmp_path, "fp32")
     together = convert_checkpoint(str(file), str(tmp_path / "together"), recipe=recipe)
     folder = tmp_path / "peft_ckpt"

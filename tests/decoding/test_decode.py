@@ -150,7 +150,7 @@ def test_fetched_features_take_no_more_disk_than_the_recipe_allows(bucket, tmp_p
 
 
 @pytest.mark.slow
-def test_a_journal_of_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+def test_a_journal_from_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
     monkeypatch.setattr(
         Searcher,

@@ -20,7 +20,7 @@ from tests.conftest import write_wav
 
 @pytest.fixture(scope="module")
 def moved(model, tiny_models, tmp_path_factory) -> dict[str, str]:
-    """Paths of a model, of its base models, which have moved since its training, of a manifest and audio."""
+    """Paths of a model, a manifest, a recording, and the base models, which have moved since the training."""
     root = tmp_path_factory.mktemp("moved")
     shutil.copytree(model, root / "model")
     config = json.loads((root / "model" / "config.json").read_text())

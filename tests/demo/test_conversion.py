@@ -1,4 +1,4 @@
-"""Models converted from the formats in wheels compute what the originals compute."""
+"""Models that are converted from the formats in wheels compute the same as the originals."""
 
 import json
 
@@ -162,7 +162,7 @@ def test_whisper_from_ctranslate2_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     "broken", [b"", b"\x06\0\0\0\x0c\0WhisperSpec\0\x03\0\0\0\x09\0\0\0", b"\x05\0\0\0junk", b"PK\3\4" * 9]
 )
-def test_what_is_no_ctranslate2_whisper_is_refused_in_a_sentence(tmp_path, broken):
+def test_a_file_that_is_no_ctranslate2_whisper_is_refused_in_a_sentence(tmp_path, broken):
     (tmp_path / "model.bin").write_bytes(broken)
     with pytest.raises(UserError, match=r"model\.bin"):
         read_variables(tmp_path / "model.bin")

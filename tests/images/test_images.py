@@ -1,4 +1,4 @@
-"""Images share their first layers, contain exactly what their stage imports, and are pushed or loaded."""
+"""Images share their first layers and contain exactly what their stage imports; mistakes are reported."""
 
 import json
 import os

@@ -29,7 +29,7 @@ def random_llm(family: str):
 
 
 def random_batch(lengths=LENGTHS):
-    """Return random embeddings, padded on the left, and their mask: [utterances, positions, …]."""
+    """Return random embeddings [utterances, positions, width], padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(1)
     longest = max(lengths)
     rows = [torch.randn(n, WIDTH, generator=generator) for n in lengths]
@@ -182,7 +182,7 @@ def test_search_stops_when_no_continuation_can_reach_the_requested_answers(monke
         ).ids[:, 0]
         for answers in (4, 1)
     }
-    # Four answers are settled later than one.
+    # Four requested answers are settled later than one, so the search for them takes more passes.
     second_search = rows.index(len(LENGTHS), 1)
     assert sum(rows[second_search:]) < sum(rows[:second_search])
     width = best_of[1].shape[-1]
@@ -209,7 +209,7 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
-    beam_cache.register_attention()  # its first call registers `attend`, so it must come before ours
+    beam_cache.register_attention()  # later, its first call would replace `function` by `attend`
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield

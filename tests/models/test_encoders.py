@@ -1,4 +1,4 @@
-"""Every encoder gives an utterance the same frames alone and in a batch, and follows its checkpoint."""
+"""Every encoder gives an utterance the same frames alone and in a batch, as its checkpoint requires."""
 
 import math
 

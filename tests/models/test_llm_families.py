@@ -1,4 +1,4 @@
-"""Any causal LM gives results that depend on neither padding nor batch, from inputs like the reference's."""
+"""With any causal LM, results do not depend on padding or batch, and inputs are those of the reference."""
 
 import copy
 import os
@@ -184,7 +184,7 @@ def test_packed_utterances_stay_separate_with_attention_dropout():
 
 
 def test_chunked_loss_and_gradients_equal_the_unchunked_ones(joined, request, monkeypatch):
-    """Output layers have a bias or none, and are tied or untied. Gemma 2 changes its logits: no chunks."""
+    """Output layers are tied or untied, with or without bias. Gemma 2 caps its logits: no chunks there."""
     model, name = copy.deepcopy(joined[0]), request.node.callspec.params["joined"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert objective.allows_chunks(model.llm) == (name != "gemma-2")

@@ -42,7 +42,7 @@ def write_folder(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
-# Places where models are searched
+# Where models are searched for
 
 
 def test_a_local_folder_is_used_unchanged(tmp_path):
