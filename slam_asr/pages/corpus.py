@@ -11,7 +11,7 @@ from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60
-"""Maximum number of bars in the histogram. If utterances are longer than this in seconds, bars are wider."""
+"""Maximum number of bars in the histogram. If utterances exceed this many seconds, a bar covers several."""
 MAX_CHARACTERS = 200
 """Maximum number of different characters on the page."""
 _MAX_EXAMPLE = 160

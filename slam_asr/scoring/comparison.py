@@ -127,7 +127,7 @@ def pair(
 
 
 def _by_key(name: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
-    """Return the utterances by (key, subset)."""
+    """Return the utterances, keyed by (key, subset) or, without subsets, by (key, "")."""
     keyed = {(comparable(row.key), row.subset if with_subset else ""): row for row in rows}
     if len(keyed) < len(rows):
         raise InputError(

@@ -1,11 +1,11 @@
 """Normalisers of transcripts: Whisper's for English, and one without English rules for other languages.
 
-Whisper's (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
-removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
-digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. In plain
-lower-case text, however, it changes only contractions, titles, hesitations and numbers, and each change
-depends only on the neighbouring words. This module therefore normalises only stretches of such words, and
-caches the results: a hundred thousand utterances take seconds.
+Whisper's normaliser (Radford et al., 2022, appendix C; in transformers' version, without its list of British
+spellings) removes case, punctuation, hesitations and text in brackets, expands contractions and writes
+numbers as digits. It applies some fifty regular expressions to each text, which takes a third of a
+millisecond. In plain lower-case text, however, it changes only contractions, titles, hesitations and numbers,
+and each change depends only on the neighbouring words. This module therefore normalises only stretches of
+such words, and caches the results: a hundred thousand utterances take seconds.
 """
 
 import functools
@@ -82,7 +82,7 @@ def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]
 
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
-    """Build the normaliser, a faster equivalent of transformers' own: text → text with single spaces."""
+    """Build a faster equivalent of transformers' normaliser for English: text → text with single spaces."""
     altered = _ALTERED | whisper_english().standardize_numbers.words
 
     @functools.lru_cache(maxsize=200_000)

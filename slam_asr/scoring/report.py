@@ -67,10 +67,10 @@ def write_report(
         training: facts about the model's training: recipe, encoder, llm, trained_parameters (or, if that is
             absent, projector_parameters), all_parameters, precision, device, processes, steps, epochs,
             seconds, train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
-            validation (list of {step, loss, accuracy}), with accuracies as fractions. Keys that are absent
-            are not shown.
+            validation (list of {step, loss, accuracy}), with accuracies as fractions. Absent facts are not
+            shown, and any other facts are shown under their own names.
         decoding: facts about the decoding: beams, seconds, audio_hours, utterances, answers_cut,
-            empty_answers. Any other facts are shown under their own names.
+            empty_answers; absent and other facts as in `training`.
         audio: MP3 in base64 of some of the worst utterances, to be played on the page.
 
     Returns:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
-"""Number of random samples of utterances from which a bootstrap interval is computed."""
+"""Number of random samples from which a bootstrap interval is computed."""
 EXCHANGES, _AT_ONCE = 10_000, 500
 """Number of random exchanges in a randomisation test, and how many of them are in memory at once."""
 MAX_RANDOMISED = 5000
