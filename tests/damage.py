@@ -1,4 +1,4 @@
-"""Typical damage to files of weights."""
+"""Damages files of weights in typical ways."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def damage(file: Path, name: str, fault: str) -> None:
     """Damage a file of weights.
 
     Args:
-        file: safetensors.
+        file: file of safetensors.
         name: name of a weight with two dimensions.
         fault: `missing` removes the weight, `shape` changes its shape, `nan` puts a NaN into it, and `cut`
             truncates the file. Any other value rewrites the file unchanged.

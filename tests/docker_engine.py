@@ -1,8 +1,8 @@
-"""A Docker engine for tests, and the images on it: the machine's own engine, or one started here.
+"""A Docker engine for tests, and the images on it.
 
-No registry is needed: the base image is a Debian made on the spot. It contains torch's wheel, because pip
-may install from folders on this machine, which no container sees. An engine that is started here has a socket
-and a folder of its own.
+The engine is the machine's own, or one that is started here, with its own socket and folder. No registry is
+needed, because the base image is a Debian that is built here. It contains torch's wheel, because pip may find
+that wheel only in a folder of this machine, which a container cannot read.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ BUILD_OPTIONS = (
     "BUILD_ARGS=--network host",
     f"PYTHON={sys.executable}",
 )
-"""Options of `make images`. Another build with the same ones takes all layers from Docker's cache."""
+"""Options of `make images`. A second build with the same options takes all layers from Docker's cache."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PACKAGES = ["docker.io", "mmdebstrap"]
 
@@ -38,7 +38,7 @@ class NoEngine(Exception):
 
 @contextlib.contextmanager
 def engine(folder: Path) -> Iterator[str]:
-    """The address of an engine that answers."""
+    """Yield the address of an engine that answers; start one in this folder if there is none."""
     if _answers(os.environ.get("DOCKER_HOST")):
         yield os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         return
@@ -84,7 +84,7 @@ def install(programs: list[str], packages: list[str]) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise NoEngine(f"{' and '.join(programs)} cannot be installed here: that needs root and apt-get")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    # apt fails if another worker of the tests is installing; whoever waited finds the programs there.
+    # apt fails while another worker of the tests installs packages, so one worker waits for the other.
     with open(Path(tempfile.gettempdir()) / "slam-asr-tests-apt.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(shutil.which(program) for program in programs):

@@ -24,7 +24,7 @@ BUSY = "busy"
 STALL = "stall"
 """No answer, until the client disconnects."""
 RESET = "reset"
-"""The connection is reset after half of the request's body has reached the server."""
+"""The connection is reset after half of the request's body was passed to the server."""
 LOST = "lost"
 """The server executes the request, but its answer is lost in a connection reset."""
 CUT = "cut"
@@ -62,7 +62,7 @@ class FaultyProxy:
     """Makes a share of the requests to an HTTP server fail.
 
     Args:
-        server: its address, http://host:port.
+        server: address of the server, http://host:port.
         fault_rate: share of the requests that fail, chosen at random; may be changed at any time.
         kinds: kinds of fault, chosen at random.
         seed: seed of these choices.
@@ -81,8 +81,10 @@ class FaultyProxy:
         self.server = (url.hostname, url.port)
         self.fault_rate, self.kinds, self.rule = fault_rate, kinds, rule
         self.checks = True
-        """Whether to compare SHA-256 checksums, as S3 does and moto does not. Otherwise they are removed, as
-        for a server that does not support them."""
+        """Whether the proxy compares SHA-256 checksums, as S3 does and moto does not.
+
+        If not, it removes them, to imitate a server that does not support them.
+        """
         self.one_at_a_time = False
         """Whether the server receives only one request at a time."""
         self.requests: list[Request] = []
@@ -107,7 +109,7 @@ class FaultyProxy:
         self._listener.close()
 
     def count(self, method: str, text: str = "") -> int:
-        """Number of requests with this method whose target contains this text."""
+        """Return the number of requests with this method whose target contains this text."""
         return sum(r.method == method and text in r.target for r in self.requests)
 
     def clear(self) -> None:
@@ -175,7 +177,7 @@ class FaultyProxy:
                 client.sendall(_flipped(body) if fault == FLIP and body else body)
 
     def _forward(self, request: Request) -> tuple[bytes, bytes]:
-        """Pass a request on; returns the head and the body of the server's answer."""
+        """Pass a request on; return the head and the body of the server's answer."""
         with socket.create_connection(self.server) as server:
             server.sendall(_head_of(request))
             server.sendall(request.body)

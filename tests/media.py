@@ -1,4 +1,4 @@
-"""Files as phones and browsers write them, made by ffmpeg's encoders through PyAV."""
+"""Makes files like those of phones and browsers, by ffmpeg's encoders through PyAV."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ FORMATS = {
     "wma": ("asf", "wmav2", 44_100, {}),
     "caf alac": ("caf", "alac", 44_100, {}),
 }
-"""By name: container, encoder, sample rate in Hz, and options of the container."""
+"""Container, encoder, sample rate in Hz, and options of the container, keyed by name."""
 LOSSLESS = ("mov pcm", "m4a alac", "mkv flac")
 
 
@@ -34,7 +34,7 @@ def encoded(name: str, samples: np.ndarray, picture: bool = False, **options: st
     Args:
         name: a key of `FORMATS`.
         samples: float32 [samples, channels] at the format's sample rate. If empty, there is no audio track.
-        picture: whether the file gets a video track as well, before the audio track.
+        picture: whether the file gets a video track as well, as its first track.
         options: more options of the container.
     """
     container, codec, rate, own = FORMATS[name]
@@ -64,7 +64,7 @@ def add_audio(output, codec: str, rate: int, channels: int):
 
 
 def packets_of(track, samples: np.ndarray, rate: int):
-    """Encode float32 [samples, channels] for a track."""
+    """Yield the packets of a track that encode float32 [samples, channels]."""
     frame = av.AudioFrame.from_ndarray(
         np.ascontiguousarray(samples.T, np.float32), format="fltp", layout=track.layout
     )
@@ -77,7 +77,7 @@ def packets_of(track, samples: np.ndarray, rate: int):
 
 
 def repeated(content: bytes, times: int) -> bytes:
-    """An m4a whose packets follow each other several times: a long file in a second."""
+    """Repeat the packets of an m4a several times, which makes a long file within a second."""
     buffer = io.BytesIO()
     with av.open(io.BytesIO(content)) as source, av.open(buffer, "w", format="ipod") as output:
         track = output.add_stream_from_template(source.streams.audio[0])
@@ -91,12 +91,12 @@ def repeated(content: bytes, times: int) -> bytes:
 
 
 def caf_with_aac(samples: np.ndarray, rate: int) -> bytes:
-    """A Core Audio file with AAC, which ffmpeg does not write (Apple's specification of CAF 1.0)."""
+    """Make a Core Audio file with AAC, which ffmpeg cannot write (Apple's specification of CAF 1.0)."""
     with av.open(io.BytesIO(encoded("m4a", samples))) as source:
         track = source.streams.audio[0]
         extra = track.codec_context.extradata
         packets = [bytes(packet) for packet in source.demux(track) if packet.size]
-    # Integers of 7 bits per byte, here of two bytes each; all bytes but the last have the highest bit set.
+    # Each integer takes two bytes, with 7 bits in each; the highest bit of the first byte is set.
     sizes = b"".join(bytes([0x80 | len(p) >> 7, len(p) & 0x7F]) for p in packets)
     # Frames that the decoder outputs before the audio begins. A packet has 1024 frames.
     priming = 1024
@@ -119,5 +119,5 @@ def caf_with_aac(samples: np.ndarray, rate: int) -> bytes:
 
 
 def descriptor(tag: int, content: bytes) -> bytes:
-    """A descriptor of MPEG-4 (ISO/IEC 14496-1, 7.2.2) with the long form of its length, as Apple has it."""
+    """Make a descriptor of MPEG-4 (ISO/IEC 14496-1, 7.2.2) with the long form of its length, like Apple."""
     return bytes([tag, 0x80, 0x80, 0x80, len(content)]) + content

@@ -1,4 +1,4 @@
-"""The memory that a program allocates, without mapped files: the kernel can drop those if memory is short."""
+"""Measures a program's memory, without mapped files: the kernel can drop those if memory is short."""
 
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ def peak_of_anonymous_memory() -> Iterator[list[int]]:
     """Measure the peak of anonymous memory.
 
     Yields:
-        A list that receives one number at the end: the peak in bytes above the amount at the beginning.
+        A list. At the end, it gets one number: the bytes by which the peak exceeds the first amount.
     """
     seen, done = [_anonymous_bytes()], threading.Event()
 

@@ -1,4 +1,4 @@
-"""Runs test programs in several processes under torchrun."""
+"""Runs programs of the tests under torchrun, and functions in forked processes."""
 
 import atexit
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run_on_ranks(program: str, number: int, folder: Path) -> Path:
-    """Run a file in `number` processes, with the folder as its argument; it must succeed.
+    """Run a program in `number` processes, with the folder as its argument; it must succeed.
 
     Returns:
         The folder.
@@ -44,7 +44,7 @@ def run_on_ranks(program: str, number: int, folder: Path) -> Path:
 
 
 def leave_answer(folder: Path, results: Any) -> None:
-    """End such a program: the first process writes `losses.json`, and all wait for each other."""
+    """End a program of `run_on_ranks`: rank 0 writes `losses.json`, and all ranks wait for each other."""
     import torch
 
     from slam_asr.runtime.worker import leave_group
@@ -55,14 +55,14 @@ def leave_answer(folder: Path, results: Any) -> None:
 
 
 def fork(*functions: Callable[[], None]) -> list[int]:
-    """Call each function in a process of its own, forked from the test's so that it starts at once.
+    """Call each function in its own process, which is forked from the test's process and so starts at once.
 
     Returns:
         The exit codes; -9 for a process that had not ended after a minute.
     """
 
     def run(function: Callable[[], None]) -> None:
-        atexit._clear()  # the functions of the test's own process
+        atexit._clear()  # the exit handlers of the test's process
         function()
         os._exit(0)
 
@@ -79,7 +79,7 @@ def fork(*functions: Callable[[], None]) -> list[int]:
 
 
 def fork_ranks(number: int, folder: Path, function: Callable[[int], None]) -> list[int]:
-    """Call a function with each rank, in processes that are one process group of gloo; see `fork`."""
+    """Call a function with each rank, in forked processes that form a process group of gloo; see `fork`."""
     import torch
 
     def run(rank: int) -> None:

@@ -191,7 +191,7 @@ def test_an_absurd_sample_rate_is_refused(tmp_path):
 @pytest.mark.parametrize("rate", [16_000, 48_000])
 @pytest.mark.parametrize("sound", [noise, make_tone])
 def test_a_segment_equals_the_same_part_of_the_complete_file(tmp_path, suffix, rate, sound):
-    # In an mp3, a frame may use bits saved in earlier frames (as with a tone), so seeking cannot be exact.
+    # In an mp3, as with a tone, frames use bits of earlier frames, so reading must begin before the segment.
     path = write_wav(tmp_path / f"x{suffix}", sound(3.0, rate), rate)
     complete = load_audio(path)
     segment = read_clip(path, start=1.25, duration=0.5).samples

@@ -64,7 +64,7 @@ FIELDS = st.builds(as_field, NUMBERS, st.sampled_from([1, 2, 4, 8]), st.booleans
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """The file with some bytes replaced, inserted, cut off or appended, most often in its header."""
+    """Draw a damaged file: bytes are replaced, inserted, cut off or appended, most often in the header."""
     place = draw(st.one_of(st.integers(0, 120), st.integers(0, len(content) - 1)))
     value = draw(st.one_of(st.binary(min_size=1, max_size=8), FIELDS))
     damage = draw(st.sampled_from(["replace", "replace", "replace", "insert", "cut", "append"]))
@@ -77,7 +77,7 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 def is_other_audio(content: bytes, name: str) -> bool:
-    """Whether the header now describes audio of another kind, whose duration may differ."""
+    """Return whether the header now describes another kind of audio, whose duration may differ."""
     _, subtype, rate, channels = FORMATS[name]
     try:
         found = soundfile.info(io.BytesIO(content))
@@ -87,10 +87,10 @@ def is_other_audio(content: bytes, name: str) -> bool:
 
 
 def tolerance(content: bytes, name: str) -> float:
-    """Seconds by which the duration may differ unnoticed: 128 bytes of samples, or two frames of mp3.
+    """Return the seconds by which the duration may differ unnoticed: 128 bytes of samples, or two mp3 frames.
 
-    How much of an mp3's first and last frames is not part of the recording is only known from the encoder's
-    header, as two numbers below 4096.
+    In an mp3, only the encoder's header states how many samples of the first and the last frames are not part
+    of the recording. Both numbers are below 4096.
     """
     rate = FORMATS[name][2]
     if not name.startswith("mp3"):

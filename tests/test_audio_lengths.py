@@ -1,4 +1,4 @@
-"""All that an audio file holds is decoded; one that holds less or more than it announces is refused."""
+"""All samples of an audio file are decoded; a file with fewer or more than it announces is refused."""
 
 import io
 import struct
@@ -50,7 +50,7 @@ def test_files_that_were_joined_are_decoded_to_the_end(tmp_path, codec, on_disk)
     path.write_bytes(joined)
     clip = read_clip(path) if on_disk else read(joined)
     assert len(clip.samples) == round(1.3 * SAMPLE_RATE) == count_samples(path)
-    # At the joints, the resampler has neighbours that it lacks in the parts.
+    # At the joints, the resampler has neighbouring samples that it lacks at the ends of the single parts.
     away = [i for i in range(0, len(expected), 50) if min(abs(i - 8000), abs(i - 12_800)) > 400]
     assert np.abs(clip.samples - expected)[away].max() < 1e-3
     segment = read_clip(path, start=0.4, duration=0.5).samples
@@ -82,7 +82,7 @@ def test_a_file_that_was_cut_off_is_refused(container, missing):
     assert "ends too early" in refusal(content[:-missing])
 
 
-def test_a_damaged_file_still_has_a_length_so_that_other_files_can_be_planned_with_it(tmp_path):
+def test_a_damaged_file_has_a_length_so_that_batches_with_other_files_can_be_planned(tmp_path):
     (tmp_path / "x.wav").write_bytes(encoded("WAV", noise(0.5))[:-2000])
     assert count_samples(tmp_path / "x.wav") == 6_000
 
@@ -119,7 +119,7 @@ def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channel
         stretch = file.read(stream, first, 2_000)
         expected = complete[first : first + 2_000]
         assert len(stretch) == 2_000
-        # The decoder's sums depend on the phase of its filter bank in the last bit.
+        # The last bit of the decoder's sums depends on the phase of its filter bank.
         assert np.abs(stretch[: len(expected)] - expected).max() < 3e-7
 
     class Counting(io.BytesIO):
@@ -136,7 +136,7 @@ def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channel
 
 
 def test_an_mp3_without_an_encoders_header_is_decoded_to_its_end():
-    # The bit rate of the first frames, from which libsndfile estimates the length, is that of noise.
+    # libsndfile estimates the length from the first frames, whose bit rate is higher, because they are noise.
     quiet = np.zeros((16_000, 1), np.float32)
     content = encoded(
         "MP3", np.concatenate([noise(0.5), quiet, noise(0.5)]), bitrate_mode="VARIABLE", compression_level=0.1

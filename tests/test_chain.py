@@ -1,4 +1,4 @@
-"""A model that all six programs train and test on the same eight real utterances knows them by heart."""
+"""All six programs together train a model that knows eight real utterances by heart."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def program(stage, *arguments):
 
 
 def short_utterances(libri_mini):
-    """Transcript and file of utterances of 2 to 4.5 s."""
+    """Yield manifest lines of utterances that last 2 to 4.5 s."""
     import soundfile
 
     for transcript in sorted(libri_mini.glob("train-clean-100/*/*/*.trans.txt")):
@@ -53,7 +53,7 @@ def test_a_model_trained_by_all_stages_knows_eight_utterances_by_heart(libri_min
     chosen = [u for u, _ in zip(short_utterances(libri_mini), range(UTTERANCES), strict=False)]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    # The test set is the train set under other keys; features are found by audio, so they are shared.
+    # The test set is the train set under other keys; features are looked up by audio, so they are shared.
     for split, rows in (("train", chosen), ("dev", chosen[:4]), ("test", chosen)):
         lines = [json.dumps(u | {"key": f"{split}-{u['key']}"}) for u in rows]
         (corpus / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
@@ -98,7 +98,7 @@ def test_a_model_trained_by_all_stages_knows_eight_utterances_by_heart(libri_min
     hypotheses = [json.loads(line) for line in (decoded / "hypotheses.jsonl").read_text().splitlines()]
     assert len(hypotheses) == UTTERANCES and all(h["reference"] == h["hypothesis"] for h in hypotheses)
 
-    # The model writes the same texts from audio as from cached features.
+    # Decoding from audio gives the same texts as decoding from cached features.
     program(
         "decode",
         "--model",

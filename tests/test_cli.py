@@ -1,4 +1,4 @@
-"""Options work in every usual spelling; a mistake gets one line with the nearest word, and exit code 2."""
+"""Options work in every usual spelling; a mistake is reported in one line, with exit code 2."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from slam_asr.storage import write_bytes
 
 
 def exit_of(capsys, *arguments):
-    """Run a command that is expected to exit → its exit code and what it printed."""
+    """Run a command that must exit; return its exit code, and what it printed."""
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     return stop.value.code, capsys.readouterr()
@@ -22,7 +22,7 @@ def exit_of(capsys, *arguments):
 def example_stage(
     manifests: list[str], train_manifest: str = "", work_shard: str = "", keep: list[str] | None = None
 ):
-    """Stands in for a stage's function.
+    """A stand-in for a stage's function.
 
     Args:
         manifests: several files.
@@ -84,7 +84,7 @@ def test_mistakes_are_one_line_and_code_2(capsys, arguments, answer):
 def test_every_stage_explains_its_options(capsys, stage):
     code, output = exit_of(capsys, stage, "--help")
     assert code == 0
-    # Extraction replaces nothing: a store only grows.
+    # Extraction has no --overwrite, because it only adds to a store.
     expected = "--work-shard" if stage == "extract-features" else "--overwrite"
     assert "--output OUTPUT" in output.out and expected in output.out
 

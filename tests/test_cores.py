@@ -1,4 +1,4 @@
-"""Threads are as many as the cores that a container's CPU limit allows, for cgroups of both versions."""
+"""A program has as many threads as its container's CPU limit allows cores, in cgroups of both versions."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ from slam_asr.features.audio_workers import default_workers
 
 @pytest.fixture
 def eight_cores(tmp_path, monkeypatch):
-    """A machine of eight cores without limits, whose files are in the folder."""
+    """Imitate a machine of eight cores without limits; return the folder for the files of its cgroup."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(cores, "CPU_MAX", str(tmp_path / "cpu.max"))
     monkeypatch.setattr(cores, "CPU_CFS", (str(tmp_path / "quota"), str(tmp_path / "period")))
     for name in (*cores.THREADS, cores.LIMITED):
-        # `setenv` first: `delenv` alone would not remove at the end what the code sets.
+        # `setenv` comes first: after `delenv` alone, variables that the code sets would remain at the end.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return tmp_path
@@ -64,7 +64,7 @@ def test_only_a_limit_below_the_cores_changes_this_process_and_never_what_the_us
     monkeypatch.setenv("RAYON_NUM_THREADS", "7")
     cores.limit_threads()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["RAYON_NUM_THREADS"]) == ("2", "7")
-    # Its own setting does not count as the user's: each of two processes gets half.
+    # A limit that this process set is not the user's, so each of two processes gets half of it.
     assert cores.thread_limits(2) == {"OMP_NUM_THREADS": "1"}
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON in a recipe: settings take effect, contradictions and unknown keys are refused."""
+"""DeepSpeed's JSON in a recipe: settings take effect; contradictions and unknown keys are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The documentation: every key, recipe, command and file that it names exists, and its form is readable."""
+"""Every key, recipe, command and file that the documentation names exists, and its form is readable."""
 
 import ast
 import copy
@@ -60,7 +60,7 @@ SCRIPTS_OF_SLAM_LLM = """
 """
 
 
-read_once = functools.cache(recipe_values)  # typing a recipe takes a fifth of a second
+read_once = functools.cache(recipe_values)  # reading a recipe takes a fifth of a second
 
 
 def page_id(page):
@@ -71,7 +71,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 
 def fenced_blocks(page):
-    """(language, lines) of each fenced block; the language is empty if the fence names none."""
+    """Return (language, lines) of each fenced block; the language is empty if the fence names none."""
     blocks, lines = [], None
     for line in page.read_text().splitlines():
         if line.strip().startswith("```"):
@@ -87,12 +87,12 @@ def fenced_blocks(page):
 
 
 def prose(page):
-    """The page's text without its fenced blocks."""
+    """Return a page's text without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def paragraphs(page):
-    """Paragraphs and list items, each as one line; tables, headings and comments are left out."""
+    """Return paragraphs and list items, each as one line; tables, headings and comments are left out."""
     text = re.sub(r"<!--.*?-->", "", prose(page), flags=re.DOTALL)
     lines = ["" if re.match(r"\||#|!\[", line.strip()) else line for line in text.splitlines()]
     # Each list item counts as a paragraph.
@@ -101,29 +101,29 @@ def paragraphs(page):
 
 
 def sentences(paragraph):
-    """The sentences of a paragraph: a full stop, a space, and a capital or a code span."""
+    """Split a paragraph into sentences, at a full stop and a space before a capital or a code span."""
     return re.split(r"(?<=[.!?])[*`)”]*\s+(?=[*(“[]*[`A-Z0-9])", paragraph)
 
 
 def headings(page):
-    """The anchors that a page offers."""
+    """Return the anchors of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def code_spans(page):
-    """The text in backticks, outside the blocks of commands."""
+    """Return the texts in backticks outside fenced blocks."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def first_cells(page):
-    """Code spans in the first column of the page's tables."""
+    """Return the code spans in the first column of a page's tables."""
     rows = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| ")]
     return {span for cell in rows for span in re.findall(r"`([^`]+)`", cell)}
 
 
 def commands(page, program):
-    """The commands of a program in the page's bash blocks, as lists of words."""
+    """Return the commands of a program in a page's bash blocks, as lists of words."""
     lines = []
     for language, block in fenced_blocks(page):
         if language == "bash":
@@ -132,7 +132,7 @@ def commands(page, program):
 
 
 def every_command(program):
-    """(page, words) of all pages, as parameters of a test."""
+    """Make (page, words) of each command on all pages the parameters of a test."""
     found = [(page, words) for page in PAGES for words in commands(page, program)]
     names = [f"{page_id(page)}: {' '.join(words[: len(program.split()) + 1])}" for page, words in found]
     return pytest.mark.parametrize(("page", "words"), found, ids=names)
@@ -211,7 +211,7 @@ def test_every_command_of_the_pipelines_has_real_options(page, words):
 
 @functools.cache
 def options_of_pipelines():
-    """The options of each command of `python -m pipelines`, from the page that is made from its parsers."""
+    """Return the options of each command of `python -m pipelines`, from the generated reference page."""
     text = (ROOT / "docs" / "reference" / "pipelines.md").read_text()
     sections = re.findall(r"^### python -m pipelines ([\w ]+)\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL)
     return {command: set(re.findall(r"^\| `(--[\w-]+)`", table, re.MULTILINE)) for command, table in sections}

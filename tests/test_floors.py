@@ -1,4 +1,4 @@
-"""The floors of `slam_asr`: a folder imports only from floors below its own, and no trade from another.
+"""The floors of `slam_asr`: a folder imports only from floors below its own, and trades not from each other.
 
 Imports inside functions count too. CONTRIBUTING.md explains the floors.
 """
@@ -44,7 +44,7 @@ FLOORS = (
         "__init__",
     },
 )
-"""From the top down. A module that is in no folder counts as one."""
+"""Folders of each floor, from the top down. A module outside all folders counts as a folder."""
 
 Imports = Mapping[str, set[str]]
 """The modules that each module imports."""
@@ -72,17 +72,17 @@ def _imported(file: Path, modules: set[str]) -> Iterator[str]:
 
 
 def folder_of(module: str) -> str:
-    """The folder of a module: `slam_asr.training.loop` → `training`."""
+    """Return the folder of a module: `slam_asr.training.loop` → `training`."""
     return ([*module.split("."), "__init__"])[1]
 
 
 def floor_of(folder: str) -> int:
-    """Number of a folder's floor, from 0 at the top."""
+    """Return the number of a folder's floor, counted from 0 at the top."""
     return next(number for number, folders in enumerate(FLOORS) if folder in folders)
 
 
 def wrong_arrows(imports: Imports) -> list[str]:
-    """Imports that lead up, from one trade to another, or from one stage to another."""
+    """Return imports that lead up, from one trade to another, or from one stage to another."""
     wrong = []
     for module, imported in imports.items():
         for other in imported:
@@ -95,7 +95,7 @@ def wrong_arrows(imports: Imports) -> list[str]:
 
 
 def circles(graph: Imports) -> list[list[str]]:
-    """The sets of nodes that reach each other (Tarjan's strongly connected components of more than one)."""
+    """Return the sets of two or more nodes that reach each other, by Tarjan's algorithm."""
     found: list[list[str]] = []
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -122,7 +122,7 @@ def circles(graph: Imports) -> list[list[str]]:
 
 
 def between_folders(imports: Imports) -> dict[str, set[str]]:
-    """The other folders that each folder imports from."""
+    """Return the other folders that each folder imports from."""
     folders: dict[str, set[str]] = {}
     for module, imported in imports.items():
         folders.setdefault(folder_of(module), set()).update(map(folder_of, imported))
@@ -187,7 +187,7 @@ def test_a_circle_is_found():
 
 
 def test_importing_changes_no_global_state():
-    """What a module registers or filters, it does in the function that needs it."""
+    """A module registers classes or filters warnings only inside the functions that need it."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         for node in ast.parse(file.read_text()).body:

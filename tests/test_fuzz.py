@@ -1,6 +1,6 @@
-"""Whatever the input, the result is right, or the error is one sentence: never a traceback.
+"""Any input gives a correct result or an error of one sentence, never a traceback.
 
-The examples are the same in every run. `HYPOTHESIS_EXAMPLES=10000` draws as many others.
+The examples are the same in every run. `HYPOTHESIS_EXAMPLES=10000` draws 10,000 new ones per test.
 """
 
 import os
@@ -98,7 +98,7 @@ def test_normalising_again_changes_nothing_and_no_text_with_letters_becomes_empt
     assert normal == " ".join(normal.split())
     if any(c.isalpha() for c in text):
         assert normal
-    # The two Unicode forms of a text are the same text.
+    # The two Unicode forms of a text give the same result.
     assert once(unicodedata.normalize("NFD", text)) == once(unicodedata.normalize("NFC", text))
     assert characters_of(comparable(text), all_unspaced=True) == comparable(text).replace(" ", "")
 

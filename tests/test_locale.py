@@ -15,7 +15,7 @@ FOLDERS = ("slam_asr", "pipelines", "components", "images", "demo", "docs", "req
 
 
 def without_encoding(tree: ast.AST) -> Iterator[str]:
-    """Calls that open text without naming its encoding. Ruff's PLW1514 finds only those of known types."""
+    """Yield calls that open text without an encoding. Ruff's PLW1514 finds only those of known types."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -42,7 +42,7 @@ def test_every_text_file_and_every_program_names_its_encoding():
 
 @pytest.fixture(scope="module", params=[("en_US", "ISO-8859-1"), ("zh_CN", "GBK")], ids=lambda pair: pair[1])
 def environment(request, tmp_path_factory) -> dict[str, str]:
-    """The environment of a locale that is not UTF-8, which is compiled here."""
+    """Compile a locale that is not UTF-8; return an environment with it."""
     folder = tmp_path_factory.mktemp("locales")
     name = "{}.{}".format(*request.param)
     subprocess.run(["localedef", "-i", request.param[0], "-f", request.param[1], folder / name], check=True)

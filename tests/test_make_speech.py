@@ -1,7 +1,7 @@
-"""The demo's speech can be made again: texts and speakers are shared between subsets as the seed says.
+"""The demo's speech can be made again: the seed determines the texts and speakers of each subset.
 
-The synthesiser itself is not installed here: the tests check which texts it gets, and what happens to its
-audio.
+The synthesiser itself is not installed here. The tests check the texts that it gets, and the processing of
+its audio.
 """
 
 import zipfile
@@ -90,7 +90,7 @@ def test_the_demos_transcripts_and_speakers_are_what_the_script_plans(tmp_path):
     assert {path.stem for path in SPEECH.rglob("*.opus")} == set(planned)
 
 
-def test_an_interrupted_chapter_continues_and_keeps_what_it_has(tmp_path):
+def test_an_interrupted_chapter_is_continued_without_repeating_its_first_utterances(tmp_path):
     folder, words, spoken = tmp_path / "train-synthetic" / "8" / "2", ["one", "two", "three"], []
 
     def speak(index: int) -> np.ndarray:

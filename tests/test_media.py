@@ -1,4 +1,4 @@
-"""Files of phones and browsers have the samples of the recording, or are refused in one sentence."""
+"""Files of phones and browsers are decoded to the recorded samples, or are refused in one sentence."""
 
 import re
 import sys
@@ -20,14 +20,14 @@ from tests.memory import peak_of_anonymous_memory
 
 SECONDS = 1.3
 FRAME = {"aac": 1024, "alac": 4096, "libopencore_amrnb": 160, "wmav2": 2048, "libopus": 960}
-"""Samples of a frame by encoder."""
+"""Samples per frame, keyed by encoder."""
 
 EXACT = ("m4a", "mp4", "mov", "webm", "webm without length", *LOSSLESS)
-"""Formats of which the header has the first sample and, in most, the last one."""
+"""Formats whose header states the first sample of the recording and, in most of them, the last one."""
 
 
 def sound(name: str, channels: int = 1) -> np.ndarray:
-    """A tone that rises from 300 to 1500 Hz, as float32 [samples, channels] at the format's rate."""
+    """Make a tone that rises from 300 to 1500 Hz: float32 [samples, channels] at the format's rate."""
     rate = FORMATS[name][2]
     t = np.arange(round(SECONDS * rate)) / rate
     # Without a fade, lossy encoders add a click at both ends.
@@ -48,7 +48,7 @@ def refusal(content: bytes, name: str = "x", **options) -> str:
 
 @pytest.mark.parametrize("name", [*FORMATS, "caf aac"])
 def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
-    # Core Audio gets the AAC of an m4a.
+    # The Core Audio file contains the AAC of an m4a.
     source = "m4a" if name == "caf aac" else name
     _, codec, rate, _ = FORMATS[source]
     original = sound(source)
@@ -58,7 +58,7 @@ def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
     clip = read_clip(path)
     assert (clip.sample_rate, clip.channels) == (rate, 1)
     assert count_samples(path) == pytest.approx(len(clip.samples), abs=1)
-    # AAC without a container, and MP4 in fragments, do not say what the encoder added before and after.
+    # AAC without a container, and MP4 in fragments, do not state what the encoder added before and after.
     frames = 2 if name in ("aac", "amr", "mp4 in fragments", "mp4 opus in fragments") else 1
     assert abs(clip.duration - SECONDS) <= frames * FRAME.get(codec, 1) / rate
     if name in EXACT:
@@ -231,5 +231,5 @@ def test_a_long_file_takes_little_more_memory_than_its_samples_at_16_khz(tmp_pat
     with peak_of_anonymous_memory() as peak:
         clip = read_clip(path)
     assert clip.duration > 1800
-    # Decoded stereo at 44.1 kHz would take eleven times as much as the samples, which are copied once.
+    # The samples are copied once. Decoded stereo at 44.1 kHz would be 5.5 times as large as they are.
     assert peak[0] < 2.5 * clip.samples.nbytes + 30e6

@@ -13,7 +13,7 @@ from tests.test_audio_fuzz import FUZZ, damaged
 
 SECONDS = 0.5
 LONGEST = 30.0
-"""Seconds. A damaged header may announce other times, but nothing that would exhaust memory."""
+"""Maximum duration in seconds. A damaged header may announce any, but memory must suffice."""
 
 
 def noise(rate: int) -> np.ndarray:
@@ -22,7 +22,7 @@ def noise(rate: int) -> np.ndarray:
 
 @st.composite
 def damaged_at_either_end(draw, content: bytes) -> bytes:
-    """The file with damage, half of the time at its end, where MP4 has its tables."""
+    """Draw a damaged file. Half of the time, the damage is near the end, where MP4 has its tables."""
     if draw(st.booleans()):
         return draw(damaged(content))
     split = max(0, len(content) - 1500)

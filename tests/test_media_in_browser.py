@@ -1,4 +1,4 @@
-"""What a browser's MediaRecorder writes is decoded: it records a tone here, as it would a microphone."""
+"""Recordings of a browser's MediaRecorder are decoded. It records a tone here instead of a microphone."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ def test_recordings_of_a_browser_are_decoded_and_refused_if_they_are_cut(tmp_pat
     assert "audio/webm;codecs=opus" in recordings, "what every browser but Safari writes by default"
     for kind, content in recordings.items():
         clip = read_clip(kind, content=content)
-        # A recorder begins and ends when it is ready, on a busy machine later than it was asked to.
+        # On a busy machine, a recorder begins and ends later than it was asked to.
         assert clip.duration == pytest.approx(SECONDS, abs=1.0), kind
         # Half a second, so the spectrum has one value per 2 Hz.
         middle = clip.samples[SAMPLE_RATE // 2 : SAMPLE_RATE]

@@ -342,7 +342,7 @@ def test_every_key_is_unique_and_documented():
 
 
 def _sections(section):
-    """Each dataclass of a recipe with the names of its sub-sections, which their own docstrings explain."""
+    """Return each dataclass of a recipe, with the names of its sub-sections, which explain themselves."""
     inner = {f.name: f.default_factory for f in fields(section) if is_dataclass(f.default_factory)}
     sections = {section: inner.keys()}
     for kind in inner.values():

@@ -1,6 +1,6 @@
-"""Inputs of strangers cannot exhaust memory or time, leave their folder, or become code or markup.
+"""Untrusted input cannot exhaust memory or time, leave its folder, or become code or markup.
 
-docs/how-to/security.md lists the tests of each kind of input. Here are those that belong nowhere else.
+docs/how-to/security.md lists the tests of each kind of input. This file has those that fit nowhere else.
 """
 
 import ast
@@ -20,7 +20,7 @@ from slam_asr.storage import fetch
 
 ROOT = Path(__file__).parents[1]
 LAUGHS = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 10) if n else 'ha, ha'}]\n" for n in range(12))
-"""Ten to the twelfth values in seven hundred bytes (the "billion laughs")."""
+"""YAML of seven hundred bytes with ten to the twelfth values (the "billion laughs")."""
 
 
 def sentence(call, *arguments) -> str:
@@ -81,7 +81,7 @@ def test_argos_templates_are_refused_before_anything_is_compiled_or_submitted(tm
 
 
 def patterns() -> list[str | bytes]:
-    """The regular expressions in the code of this project, as far as they are literals."""
+    """Return the regular expressions that are literals in the code of this project."""
     found = []
     for file in sorted([*(ROOT / "slam_asr").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]):
         text = file.read_text(encoding="utf-8")
@@ -93,8 +93,8 @@ def patterns() -> list[str | bytes]:
 
 
 @pytest.mark.timeout(120)
-def test_no_regular_expression_takes_for_ever():
-    """Expressions whose time grows faster than with the square of the text would not end here."""
+def test_no_regular_expression_takes_forever():
+    """With an expression whose time grows faster than the square of the text's length, this would not end."""
     hostile = [
         f"{start}{part * 300}\n"
         for start in ("", "s3://", "<")
@@ -108,7 +108,7 @@ def test_no_regular_expression_takes_for_ever():
 
 
 def test_values_in_pages_are_never_markup():
-    """Every template escapes; no value is marked as safe except the figures, which matplotlib draws."""
+    """Templates escape all values, and mark only constants as safe."""
     files = [*(ROOT / "slam_asr" / "pages").glob("*.html")]
     assert len(files) >= 5
     for file in files:

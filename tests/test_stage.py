@@ -21,7 +21,7 @@ from slam_asr.errors import InputError, UserError
 
 
 def counting(calls):
-    """A stage's work that appends its folder to `calls`."""
+    """Return a stage's work that appends its folder to `calls`."""
 
     def work(folder):
         calls.append(folder)

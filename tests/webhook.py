@@ -1,4 +1,4 @@
-"""A webhook: saves the messages that it receives, and answers with the statuses that a test asks for."""
+"""A webhook that saves the messages that it receives, and answers with the statuses that a test chooses."""
 
 import http.server
 import json
@@ -13,13 +13,13 @@ SECRET = "T0000-a-secret-that-nobody-may-see"
 
 @dataclass
 class Webhook:
-    """What the server received, and what it answers."""
+    """The messages that the server received, and its next answers."""
 
     url: str = ""
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Content type and JSON of each message that was accepted."""
     statuses: list[int] = field(default_factory=list)
-    """Statuses of the next answers, in order; 200 once there is none left."""
+    """Statuses of the next answers, in order; after the last one, 200."""
     requests: int = 0
 
 

@@ -1,4 +1,6 @@
-"""Self-contained HTML pages. Style, script and drawings are in the file; a page fetches and saves nothing.
+"""Templates and drawings of the HTML pages.
 
-The pages open from disk and in a sandboxed frame of the dashboard.
+Each page is one file with its style, script and drawings. It fetches and saves nothing, and opens from disk
+and in a sandboxed frame of the dashboard. The exception is `serve.html`, which sends recordings to the server
+that it comes from.
 """

@@ -11,7 +11,7 @@ from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60
-"""Maximum number of bars in the histogram. If there are long utterances, each bar covers more seconds."""
+"""Maximum number of bars in the histogram. If utterances exceed this many seconds, a bar covers several."""
 MAX_CHARACTERS = 200
 """Maximum number of different characters on the page."""
 _MAX_EXAMPLE = 160
@@ -22,12 +22,12 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 960, 250, 64, 16, 34, 8
 
 
 def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statistics: dict[str, Any]) -> None:
-    """Write the page.
+    """Write the page about a corpus.
 
     Args:
         path: the page's file.
-        corpus: path of the corpus.
-        kind: its layout, in words.
+        corpus: path of the corpus, shown as the heading.
+        kind: the corpus's layout, in words.
         recipe: the recipe, whose data section the page shows.
         statistics: the counts from `corpora.statistics`.
     """
@@ -69,7 +69,9 @@ class Bar:
     """A bar of the histogram, stacked by split."""
 
     x: float
+    """Left edge, in units of the drawing."""
     width: float
+    """In units of the drawing."""
     parts: list[tuple[str, float, float]]
     """(split, top, height) of each part, from the lowest to the highest, in units of the drawing."""
     label: str
@@ -80,13 +82,13 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Draw the durations of all splits as a histogram.
 
     Args:
-        splits: for each split, `durations`: the number of utterances of [0, 1) s, [1, 2) s and so on.
+        splits: for each split, `durations`: the numbers of utterances that last [0, 1) s, [1, 2) s and so on.
 
     Returns:
-        Bars, ticks of the axes and sizes in units of the drawing, keyed by name in the page's template.
+        Bars, axis ticks and sizes in units of the drawing, keyed by their names in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
-    # There is one count per second and none can be divided, so a bar's width is a whole number of seconds.
+    # There is one count per second, and none can be divided, so a bar's width is a whole number of seconds.
     width = math.ceil(longest / MAX_BARS)
     counts = [
         {s: sum(m["durations"][second : second + width]) for s, m in splits.items()}
@@ -120,7 +122,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scale(highest: int) -> tuple[int, int]:
-    """The distance between an axis's ticks, and the axis's upper end, a multiple of that distance.
+    """Return the distance between an axis's ticks, and the end of the axis, a multiple of it.
 
     The distance is the smallest of 1, 2, 5, 10, 20 and so on that reaches `highest` in at most four steps.
     """
@@ -131,7 +133,7 @@ def _scale(highest: int) -> tuple[int, int]:
 
 
 def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
-    """The first `MAX_CHARACTERS` characters of an alphabet, for the page.
+    """Describe the first `MAX_CHARACTERS` characters of an alphabet, for the page.
 
     An invisible character, such as a space, has an empty `shape`, and the page shows `label` instead.
 

@@ -15,9 +15,9 @@ from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
-"""Markers of the first lines in `draw_runs`. Their colours are --run-1, --run-2 … in the style sheet."""
+"""Markers of the first six lines in `draw_runs`. Their colours are --run-1 to --run-6 in the style sheet."""
 CURVE_POINTS = 400
-"""Maximum number of points per curve: more are indistinguishable on a screen and make the page large."""
+"""Maximum number of points per curve. More could not be distinguished on a screen and make the page large."""
 
 
 def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:
@@ -25,11 +25,12 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
 
     Args:
         path: the page's file.
-        title: its heading.
+        title: the page's heading.
         facts: (name, value) pairs shown above the curves.
-        training: `curve` and `validation`, lists of {step, loss, accuracy}, those of `validation` optionally
-            with wer or cer; `samples`, a list of {key, reference, hypothesis} from the last validation; and
-            optionally `beginning`, a dictionary with `curve` and `validation` of its own.
+        training: `curve` and `validation`, lists of {step, loss, accuracy}, to which `validation` may add wer
+            or cer; all but step and loss are fractions. Optionally `samples`, a list of {key, reference,
+            hypothesis} from the last validation, and `beginning`, a dictionary with its own `curve` and
+            `validation`.
     """
     points = with_thinned_curves(training)
     samples = training.get("samples") or []
@@ -39,7 +40,7 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
 
 
 def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
-    """Return a training run's values, as for `write_curves`, with at most `CURVE_POINTS` points per curve."""
+    """Return the `training` of `write_curves` with at most `CURVE_POINTS` points per curve."""
     values = training | {name: thinned(training.get(name) or []) for name in ("curve", "validation")}
     if training.get("beginning"):
         values["beginning"] = with_thinned_curves(training["beginning"])
@@ -73,13 +74,13 @@ def is_number(value: Any) -> bool:
 
 
 def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Draw the figures of one training run, from its values in training and on dev.
+    """Draw the figures of one training run from its values on train and on dev.
 
     Args:
         training: `curve`, `validation` and `beginning`, as for `write_curves`.
 
     Returns:
-        For each quantity, a dictionary with `heading`, `summary` and `svg`.
+        For each quantity that has values, a dictionary with `heading`, `summary` and `svg`.
     """
     curves = []
     for quantity, heading, scale in _QUANTITIES:
@@ -98,17 +99,18 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Draw the figures of several training runs: their values on dev, or in training if none has any on dev.
+    """Draw the figures of several training runs from their values on dev.
 
-    The first lines have colours and markers of their own (see `RUN_MARKERS`); all others look alike. The
-    figures have no legend, because the page shows the markers next to the names.
+    If no run has values on dev, those on train are drawn. The first lines have colours and markers of their
+    own (see `RUN_MARKERS`); all others look alike. The figures have no legend, because the page shows the
+    markers next to the names.
 
     Args:
         trainings: training runs keyed by name, each with `curve` and `validation` as for `draw_curves`;
             either or both may be missing.
 
     Returns:
-        Figures as from `draw_curves`.
+        The figures, as `draw_curves` returns them.
     """
     curves = []
     for quantity, heading, scale in _QUANTITIES:
@@ -201,8 +203,8 @@ def _summary(
     return " ".join(sentences)
 
 
-# Colours that matplotlib draws with. `_inline` replaces them by those of the page's style sheet, which differ
-# between light and dark pages.
+# Colours that matplotlib draws with. `_inline` replaces them with those of the page's style sheet, which
+# differ between light and dark pages.
 _INK, _GRID, _TRAINING, _VALIDATION, _QUIET = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _RUNS = [f"#1011{number:02x}" for number in range(1, 7)]
 _COLOURS = {
@@ -218,14 +220,15 @@ _DASHES = ((), (3, 2), (6, 2), (1, 1.5), (6, 2, 1, 2), (2, 4))
 _STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
     "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
-    # In the beginning, the loss is CTC's, and the accuracy is 1 minus the token error rate of its best paths.
+    # The beginning trains the projector by CTC. Its loss is that of CTC, and its accuracy is 1 minus the
+    # token error rate of CTC's best paths.
     "beginning": {"color": _QUIET},
     "beginning, dev": {"color": _QUIET, "marker": "s", "markersize": 4, "linestyle": (0, (1, 1.5))},
 }
 
 
 def _style_of_run(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a run's line: not everyone can distinguish lines by colour alone."""
+    """Return a run's colour, marker and dashes. Not everyone can distinguish lines by colour alone."""
     if index >= len(_RUNS):
         return {"color": _QUIET, "alpha": 0.6}
     return {
@@ -244,7 +247,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
     style: dict[Any, Any] = {
         # Text remains text, in the page's font; the default draws each letter as a path.
         "svg.fonttype": "none",
-        # Without a fixed salt, ids would be random, and pages of the same training would differ.
+        # Without a fixed salt, the ids would be random, and two pages of the same training run would differ.
         "svg.hashsalt": quantity,
         "font.size": 10,
         "text.color": _INK,
@@ -269,8 +272,8 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         axes.set_xlabel("optimiser step")
         axes.grid(axis="y", linewidth=0.6)
         highest = max(value for line in lines for _, value in line.points)
-        # From 0, so that a small change does not look like a large one. A height of 0 would make matplotlib
-        # warn.
+        # The axis starts at 0, so that a small change does not look like a large one. It ends at 1 if all
+        # values are 0, because matplotlib warns about an axis without height.
         axes.set_ylim(0, 100 if quantity == "accuracy" else 1.05 * highest or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: with_thousands(round(step))))

@@ -1,4 +1,4 @@
-"""Renders the templates of this folder. All values are escaped unless they are marked as safe."""
+"""Renders the templates in this folder. All values are escaped unless they are marked as safe."""
 
 from collections.abc import Callable
 from typing import Any

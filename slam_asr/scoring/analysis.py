@@ -1,4 +1,4 @@
-"""Results on a test set besides the error rate: confidence, rates by speaker and length, typical errors."""
+"""Analyses results on a test set: rates by subset, length and speaker, their uncertainty, typical errors."""
 
 import re
 from collections import Counter
@@ -15,18 +15,18 @@ from slam_asr.scoring.normalization import normalisers_of
 from slam_asr.scoring.statistics import interval, interval_over
 
 DURATIONS = (5, 10, 15, 20, 30)
-"""Upper limits in seconds, inclusive, of the groups of utterances by length. The last group has no limit."""
+"""Upper limits in seconds, inclusive, of the groups by length of audio. A last group has no upper limit."""
 MAX_CONFUSIONS = 30
-"""Maximum number of confusions of each kind that are listed."""
+"""Maximum number of substitutions, of deletions and of insertions that are listed."""
 
 LOOP, CUT, EMPTY, REFUSAL = "loop", "cut at the limit", "empty answer", "refusal"
 ANSWER_FAULTS = {
-    LOOP: "The same words four or more times in a row, although nobody said that.",
+    LOOP: "The same words four or more times in a row, although the reference has no repetition.",
     CUT: "The answer reached decoding.max_new_tokens.",
-    EMPTY: "No text although something was said.",
+    EMPTY: "No text, although the reference has words.",
     REFUSAL: "An assistant's apology instead of a transcript.",
 }
-"""What can be wrong with an answer, with the explanation that the report shows."""
+"""Faults that an answer can have, each with the explanation that the report shows."""
 
 # One to eight words, followed by the same words at least three more times.
 _LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1){3,}(?!\S)")
@@ -40,7 +40,7 @@ _REFUSAL = re.compile(
 
 
 def analyse(measured: Measured) -> dict[str, Any]:
-    """Compute all numbers of a test set. Rates are in percent, or None if there are no words to count.
+    """Compute all numbers of a test set. Rates are in percent, or None if the references have no words.
 
     Args:
         measured: the utterances of the test set, aligned.
@@ -102,8 +102,8 @@ def counts_of(measured: Measured, indices: np.ndarray | None = None) -> dict[str
         indices: int [n], those of the group; all utterances if not given.
 
     Returns:
-        The fields of `WordErrors`, `errors`, `hours`, and in percent the `rate`, and `wer`: the same, or None
-        if characters are counted.
+        The fields of `WordErrors`; `errors`; `hours`; `rate` in percent; and `wer`, which equals `rate` or,
+        if characters are counted, is None.
     """
     errors = measured.total(indices)
     rows = measured.rows if indices is None else [measured.rows[i] for i in indices]
@@ -135,7 +135,7 @@ def _percents(ends: tuple[float, float] | None) -> list[float] | None:
 def _speaker_interval(measured: Measured, indices: np.ndarray) -> list[float] | None:
     """The 95 % interval over speakers in percent; None if any speaker is unknown."""
     speakers = groups_of((measured.rows[i] for i in indices), lambda row: row.speaker)
-    # Utterances of unknown speakers may be of one person or of many, so neither is the interval known.
+    # Utterances of unknown speakers may come from one person or from many.
     if "" in speakers:
         return None
     return _percents(interval_over(speakers, measured.errors[indices], measured.words[indices]))
@@ -145,7 +145,7 @@ def _by_duration(measured: Measured) -> list[dict[str, Any]]:
     """Counts of the utterances in each group by length. Utterances of unknown length are in no group."""
     seconds = np.array([row.duration for row in measured.rows])
     groups = []
-    # A length of 0 stands for an unknown one. It is in no group, because the first group begins above 0.
+    # A length of 0 means that it is unknown. No group includes 0, because the first one begins above it.
     for low, high in zip((0, *DURATIONS), (*DURATIONS, None), strict=True):
         indices = np.flatnonzero((seconds > low) & (seconds <= (high or np.inf)))
         if len(indices):
@@ -169,7 +169,7 @@ def _empty_references(measured: Measured) -> dict[str, int]:
 
 
 def faults_of(row: Hypothesis, characters: bool = False) -> list[str]:
-    """The `ANSWER_FAULTS` of an answer. A loop or refusal is no fault if the reference has one too.
+    """Return the `ANSWER_FAULTS` of an answer. A loop or refusal is no fault if the reference has one too.
 
     Args:
         row: the utterance.

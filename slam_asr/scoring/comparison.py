@@ -33,7 +33,7 @@ class Compared:
     p: float
     """Probability of a difference at least this large by chance alone."""
     differing: int
-    """Utterances for which the two made different numbers of errors."""
+    """Number of utterances for which the two recognisers made different numbers of errors."""
     unit: str = "words"
     """What the rates count: `words`, or `characters` where words are not separated."""
 
@@ -49,7 +49,7 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
     """Compare the two hypotheses of each utterance.
 
     Args:
-        pairs: from `pair`.
+        pairs: the two hypotheses of each utterance, as `pair` returns them.
         first: the first recogniser's name, for the error message.
         seed: seed of the resampling and of the random exchanges.
 
@@ -86,13 +86,14 @@ def pair(
     Args:
         first: the first recogniser's name and its utterances.
         second: the same for the second recogniser.
-        common: whether utterances that only one output has are left out, instead of refused.
+        common: whether to leave out utterances that only one output has, instead of refusing both outputs.
 
     Returns:
         The pairs; and for each recogniser's name, the number of utterances that only its output has.
 
     Raises:
-        InputError: an utterance is in only one output, occurs twice in one, or has different references.
+        InputError: the outputs have no utterance in common, or an utterance is in only one of them (unless
+            `common`), is in one output twice, or has a different reference in each.
     """
     # SLAM-LLM's files name no subsets. If any utterance lacks its subset, all are paired by key alone.
     with_subset = all(row.subset for _, rows in (first, second) for row in rows)
@@ -105,7 +106,7 @@ def pair(
             raise InputError(
                 f"{name} has {len(unpaired)} utterances that {other} lacks, first {unpaired[0][0]}: "
                 "compare outputs for the same test set"
-                + ("." if common else ", or add --common true to compare what both have.")
+                + ("." if common else ", or add --common true to compare only those that both have.")
             )
         left_out[name] = len(unpaired)
     (_, first_rows), (_, second_rows) = sides
@@ -126,7 +127,7 @@ def pair(
 
 
 def _by_key(name: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tuple[str, str], Hypothesis]:
-    """Return the utterances by (key, subset)."""
+    """Return the utterances, keyed by (key, subset) or, without subsets, by (key, "")."""
     keyed = {(comparable(row.key), row.subset if with_subset else ""): row for row in rows}
     if len(keyed) < len(rows):
         raise InputError(
@@ -137,7 +138,7 @@ def _by_key(name: str, rows: Sequence[Hypothesis], with_subset: bool) -> dict[tu
 
 def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: int) -> Compared:
     test = matched_pairs(a.errors[indices], b.errors[indices], a.words[indices], seed)
-    # `percent` is None only without reference words, and `compare_pairs` has left out such subsets.
+    # `percent` is None only if there are no reference words, and `compare_pairs` leaves out such subsets.
     return Compared(
         subset=name,
         utterances=len(indices),

@@ -23,7 +23,7 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
         subsets.setdefault(row.subset, []).append(row)
     shuffled = []
     for subset in sorted(subsets):
-        # Sorted first, so that the result does not depend on the order of the rows.
+        # The rows are sorted first, so that the result does not depend on their order.
         order = sorted(subsets[subset], key=lambda row: row.key)
         random.Random(f"{seed}/{subset}").shuffle(order)
         if len(order) < 2:

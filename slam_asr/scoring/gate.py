@@ -9,13 +9,13 @@ from slam_asr.scoring.outputs import read_output
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model passes a condition of the gate, and why."""
+    """The result of one condition of the gate for a model."""
 
     passed: bool
     reason: str
-    """A clause without a full stop: `WER 64.99 % is above gate.max_wer 25 %`."""
+    """Why, as a clause without a full stop: `WER 64.99 % is above gate.max_wer 25 %`."""
     compared: Compared | None = None
-    """The comparison with the registered version, if there was one; the model is its first side."""
+    """The comparison of the model (first) with the registered version (second), if they were compared."""
 
 
 def check_limit(short: str, rate: float, limit: float | None) -> Verdict:
@@ -36,11 +36,11 @@ def check_limit(short: str, rate: float, limit: float | None) -> Verdict:
 def check_better(report: str, version: str, scores: str) -> Verdict:
     """Compare a model with a registered version, by matched pairs on the same utterances.
 
-    If the two cannot be compared, nothing shows that the model is better, and it does not pass.
+    If the two cannot be compared, nothing shows that the model is better, so it does not pass.
 
     Args:
         report: folder that score wrote for the model.
-        version: the registered version, for the reason.
+        version: name of the registered version, for `Verdict.reason`.
         scores: folder that score wrote for that version; empty if unknown.
 
     Raises:
@@ -48,11 +48,11 @@ def check_better(report: str, version: str, scores: str) -> Verdict:
     """
     registered, ours = f"the registered version {version}", read_output(report)
     if not scores:
-        return Verdict(False, f"{registered} does not name its scores, so it cannot be compared with")
+        return Verdict(False, f"{registered} does not name its scores, so there is nothing to compare with")
     try:
         pairs, left_out = pair((report, ours), (scores, read_output(scores)), common=True)
     except InputError as error:
-        return Verdict(False, f"it cannot be compared with {registered}: {str(error).rstrip('.')}")
+        return Verdict(False, f"the model cannot be compared with {registered}: {str(error).rstrip('.')}")
     if any(left_out.values()):
         return Verdict(
             False,

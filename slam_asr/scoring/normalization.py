@@ -1,11 +1,11 @@
 """Normalisers of transcripts: Whisper's for English, and one without English rules for other languages.
 
-Whisper's (Radford et al., 2022, appendix C; as in transformers, without its list of British spellings)
-removes case, punctuation, hesitations and text in brackets, expands contractions and writes numbers as
-digits. It applies some fifty regular expressions to each text, which takes a third of a millisecond. In plain
-lower-case text, however, it changes only contractions, titles, hesitations and numbers, and none of these
-depends on more than the words next to it. This module therefore normalises only stretches of such words, and
-caches the results: a hundred thousand utterances take seconds.
+Whisper's normaliser (Radford et al., 2022, appendix C; in transformers' version, without its list of British
+spellings) removes case, punctuation, hesitations and text in brackets, expands contractions and writes
+numbers as digits. It applies some fifty regular expressions to each text, which takes a third of a
+millisecond. In plain lower-case text, however, it changes only contractions, titles, hesitations and numbers,
+and each change depends only on the neighbouring words. This module therefore normalises only stretches of
+such words, and caches the results: a hundred thousand utterances take seconds.
 """
 
 import functools
@@ -82,20 +82,20 @@ def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]
 
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
-    """Build the normaliser, a faster equivalent of transformers' own: text → text with single spaces."""
+    """Build a faster equivalent of transformers' normaliser for English: text → text with single spaces."""
     altered = _ALTERED | whisper_english().standardize_numbers.words
 
     @functools.lru_cache(maxsize=200_000)
     def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
-        # `and a half` depends on the word before it, so a stretch within a text also gets a word before it.
-        # Any word that is not part of a number will do; `[2:]` removes it with its space.
+        # The result for `and a half` depends on the word before it. A stretch that does not start the text
+        # is therefore normalised after an `x`, which is part of no number; `[2:]` removes it and its space.
         return (
             normalise_english(" ".join(words)) if at_start else normalise_english(" ".join(("x", *words)))[2:]
         )
 
     def normalise(text: str) -> str:
         text = text.lower()
-        # The normaliser removes a space before an apostrophe, which would join two of the words below.
+        # Whisper's normaliser removes a space before an apostrophe, so two of the words below would be one.
         if not _PLAIN.fullmatch(text) or " '" in text:
             return normalise_english(text)
         words = text.split()
@@ -122,5 +122,5 @@ def _end_of_stretch(words: list[str], start: int, altered: frozenset[str]) -> in
             last = i
         elif i > last + 1:
             break
-    # Some patterns of the normaliser include the word after a contraction, such as `'s been`.
+    # Some patterns of Whisper's normaliser include the word after a contraction, such as `'s been`.
     return min(last + 2, len(words)) if "'" in words[last] else last + 1

@@ -8,7 +8,8 @@ from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, read_hypothese
 from slam_asr.errors import InputError
 from slam_asr.storage import exists, fetch, join
 
-PREDICTED, SPOKEN = "_pred", "_gt"
+PREDICTIONS, REFERENCES = "_pred", "_gt"
+"""Endings of the names of SLAM-LLM's files: hypotheses and references."""
 
 
 def read_output(path: str) -> list[Hypothesis]:
@@ -21,24 +22,24 @@ def read_output(path: str) -> list[Hypothesis]:
     Raises:
         InputError: the path does not exist, or its content is in none of these formats.
     """
-    if path.endswith(PREDICTED):
+    if path.endswith(PREDICTIONS):
         return _read_pair(path)
     file_in_folder = join(path, HYPOTHESES)
     file = next(filter(exists, (file_in_folder, path)), None)
     if file is None:
         raise InputError(
             f"{path} contains no hypotheses: name a folder that decode or score wrote, a hypotheses.jsonl, "
-            f"or SLAM-LLM's …{PREDICTED} file."
+            f"or SLAM-LLM's …{PREDICTIONS} file."
         )
     return read_hypotheses(fetch(file))
 
 
 def _read_pair(path: str) -> list[Hypothesis]:
-    references = path.removesuffix(PREDICTED) + SPOKEN
+    references = path.removesuffix(PREDICTIONS) + REFERENCES
     for file in (path, references):
         if not exists(file):
             raise InputError(
-                f"There is no {file}: SLAM-LLM's decoding writes {PREDICTED} and {SPOKEN} next to each "
+                f"There is no {file}: SLAM-LLM's decoding writes {PREDICTIONS} and {REFERENCES} next to each "
                 "other, and both are needed."
             )
     hypotheses, reference_lines = _read_lines(fetch(path)), _read_lines(fetch(references))
@@ -58,7 +59,7 @@ def _read_lines(path: Path) -> dict[str, str]:
         if not line.strip():
             continue
         key, tab, text = line.partition("\t")
-        # Two programs may write the same key in two Unicode forms.
+        # Two programs may write the same key in different Unicode forms (NFC and NFD).
         key = unicodedata.normalize("NFC", key)
         if not tab or key in texts:
             what = "has no tab between key and text" if not tab else f"repeats the key {key}"

@@ -1,8 +1,8 @@
 """The report on a decoded test set: a page, a short table for the dashboard, and numbers for programs.
 
 `report.html` is self-contained: style, script and curves are in the file. The page fetches and saves nothing,
-and it works in a sandboxed frame. The model's error rate is shown next to its controls, the rates of
-output that ignores the audio: a rate means little if silence or guessing comes close to it.
+and it works in a sandboxed frame. The model's error rate is shown next to its controls, the rates of output
+that ignores the audio: a rate means little if such output is almost as good.
 """
 
 import math
@@ -64,14 +64,14 @@ def write_report(
         recipe: its name is the page's heading, and its published rates are shown next to the measured ones.
         rows: the model's hypotheses.
         controls: other hypotheses for the same utterances, keyed by `shuffled audio` and `empty output`.
-        training: how the model was trained: recipe, encoder, llm, trained_parameters (or, if that is absent,
-            projector_parameters), all_parameters, precision, device, processes, steps, epochs, seconds,
-            train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
-            validation (list of {step, loss, accuracy}), with accuracies as fractions. Keys that are absent
-            are not shown.
-        decoding: how the test set was decoded: beams, seconds, audio_hours, utterances, answers_cut,
-            empty_answers. Any other facts are shown under their own names.
-        audio: audio of some of the worst utterances, as MP3 in base64, to be played on the page.
+        training: facts about the model's training: recipe, encoder, llm, trained_parameters (or, if that is
+            absent, projector_parameters), all_parameters, precision, device, processes, steps, epochs,
+            seconds, train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
+            validation (list of {step, loss, accuracy}), with accuracies as fractions. Absent facts are not
+            shown, and any other facts are shown under their own names.
+        decoding: facts about the decoding: beams, seconds, audio_hours, utterances, answers_cut,
+            empty_answers; absent and other facts as in `training`.
+        audio: MP3 in base64 of some of the worst utterances, to be played on the page.
 
     Returns:
         Metrics in percent, to two decimals: `wer` (all utterances; always the first key), `wer SUBSET`,
@@ -87,7 +87,7 @@ def write_report(
         )
     measured = measure(rows)
     _ = measured.total().wer  # If the references contain no words, this raises before anything is written.
-    # A curve has a point for every few steps; 400 of them look the same and keep the page small.
+    # Curves of long training runs have thousands of points, which would make the page large.
     training = with_thinned_curves(training)
     numbers = {
         "title": recipe.name,
@@ -227,7 +227,7 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 def _group_table(
     heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str
 ) -> dict[str, Any]:
-    # 1 if no group has errors: the bars are divided by it.
+    # The lengths of the bars are divided by this, so it is 1 if no group has errors.
     highest = max((group["rate"] or 0 for _, group in groups), default=0) or 1
     rows = [
         group | {"label": name, "bar": round(100 * (group["rate"] or 0) / highest, 1)}
@@ -315,7 +315,8 @@ def _hours(hours: float) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escape text so that no Markdown viewer treats it as markup."""
-    # On one line: a line break would end a table's row. `&` first, or it would escape the other two again.
+    # Line breaks become spaces, because one would end a table's row. `&` is replaced before the characters
+    # whose replacements contain it.
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 

@@ -25,7 +25,7 @@ Name = tuple[str, str]
 def worst_first(measured: Measured) -> list[int]:
     """Indices of the utterances in the order of the report: those with the most errors first."""
     rows, errors, words = measured.rows, measured.errors.tolist(), measured.words.tolist()
-    # Of equally many errors, those in the shortest reference come first: they are the highest rate.
+    # Among utterances with equally many errors, the shortest reference has the highest rate and comes first.
     return sorted(range(len(rows)), key=lambda i: (-errors[i], words[i], rows[i].key, rows[i].subset))
 
 
@@ -50,10 +50,10 @@ def encode_audio(
     """Encode the audio of as many utterances as fit on the page, as MP3 in base64.
 
     Args:
-        names: utterances, in order of importance.
+        names: the utterances, most important first.
         load: reads the float32 samples [n] of one utterance at 16 kHz. If it raises AudioError, the utterance
             is skipped with a warning.
-        megabytes: maximum size of all audio together, in MB of base64.
+        megabytes: maximum size of all audio together, in MB after base64 encoding.
 
     Returns:
         The audio of each utterance that fits, as MP3 in base64.

@@ -29,7 +29,7 @@ _DECODING_LABELS = {
     "empty_answers": "Empty answers",
     "close_calls": "Close calls, where rounding may decide",
 }
-"""Facts with a label of their own, in the order in which they are shown. All others follow."""
+"""Labels of facts, in the order in which they are shown. Facts that have no label here follow."""
 
 
 def training_facts(training: dict[str, Any]) -> list[tuple[str, str]]:
@@ -46,14 +46,14 @@ def decoding_facts(decoding: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts of a decoding from its record, as labels and text; see `write_report`."""
     facts = dict(decoding)
     hours, seconds = facts.pop("hours_decoded", decoding.get("audio_hours")), decoding.get("seconds")
-    # A resumed decoding took these seconds only for the hours that it decoded itself.
+    # A resumed decoding spent these seconds only on the hours that it decoded itself.
     if hours and seconds:
         facts["seconds"] = f"{clock(seconds)}, {hours * 3600 / seconds:.1f} times real time"
     return _facts(facts, _DECODING_LABELS)
 
 
 def _facts(values: dict[str, Any], labels: dict[str, str]) -> list[tuple[str, str]]:
-    """Labels and values as text; what is unknown is left out."""
+    """Return labels and values as text. Unknown values, lists and dictionaries are left out."""
     known = {key: v for key, v in values.items() if v is not None and not isinstance(v, list | dict)}
     return [
         (labels.get(key) or capital(key.replace("_", " ")), _shown(key, known[key]))

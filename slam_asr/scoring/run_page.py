@@ -1,6 +1,6 @@
-"""The page of a run in the dashboard: a report, with what the run took.
+"""The page that the dashboard shows for a run: the report, with a table of the run's time and cost.
 
-The report in the store belongs to its result, which several runs may reuse, so it does not contain the table.
+Several runs may reuse one result and its report in the store, so only this copy of the report has the table.
 """
 
 import os
@@ -12,12 +12,12 @@ from slam_asr.pages.render import render
 
 
 def write_run_page(report: Path, output: str | Path, store: str) -> None:
-    """Copy a report, and add the table of costs if this process belongs to a run.
+    """Copy a report, and add the table of time and cost if this process belongs to a run.
 
     Args:
-        report: the page of the result.
+        report: page of the report.
         output: file to write.
-        store: store of the run.
+        store: the run's store, a local folder or s3:// prefix.
 
     Raises:
         UserError: the store cannot be read, or the prices in the environment are not valid.

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.hypotheses import Hypothesis, read_hypotheses
 from slam_asr.config.variations import Variation
 from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
 from slam_asr.pages.render import render, with_thousands
 from slam_asr.progress import clock
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
-from slam_asr.scoring.outputs import read_output
 from slam_asr.scoring.report import escape_markdown, interval_text, rate_text, short_name
 from slam_asr.storage import write_atomically, write_json
 
@@ -23,7 +22,7 @@ _LAST_ON_DEV = ("loss", "accuracy", "wer", "cer")
 
 @dataclass
 class Run:
-    """One decoded training."""
+    """A training run whose model was decoded and scored."""
 
     name: str
     folder: str
@@ -40,7 +39,7 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """The error rate of the complete test in percent: of words, or of characters."""
+        """The error rate of the complete test set in percent, counted in words or characters."""
         return rate_of(self.numbers["all"])
 
     @property
@@ -78,7 +77,7 @@ class Run:
 
 
 def rate_of(counts: dict[str, Any]) -> Any:
-    """The rate in counts of a `wer.json`; those of version 0.1.0 have only `wer`. None without words."""
+    """Return the rate from counts in a `wer.json`; None without words. Version 0.1.0 wrote only `wer`."""
     return counts.get("rate", counts["wer"])
 
 
@@ -86,7 +85,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     """Read the runs, sort them by error rate, and compare each with the best.
 
     Args:
-        files: wer.json and hypotheses of each run, keyed by its folder.
+        files: wer.json and hypotheses.jsonl of each run, keyed by the run's folder.
         known: variations of the recipe by name, to describe what a run changed.
     """
     numbers = {folder: json.loads(file.read_text(encoding="utf-8")) for folder, (file, _) in files.items()}
@@ -97,8 +96,8 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
         # Runs with the same title are distinguished by the names of their folders.
         name = title if titles.count(title) == 1 else f"{title} ({folder.rstrip('/').rpartition('/')[2]})"
         changes = known[title].describe() if title in known else ""
-        runs.append(Run(name, folder, changes, values, read_output(folder)))
-    # By name next, so that ties do not depend on the order of the folders.
+        runs.append(Run(name, folder, changes, values, read_hypotheses(files[folder][1])))
+    # Runs with equal rates are sorted by name, so that their order does not depend on that of the folders.
     runs.sort(key=lambda run: (run.rate, run.name))
     best = runs[0]
     for run in runs[1:]:

@@ -2,8 +2,8 @@
 
 The interval estimates the rates that the same recogniser would have on other test sets of this size from the
 same source (Bisani and Ney, 2004, "Bootstrap estimates for confidence intervals in ASR performance
-evaluation"). Utterances of one speaker are alike and therefore not independent, so with enough speakers the
-interval over speakers is wider and more honest.
+evaluation"). Utterances of one speaker are alike and therefore not independent, so the interval over speakers
+is wider. With enough speakers, it is also the more realistic one.
 """
 
 import math
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
-"""Number of samples of a bootstrap interval."""
+"""Number of random samples from which a bootstrap interval is computed."""
 EXCHANGES, _AT_ONCE = 10_000, 500
-"""Number of random exchanges of a randomisation test, and how many of them are in memory at once."""
-MAX_EXACT = 5000
+"""Number of random exchanges in a randomisation test, and how many of them are in memory at once."""
+MAX_RANDOMISED = 5000
 """Number of differing utterances above which the normal approximation replaces the randomisation test.
 
 With so many utterances, both give the same result.
@@ -43,7 +43,7 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     # of both.
     for _ in range(RESAMPLES):
         sample = rng.integers(len(errors), size=len(errors))
-        # A sample may consist of units without words only, which have no rate.
+        # A sample may consist only of units without words; such a sample has no rate.
         reference_words = words[sample].sum()
         if reference_words:
             rates.append(errors[sample].sum() / reference_words)
@@ -81,7 +81,7 @@ class Difference:
     low: float
     """Lower limit of the difference's 95 % bootstrap interval; NaN if there is only one utterance."""
     high: float
-    """Upper limit of that interval."""
+    """Upper limit of that interval; NaN in the same case."""
     p: float
     """Probability of a difference at least as large, in either direction, if both were equally good."""
     differing: int
@@ -93,8 +93,8 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
 
     If both were equally good, the two outputs for any utterance could be exchanged. The two-sided p-value is
     the share of random exchanges that give a difference at least as large (approximate randomisation, Noreen,
-    1989). If more than `MAX_EXACT` utterances differ, the normal approximation is used instead (Gillick and
-    Cox, 1989).
+    1989). If more than `MAX_RANDOMISED` utterances differ, the normal approximation is used instead (Gillick
+    and Cox, 1989).
 
     Args:
         first: int [utterances], word errors of the first recogniser.
@@ -108,7 +108,7 @@ def matched_pairs(first: np.ndarray, second: np.ndarray, words: np.ndarray, seed
     observed = abs(int(nonzero.sum()))
     if not len(nonzero):
         p = 1.0
-    elif len(nonzero) > MAX_EXACT:
+    elif len(nonzero) > MAX_RANDOMISED:
         # With random signs, the sum of the differences has mean 0 and variance Σd². The two-sided tail of a
         # normal distribution beyond x is erfc(x / √(2 · variance)).
         p = math.erfc(observed / math.sqrt(2 * float((nonzero.astype(float) ** 2).sum())))

@@ -1,4 +1,4 @@
-"""The bodies of responses: those of OpenAI's interface, from segments."""
+"""Formats transcripts as the response bodies and the events of OpenAI's interface."""
 
 import json
 import zlib
@@ -18,7 +18,7 @@ MEDIA_TYPES = {
     "srt": "application/x-subrip; charset=utf-8",
     "vtt": "text/vtt; charset=utf-8",
 }
-"""By `response_format`."""
+"""The response's media type, keyed by `response_format`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Decoded:
 
     segment: Segment
     tokens: list[int]
-    """Token ids that the LLM generated, without those after the end."""
+    """Token ids that the LLM generated, without the token that ends the answer."""
 
     @classmethod
     def of(cls, piece: Piece, answer: "Answer", stops: Sequence[int]) -> "Decoded":
@@ -41,9 +41,9 @@ def body_of(format: str, duration: float, language: str, decoded: list[Decoded])
 
     Args:
         format: a key of `MEDIA_TYPES`.
-        duration: of the recording, in seconds.
-        language: ISO 639-1, or empty if unknown.
-        decoded: in the order of time.
+        duration: length of the recording in seconds.
+        language: ISO 639-1 code, or empty if unknown.
+        decoded: the decoded pieces in chronological order.
     """
     transcript = Transcript("", duration, [part.segment for part in decoded])
     usage = {"type": "duration", "seconds": round(duration, 3)}
@@ -72,9 +72,9 @@ def _verbose(number: int, part: Decoded) -> dict[str, Any]:
         "text": segment.text,
         "tokens": part.tokens,
         "temperature": 0.0,
-        # Whisper's definition, by which its users find repetitions: bytes per byte of their deflation.
+        # As Whisper defines it: bytes of the text per byte of its zlib compression. Repetitions make it high.
         "compression_ratio": round(len(text) / len(zlib.compress(text)), 3),
-        # The search does not estimate them.
+        # The search does not estimate these two.
         "avg_logprob": None,
         "no_speech_prob": None,
         "cut": segment.cut,
@@ -85,9 +85,9 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
     """Yield server-sent events: one for each segment as soon as it is decoded, and one at the end.
 
     Args:
-        format: `verbose_json` for segments with times, any other for pieces of text only.
-        duration: of the recording, in seconds.
-        answers: in the order of time.
+        format: `verbose_json` for segments with times; all other formats give pieces of text only.
+        duration: length of the recording in seconds.
+        answers: the decoded pieces in chronological order.
     """
     text, number = "", 0
     async for part in answers:
@@ -123,5 +123,5 @@ def as_event(values: Mapping[str, Any]) -> str:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    # On one line, as an event's data requires: json writes a line break in a text as \n.
+    # An event's data must be on one line. It is, because json writes a line break in a text as \n.
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's for transcripts and models, probes, metrics, and a page to try it."""
+"""The server's routes: OpenAI's for transcripts and models, probes, metrics, and a page to try the server."""
 
 import secrets
 from typing import Any
@@ -37,12 +37,12 @@ _FORM = {
         },
     }
 }
-"""The form of a request for a transcript, for /openapi.json: it is read by hand, within the limits."""
+"""Schema of the transcription form, for /openapi.json. FastAPI does not know the form, which `Body` reads."""
 
 
 def build_app(service: Service) -> FastAPI:
     """Return the ASGI application of a server."""
-    # FastAPI's own pages of documentation load scripts from elsewhere.
+    # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="slam-asr", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _refused)
@@ -61,7 +61,7 @@ def _add_transcriptions(app: FastAPI, service: Service) -> None:
         exchange = Exchange(service, body)
         try:
             _authorise(service, request)
-            # Before the body is read: a server that has too much to do must not receive megabytes first.
+            # This is done before the body is read, because a busy server must not receive megabytes first.
             service.admit()
             return await exchange.answer()
         except Refusal as refusal:
@@ -90,7 +90,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        """Describe the model of a name."""
+        """Describe the model that has this name."""
         _authorise(service, request)
         # The name comes from the request, so only its beginning goes into the message.
         if name not in served.names:
@@ -101,13 +101,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether the process works; if not, it should be started again."""
+        """Report whether the process works; if it does not, it should be restarted."""
         alive = service.batcher.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether requests for transcripts are accepted."""
+        """Report whether requests for transcripts are accepted."""
         status = "ready" if service.ready else "draining" if service.draining else "loading"
         return JSONResponse({"status": status}, 200 if service.ready else 503)
 
@@ -131,8 +131,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
             "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        # The page may be given an API key, so no other page may frame it and no script of others may run in
-        # it.
+        # Users type an API key into the page, so no other page may frame it, and no script of another origin
+        # may run in it.
         return HTMLResponse(
             text,
             headers={
@@ -153,7 +153,7 @@ def _authorise(service: Service, request: Request) -> None:
 async def _refused(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = Refusal(error.status_code, f"{error.detail}.", headers=dict(error.headers or {}))
-    assert isinstance(error, Refusal), "registered for it"
+    assert isinstance(error, Refusal), "this handler is registered for these two exceptions"
     return JSONResponse(error.body, error.status, error.headers)
 
 

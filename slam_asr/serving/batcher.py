@@ -1,8 +1,8 @@
 """Dynamic batching: segments of all requests that wait at the same time are decoded together.
 
-One thread owns the model. It takes a segment of each request in turn, so that a long recording does not hold
-up short ones, until the batch reaches the recipe's `decoding.positions_per_batch`. Positions count, not
-segments, because memory and time depend on them.
+One thread owns the model. It fills a batch with one segment of each request in turn, so that a long recording
+does not delay short ones. A batch is full when it reaches the recipe's `decoding.positions_per_batch`. The
+limit counts positions, not segments, because memory and time depend on positions.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Recognizer(Protocol):
-    """What the server needs of a loaded model: `decoding.transcriber.Transcriber` has it."""
+    """The interface of a loaded model that the server uses; `decoding.transcriber.Transcriber` has it."""
 
     options: Decoding
 
     def pieces(self, samples: "np.ndarray") -> list[Piece]:
-        """Divide a recording at pauses."""
+        """Divide a recording, float32 [samples] at 16 kHz, at its pauses."""
 
     def positions(self, piece: Piece) -> int:
         """Return the number of LLM positions of a piece's audio and the prompt."""
@@ -39,33 +39,33 @@ class Recognizer(Protocol):
 
 
 class DecodingError(Exception):
-    """The model failed on a piece; the cause is what it raised."""
+    """The model failed on a piece; `__cause__` is the exception that it raised."""
 
 
 class Job:
     """The pieces of one request.
 
     Args:
-        pieces: in the order of time.
-        costs: LLM positions of each piece: audio, prompt and the longest answer.
+        pieces: pieces of the recording in chronological order.
+        costs: number of LLM positions of each piece: those of its audio, the prompt and the longest answer.
     """
 
     def __init__(self, pieces: Sequence[Piece], costs: Sequence[int]) -> None:
         self.pieces, self.costs = pieces, costs
         self.taken = 0
-        """Number of pieces that are in a batch or decoded: the first ones."""
+        """Number of pieces, counted from the first, that are in a batch or already decoded."""
         self.submitted = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._outcomes: asyncio.Queue[Answer | Exception] = asyncio.Queue()
 
     def deliver(self, outcome: "Answer | Exception") -> None:
-        """Hand over the outcome of the next piece, from any thread."""
-        # An asyncio queue is not safe for threads, so the event loop itself puts the outcome there.
-        with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits for it
+        """Pass the outcome of the next piece to `answers`. Any thread may call this."""
+        # An asyncio queue is not thread-safe, so the event loop itself puts the outcome into it.
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits for the outcome
             self._loop.call_soon_threadsafe(self._outcomes.put_nowait, outcome)
 
     async def answers(self) -> "AsyncIterator[Answer]":
-        """Yield the answers in the order of the pieces, which is that in which the batcher takes them.
+        """Yield the answers in the order of the pieces. The batcher decodes them in the same order.
 
         Raises:
             DecodingError: the model failed.
@@ -113,10 +113,10 @@ class Batcher:
         return self._thread.is_alive()
 
     def submit(self, pieces: Sequence[Piece]) -> Job:
-        """Queue the pieces of a request; to be called in the event loop, once the model is loaded."""
+        """Queue the pieces of a request. Call this in the event loop, after the model is loaded."""
         assert self.recognizer is not None, "requests are refused until the model is loaded"
-        room = self.recognizer.options.max_new_tokens
-        job = Job(pieces, [self.recognizer.positions(piece) + room for piece in pieces])
+        longest_answer = self.recognizer.options.max_new_tokens
+        job = Job(pieces, [self.recognizer.positions(piece) + longest_answer for piece in pieces])
         with self._changed:
             # A silent recording has no pieces, and `answers` ends at once.
             if pieces:
@@ -126,14 +126,14 @@ class Batcher:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Forget the pieces of a request that are in no batch yet."""
+        """Remove those pieces of a request that are in no batch yet."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
             self._count_waiting()
 
     def close(self) -> None:
-        """End the thread after the batch that is being decoded, but do not wait for a model to be loaded."""
+        """End the thread after its current batch. If the model is still being loaded, do not wait for it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -160,15 +160,14 @@ class Batcher:
                 if not self._jobs:
                     self._changed.wait()
                     continue
-                # Time that the earliest request spent while another batch was decoded counts, so no batch
-                # waits under load.
-                rest = min(job.submitted for job in self._jobs) + self.wait - time.monotonic()
-                if rest <= 0 or self._is_full():
+                # The time in which the previous batch was decoded counts too, so no batch waits under load.
+                remaining = min(job.submitted for job in self._jobs) + self.wait - time.monotonic()
+                if remaining <= 0 or self._is_full():
                     return self._take()
-                self._changed.wait(rest)
+                self._changed.wait(remaining)
 
     def _is_full(self) -> bool:
-        # Without padding, so `_take` may leave some of these for the next batch.
+        # This sum does not count padding, so `_take` may leave some of these pieces for the next batch.
         waiting = sum(sum(job.costs[job.taken :]) for job in self._jobs)
         return waiting * self._beams >= self._budget
 
@@ -185,7 +184,8 @@ class Batcher:
             self._jobs.popleft()
             batch.append((job, job.taken))
             job.taken += 1
-            # To the end of the queue: every request gets a piece into the batch before any gets its next one.
+            # The request goes to the end of the queue, so that each request has a piece in the batch before
+            # any has another.
             if job.taken < len(job.pieces):
                 self._jobs.append(job)
         self._count_waiting()
@@ -199,7 +199,8 @@ class Batcher:
         except Exception as error:
             outcomes = [error.with_traceback(None)]  # a traceback would hold the batch's tensors
         if isinstance(outcomes[0], Exception) and len(batch) > 1:
-            # Memory may suffice for each half, and one bad piece must not end the others' requests.
+            # Memory may suffice for each half, and a bad piece must not fail the requests of the other
+            # pieces.
             half = len(batch) // 2
             self._decode(batch[:half], recognizer)
             self._decode(batch[half:], recognizer)

@@ -1,6 +1,6 @@
-"""What the server accepts, and the errors with which it refuses the rest.
+"""Limits of what the server accepts, and the errors with which it refuses everything else.
 
-The errors have the form of OpenAI's, so that its clients raise the exceptions that their users know.
+The errors have the form of OpenAI's, so that OpenAI's clients raise the exceptions that their users know.
 """
 
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ class Limits:
     """Limits of the server."""
 
     requests: int = bounded(64, at_least=1)
-    """Requests in progress at a time, uploads included. More are refused with 429."""
+    """Maximum number of requests in progress, uploads included. Further requests are refused with 429."""
     megabytes: float = bounded(100.0, above=0)
-    """Largest upload."""
+    """Maximum size of an upload in MB."""
     seconds: float = bounded(1800.0, above=0)
-    """Longest recording."""
+    """Maximum length of a recording in seconds."""
     deadline: float = bounded(300.0, above=0)
-    """Seconds from the start of a request until it is given up with 504. After SIGTERM, requests in progress
-    get as long to finish."""
+    """Maximum time of a request in seconds; after it, the request fails with 504. After SIGTERM, requests in
+    progress have the same time to finish."""
     segment: float = bounded(20.0, at_least=1)
-    """Maximum length of a segment in seconds, as `--longest` of `slam-asr transcribe`."""
+    """Maximum length of a segment in seconds, like `--longest` of `slam-asr transcribe`."""
     wait: float = bounded(0.02, at_least=0, at_most=10)
-    """Seconds that a batch waits for segments of more requests, counted from the arrival of its first one,
-    also while another batch is decoded. It starts earlier if it is full."""
+    """Seconds that a batch waits for segments of further requests, counted from the arrival of its first
+    request. Time in which another batch is decoded counts too. A full batch does not wait."""
 
     @property
     def bytes(self) -> int:
-        """Largest upload in bytes."""
+        """Maximum size of an upload in bytes."""
         return round(self.megabytes * 1_000_000)
 
 
 class Refusal(Exception):
-    """A request that is refused.
+    """The refusal of a request.
 
     Args:
         status: the HTTP status.
         message: one sentence for the user.
-        code: what programs compare, such as `invalid_api_key`.
-        param: the parameter at fault.
+        code: name of the error for programs, such as `invalid_api_key`.
+        param: name of the parameter at fault.
         headers: additional headers of the response.
     """
 
@@ -58,7 +58,7 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The response's JSON."""
+        """The JSON of the response's body."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"
@@ -66,7 +66,7 @@ class Refusal(Exception):
 
 
 def unavailable(why: str) -> Refusal:
-    """Return the refusal of a request that may succeed on another server, or here a little later."""
+    """Return the refusal of a request that may succeed on another server, or on this one a little later."""
     return Refusal(503, why, "unavailable", headers={"Retry-After": "2"})
 
 
@@ -77,6 +77,6 @@ def too_late(deadline: float) -> Refusal:
         f"The transcript was not finished within {deadline:g} s: send a shorter recording, or try again "
         "when the server is less busy.",
         "deadline_exceeded",
-        # Repeating it at once, as OpenAI's clients do after a 5xx, would only add to the load.
+        # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
         headers={"x-should-retry": "false"},
     )

@@ -13,18 +13,20 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "slam_asr_requests",
-            "Requests for a transcript by HTTP status; 499 if the client went before the answer.",
+            "Requests for a transcript by HTTP status; 499 if the client disconnected early.",
             ["status"],
             registry=self.registry,
         )
         self.request_seconds = Histogram(
             "slam_asr_request_seconds",
-            "Seconds from the start of a request to its complete answer, of those with status 200.",
+            "Seconds from the start of a request to its complete answer, for requests with status 200.",
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.audio_seconds = Counter(
-            "slam_asr_audio_seconds", "Seconds of audio of the answered requests.", registry=self.registry
+            "slam_asr_audio_seconds",
+            "Seconds of audio in the requests with status 200.",
+            registry=self.registry,
         )
         self.in_progress = Gauge(
             "slam_asr_requests_in_progress", "Requests that are not answered yet.", registry=self.registry
@@ -43,7 +45,7 @@ class Metrics:
         )
         self.close_calls = Counter(
             "slam_asr_close_calls",
-            "Segments whose text rounding may have decided, so that another batch could give another text.",
+            "Segments in which rounding may have decided the text: in another batch, the text could differ.",
             registry=self.registry,
         )
         self.cut = Counter(

@@ -1,4 +1,4 @@
-"""Runs the server from its start to the end of the last request after SIGTERM."""
+"""Runs the server until SIGTERM, and then until the last request is answered."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from slam_asr.serving.service import Served, Service
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, without its handlers of signals, which would end the process with the signal."""
+    """uvicorn's server without its signal handlers, which raise the signal again and so end the process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -24,23 +24,23 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address, before anything is loaded.
+    """Open a listening socket, before anything is loaded.
 
     Args:
-        host: address or name; `0.0.0.0` for all of IPv4, `::` for all addresses.
+        host: address or name; `0.0.0.0` for all IPv4 addresses of this machine, `::` for all addresses.
         port: 0 for any free one.
 
     Raises:
-        ConfigurationError: it is taken, or does not belong to this machine.
+        ConfigurationError: the address is in use, or does not belong to this machine.
     """
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.socket(family)
-        # Otherwise, connections of an earlier server that are still in TIME_WAIT would block the port for a
-        # minute.
+        # Without this option, connections of an earlier server that are still in TIME_WAIT would block the
+        # port for a minute.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # As many waiting connections as uvicorn itself allows by default.
+        # The same number of waiting connections that uvicorn allows by default.
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Return whether only this machine reaches the address."""
+    """Return whether only programs on this machine can reach the address."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 

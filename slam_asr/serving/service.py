@@ -1,8 +1,8 @@
-"""The way of a request for a transcript through the server.
+"""The path of a request for a transcript through the server.
 
-It is admitted or refused at once, read within the limits, decoded to samples in a small pool of threads, and
-divided into pieces, which the batcher decodes. It ends early at its deadline, and when its client goes: its
-pieces then leave the queue.
+A request is admitted or refused at once, and read within the limits. A small pool of threads decodes its
+audio to samples and divides them into pieces, which the batcher decodes. At the request's deadline, or when
+its client disconnects, the request ends early, and its pieces are removed from the queue.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
 T = TypeVar("T")
 
 CLIENT_GONE = 499
-"""The status in logs and metrics of a request whose client went before the answer."""
+"""The status, in logs and metrics, of a request whose client disconnected before the answer."""
 MAX_SECONDS_IN_MEMORY = 3600.0
-"""Seconds of decoded audio from which on further uploads wait in their files."""
+"""While this many seconds of decoded audio are in memory, further uploads wait in their files."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,16 @@ class Served:
     load: Callable[[], Recognizer]
     """Loads the model."""
     names: list[str]
-    """Names that clients may give for the model; the first is listed."""
+    """Names that clients may give for the model; logs, messages and the page use the first."""
     created: int
     """When the model was written, in seconds since 1970."""
     language: str
-    """ISO 639-1; empty if unknown."""
+    """ISO 639-1 code of the model's language; empty if unknown."""
     stops: list[int]
-    """Tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
     limits: Limits
     keys: Keys | None
+    """API keys, one of which a client must send; None if no key is required."""
 
 
 class Service:
@@ -67,9 +68,9 @@ class Service:
         self.metrics = Metrics()
         self.batcher = Batcher(served.load, self.limits.wait, self.metrics, on_loaded)
         self.in_progress = 0
-        """Number of requests for transcripts that are not answered completely."""
+        """Number of requests for transcripts that are not completely answered yet."""
         self.draining = False
-        """Whether the server finishes what is in progress, and accepts nothing new."""
+        """Whether the server only finishes the requests in progress, and accepts no new ones."""
         self._seconds = 0.0
         """Seconds of decoded audio in memory."""
         self._freed = asyncio.Event()
@@ -87,7 +88,7 @@ class Service:
         self._pool.shutdown(cancel_futures=True)
 
     def admit(self) -> None:
-        """Refuse a request if it cannot be taken up now.
+        """Refuse a request if the server cannot accept it now.
 
         Raises:
             Refusal: the model is not loaded, the server is ending, or too many requests are in progress.
@@ -117,7 +118,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def pieces_of(self, form: FormData, name: str) -> AsyncIterator[tuple[float, list[Piece]]]:
-        """Decode a form's file to pieces, whose samples are in memory within the context.
+        """Decode a form's file and divide it into pieces, whose samples are in memory within the context.
 
         Yields:
             The recording's duration in seconds, and the pieces.
@@ -126,14 +127,14 @@ class Service:
             Refusal: the file is no audio, or too long.
         """
         file, recognizer = form["file"], self.batcher.recognizer
-        assert isinstance(file, UploadFile) and recognizer is not None, "checked before"
+        assert isinstance(file, UploadFile) and recognizer is not None, "`read_order` and `admit` check this"
 
         def work() -> tuple[float, list[Piece]]:
             clip = decode_audio(file, name, self.limits)
             return clip.duration, recognizer.pieces(clip.samples)
 
         async with self._decoders:
-            # In the semaphore, so that no more recordings than there are cores can exceed the limit together.
+            # The semaphore covers this wait too, so at most one recording per core can exceed the limit.
             # Nothing is awaited between the check and `clear`, so no release is missed.
             while self._seconds >= MAX_SECONDS_IN_MEMORY:
                 self._freed.clear()
@@ -147,7 +148,7 @@ class Service:
             self._freed.set()
 
     async def decoded(self, pieces: list[Piece]) -> AsyncGenerator[Decoded, None]:
-        """Yield the decoded pieces in the order of time, each as soon as it is there.
+        """Yield the decoded pieces in chronological order, each as soon as it is ready.
 
         Raises:
             Refusal: the model failed.
@@ -175,17 +176,17 @@ class Exchange:
     def __init__(self, service: Service, body: Body) -> None:
         self.service, self.body = service, body
         self.finished = False
-        """Whether its end is counted."""
+        """Whether `finish` has counted the request."""
         self._started = time.monotonic()
         self._deadline = asyncio.get_running_loop().time() + service.limits.deadline
         self._duration, self._segments = 0.0, 0
 
     async def answer(self) -> Response:
-        """Return the complete transcript, or the stream of one.
+        """Return the complete transcript, or a stream of its events.
 
         Raises:
             Refusal: the request is wrong or took too long.
-            ClientDisconnect: the client has gone.
+            ClientDisconnect: the client has disconnected.
         """
         served = self.service.served
         async with contextlib.AsyncExitStack() as owned:
@@ -197,8 +198,8 @@ class Exchange:
             order = read_order(form, served.names, served.language)
             headers = {"x-ignored-parameters": ", ".join(order.ignored)} if order.ignored else {}
             if order.stream:
-                # The stream owns the count and the form from here on. Otherwise both would end before the
-                # first event.
+                # From here on, the stream owns `counted` and the form. Otherwise both would be closed before
+                # the first event.
                 return _EventStream(self, self._events(form, order), owned.pop_all(), headers)
             text = await _unless_gone(self.body.request, self._complete(form, order))
             self.finish(200)
@@ -215,7 +216,7 @@ class Exchange:
         return body_of(order.format, self._duration, order.language, decoded)
 
     async def _events(self, form: FormData, order: Order) -> AsyncGenerator[str, None]:
-        # The status is sent already, so a refusal is an event.
+        # The HTTP status has already been sent, so a refusal becomes an event.
         try:
             with self._in_time():
                 async with (
@@ -239,7 +240,7 @@ class Exchange:
             raise too_late(self.service.limits.deadline) from None
 
     def finish(self, status: int) -> None:
-        """Count and log the end of the request, without anything of what was said in it."""
+        """Count and log the end of the request. The log line contains nothing of the transcript."""
         seconds, metrics = time.monotonic() - self._started, self.service.metrics
         self.finished = True
         metrics.requests.labels(str(status)).inc()
@@ -250,13 +251,15 @@ class Exchange:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of an exchange, which is ended even if the client goes before the first one.
+    """The server-sent events of an exchange.
+
+    The exchange is finished even if the client disconnects before the first event.
 
     Args:
         exchange: the exchange.
-        events: its events.
-        owned: what is to be released after the last event.
-        headers: additional headers.
+        events: the formatted events.
+        owned: contexts to close after the last event.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -266,7 +269,7 @@ class _EventStream(StreamingResponse):
         owned: contextlib.AsyncExitStack,
         headers: dict[str, str],
     ) -> None:
-        # Proxies would collect the events otherwise.
+        # Without these headers, proxies could hold back the events.
         headers = headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._exchange, self._events, self._owned = exchange, events, owned
@@ -279,21 +282,21 @@ class _EventStream(StreamingResponse):
                 self._exchange.finish(500)
                 raise
             finally:
-                # Without it, the generator would release pieces and memory only when it is garbage-collected.
+                # Otherwise, the generator would release pieces and memory only when it is garbage-collected.
                 await self._events.aclose()
                 if not self._exchange.finished:
                     self._exchange.finish(CLIENT_GONE)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, or cancel it as soon as the client goes.
+    """Run a coroutine to its end, or cancel it as soon as the client disconnects.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
     """
 
     async def gone() -> None:
-        # The body has been read, so that the client has gone is the only news left.
+        # The body has been read, so the only message that can still come is that the client has disconnected.
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
@@ -306,6 +309,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for task in (working, watching):
             task.cancel()
-        # A cancelled task still has to run its `finally` blocks, which take the request's pieces from the
+        # A cancelled task still has to run its `finally` blocks, which remove the request's pieces from the
         # queue.
         await asyncio.gather(working, watching, return_exceptions=True)

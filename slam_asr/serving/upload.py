@@ -1,7 +1,7 @@
 """Reads a request for a transcript: key, form and audio, within the limits.
 
-An upload is in memory up to 1 MB, and above that in a temporary file without a name, which no other user can
-open and which disappears with the request.
+An upload of up to 1 MB is in memory. A larger one is in a temporary file without a name, which no other user
+can open and which disappears with the request.
 """
 
 import asyncio
@@ -26,26 +26,27 @@ from slam_asr.serving.limits import Limits, Refusal
 
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 """Values of `response_format`."""
-_WITHOUT_MEANING = ("prompt", "chunking_strategy", "keywords", "keywords[]")
-"""Parameters that would only guide a transcript, and do not guide this model's: they are ignored."""
-_UNKNOWN_HERE = {
+_IGNORED = ("prompt", "chunking_strategy", "keywords", "keywords[]")
+"""Parameters that only guide a model. They cannot guide this one and are ignored."""
+_UNSUPPORTED = {
     "include": "the search has no log probabilities of tokens",
     "known_speaker_names": "speakers are not distinguished",
     "known_speaker_references": "speakers are not distinguished",
 }
-"""Parameters that request what a transcript here does not have, and why."""
+"""Parameters that request something that this server cannot give, and the reason."""
 _OVERHEAD = 1_000_000
-"""Bytes of a body that are not the file: boundaries and other fields."""
+"""Bytes that a body may have in addition to the file, for boundaries and other fields."""
 _MAX_FIELDS, _MAX_FIELD = 64, 65_536
 _PATIENCE = 30.0
-"""Seconds without a byte of the upload after which it is given up."""
+"""Seconds without a new byte after which an upload is refused."""
 
 
 class Keys:
     """The API keys of a server.
 
     Args:
-        file: text file with one key per line; several let clients change over one by one.
+        file: text file with one key per line. With several keys, clients can change to a new key one by
+            one.
 
     Raises:
         ConfigurationError: the file does not exist or has no key.
@@ -56,11 +57,11 @@ class Keys:
             lines = Path(file).read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(
-                f"The keys in --api-key-file {file} cannot be read: name a readable text file with a key per "
-                "line."
+                f"The keys in --api-key-file {file} cannot be read: name a readable text file with one key "
+                "per line."
             ) from error
         if not lines:
-            raise ConfigurationError(f"--api-key-file {file} has no key: write one, of a line of its own.")
+            raise ConfigurationError(f"--api-key-file {file} has no key: write one key per line.")
         self._digests = [_digest(line) for line in lines]
 
     def require(self, request: Request) -> None:
@@ -72,7 +73,7 @@ class Keys:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         # The scheme's case does not matter (RFC 9110, section 11.1).
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        # All are compared, and digests have one length, so that the time says nothing of any key.
+        # All keys are compared, as digests of equal length, so the time reveals nothing about a key.
         if sum(hmac.compare_digest(given, known) for known in self._digests) == 0:
             raise Refusal(
                 401,
@@ -87,7 +88,7 @@ def _digest(key: str) -> bytes:
 
 
 def require_same_origin(request: Request) -> None:
-    """Refuse what a page of another site sends from its visitor's browser, which may reach this server.
+    """Refuse a request from a page of another site, whose visitor's browser may reach this server.
 
     Raises:
         Refusal: the request comes from such a page.
@@ -100,7 +101,7 @@ def require_same_origin(request: Request) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """What a client asks for."""
+    """A client's request for a transcript, besides the audio."""
 
     name: str
     """The file's name, for messages."""
@@ -108,16 +109,16 @@ class Order:
     """One of `FORMATS`."""
     stream: bool
     language: str
-    """The language that the client names, or else that of the model; empty if neither is known."""
+    """The language that the client names, or otherwise that of the model; empty if neither is known."""
     ignored: list[str]
-    """Parameters without an effect."""
+    """Names of the parameters that have no effect."""
 
 
 def read_order(form: FormData, names: list[str], language: str) -> Order:
-    """Check the fields of a form.
+    """Read and check the fields of a form.
 
     Args:
-        form: the fields; lists end with `[]`, as OpenAI's clients write them.
+        form: the fields; names of lists end with `[]`, as OpenAI's clients write them.
         names: names of the served model.
         language: the model's language as ISO 639-1; empty if unknown.
 
@@ -145,19 +146,19 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     stream = _boolean(fields, "stream")
     if stream and form_format in ("srt", "vtt"):
         raise Refusal(400, f"{form_format} cannot be streamed: use json or verbose_json.", param="stream")
-    for name, reason in _UNKNOWN_HERE.items():
+    for name, reason in _UNSUPPORTED.items():
         if fields.keys() & {name, f"{name}[]"}:
             raise Refusal(400, f"{name} cannot be used, because {reason}: leave it out.", param=name)
     if "word" in form.getlist("timestamp_granularities[]") + form.getlist("timestamp_granularities"):
         raise Refusal(
             400,
-            "There are no times of words here, only of segments: leave timestamp_granularities out.",
+            "This server gives no times of words, only of segments: leave timestamp_granularities out.",
             param="timestamp_granularities",
         )
     _require_greedy(fields)
     given = _language(fields, language)
-    ignored = {name.removesuffix("[]") for name in _WITHOUT_MEANING if name in fields}
-    # It has no effect on a model whose language is not known.
+    ignored = {name.removesuffix("[]") for name in _IGNORED if name in fields}
+    # `language` has no effect on a model whose language is not known.
     ignored |= {"language"} if given and not language else set()
     return Order(_safe_name(file.filename), form_format, stream, given or language, sorted(ignored))
 
@@ -170,7 +171,7 @@ def _require_greedy(fields: Mapping[str, str]) -> None:
     if temperature != 0:
         raise Refusal(
             400,
-            "temperature can only be 0, because the search draws nothing at random: leave it out.",
+            "temperature can only be 0, because the search is not random: leave it out.",
             param="temperature",
         )
 
@@ -182,7 +183,7 @@ def _language(fields: Mapping[str, str], language: str) -> str:
     if given and language and given.partition("-")[0] != language:
         raise Refusal(
             400,
-            f"The model reads {language} only, not {given}: leave language out, or send such a recording.",
+            f"The model transcribes only {language}, not {given}: leave language out, or use another model.",
             param="language",
         )
     return given
@@ -197,38 +198,38 @@ def _boolean(fields: Mapping[str, str], name: str) -> bool:
 
 
 def _safe_name(name: str | None) -> str:
-    """The file's own name without its folders and without what could disturb a log."""
-    # Some clients send the complete path, on Windows with backslashes.
+    """Return a file's name without folders, and without characters that could disturb a log."""
+    # Some clients send a complete path, on Windows with backslashes.
     own = PurePosixPath((name or "").replace("\\", "/")).name
     return re.sub(r"[^\w .()+-]", "_", own)[:100] or "audio"
 
 
 class Body:
-    """The body of a request, which is refused as soon as it is too large or stops.
+    """The body of a request, which is refused as soon as it is too large or stops arriving.
 
     Args:
-        request: the request, of which nothing is read yet.
-        limits: with the largest upload.
+        request: the request; its body must not have been read.
+        limits: limits of the server, one of which is the size of an upload.
     """
 
     def __init__(self, request: Request, limits: Limits) -> None:
         self._receive, self._max_bytes, self._count = request.receive, limits.bytes + _OVERHEAD, 0
         announced = request.headers.get("content-length", "0")
-        # A client may announce anything; what arrives is counted all the same.
+        # A client may announce any length, so the bytes that arrive are counted as well.
         self._announced = int(announced) if announced.isdecimal() else 0
         self.ended = False
-        """Whether all of it is read."""
+        """Whether all of the body has been read."""
         # Starlette reads a form through its request's `receive`, so the limits apply while it is read.
         self.request = Request(request.scope, self.receive)
-        """The request with this body."""
+        """The request; its form is read through this object."""
 
     async def form(self) -> FormData:
         """Read a form. Its file must be closed: `await form.close()`.
 
         Raises:
-            Refusal: it is too large, is no form, or its upload stopped.
+            Refusal: the body is too large, is no form, or stopped arriving.
         """
-        # Refused before its first byte is read. Uploads without an announced length are counted in `receive`.
+        # Refused before the first byte is read. `receive` counts the bytes if no length is announced.
         if self._announced > self._max_bytes:
             raise _too_large(self._max_bytes)
         try:
@@ -238,7 +239,7 @@ class Body:
             raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
 
     async def discard(self) -> None:
-        """Read the rest of a refused upload, within limits: some clients read no answer before its end."""
+        """Read the rest of a refused upload, within limits: some clients read an answer only after it."""
         if self._announced > 2 * self._max_bytes:
             return
         with contextlib.suppress(Refusal, TimeoutError):
@@ -247,10 +248,10 @@ class Body:
                     pass
 
     async def receive(self) -> Message:
-        """Receive a part of the body, or the news that the client has gone.
+        """Receive a part of the body, or the message that the client has disconnected.
 
         Raises:
-            Refusal: the body is too large, or nothing of it came for long.
+            Refusal: the body is too large, or none of it arrived for 30 s.
         """
         if self.ended:
             return await self._receive()
@@ -258,7 +259,7 @@ class Body:
             message = await asyncio.wait_for(self._receive(), _PATIENCE)
         except TimeoutError:
             raise Refusal(
-                408, f"No byte of the upload came for {_PATIENCE:g} s: send it again.", "upload_stopped"
+                408, f"No byte of the upload arrived for {_PATIENCE:g} s: send it again.", "upload_stopped"
             ) from None
         self.ended = not message.get("more_body", False)
         self._count += len(message.get("body", b""))
@@ -279,10 +280,11 @@ def _too_large(max_bytes: int) -> Refusal:
 
 
 def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
-    """Decode an upload to samples; this takes long, so it runs in a thread.
+    """Decode an upload to samples. This takes long, so call it in a thread.
 
     Raises:
-        Refusal: it is no audio, is damaged or lasts too long, or its format needs a package that is missing.
+        Refusal: the file is no audio, is damaged, is too large or too long, or needs a package that is not
+            installed.
     """
     content = file.file.read()
     if len(content) > limits.bytes:

@@ -1,4 +1,4 @@
-"""A real Kubeflow, used as a person uses it: by `python -m pipelines`, and by kubectl only to delete pods.
+"""A real Kubeflow, used as people use it: with `python -m pipelines`, and with kubectl only to delete pods.
 
 The environment variable SLAM_ASR_CLUSTER names the profile; without it, these tests are skipped.
 docs/how-to/cluster-test.md describes what else they need.
@@ -31,8 +31,8 @@ CHECKPOINTS = ["--training.checkpoint_every", "5"]
 """Recipe keys of the runs that are compared: the demo takes 40 steps, and a checkpoint every few steps lets
 an interrupted training run resume in the middle. It changes no loss."""
 PATIENCE = 3600.0
-"""Seconds to wait for a run to get as far as a test needs. On two cores, an earlier and larger demo took 17
-minutes."""
+"""Maximum time in seconds until a run has the state that a test needs. On two cores, an earlier and larger
+demo took 17 minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Answer:
-    """What a command printed, and its exit code."""
+    """The exit code of a command, and what it printed."""
 
     code: int
     out: str
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass
 class RealCluster:
-    """A cluster, and the commands of a person who uses it."""
+    """A cluster, and the commands with which a person uses it."""
 
     profile: str
     folder: Path
@@ -73,7 +73,7 @@ class RealCluster:
         return join(self.store, "corpus")
 
     def command(self, *arguments: str, profile: str = "") -> Answer:
-        """Run `python -m pipelines …` with the cluster's profile, to its end."""
+        """Run `python -m pipelines …` to its end, with the cluster's profile."""
         done = subprocess.run(
             [sys.executable, "-m", "pipelines", *arguments, "--cluster", profile or self.profile],
             cwd=CHECKOUT,
@@ -89,13 +89,13 @@ class RealCluster:
         return self.command("doctor", *options, *self._images())
 
     def submit(self, *options: str, store: str = "store", corpus: str = "", profile: str = "") -> Answer:
-        """Submit the demo, with its results below a prefix of the tests'."""
+        """Submit the demo, with its results in a folder of the tests' own prefix."""
         named = () if "--images" in options else self._images()
         places = ["--corpus", corpus or self.corpus, "--store", join(self.store, store)]
         return self.command("submit", "demo", *places, *named, *options, profile=profile)
 
     def changed_profile(self, change: Callable[[dict[str, Any]], None]) -> str:
-        """Write a copy of the profile, changed, and return its path."""
+        """Write a changed copy of the profile, and return its path."""
         source = shipped_clusters().get(self.profile) or Path(self.profile)
         values = copy.deepcopy(yaml.safe_load(source.read_bytes()) or {})
         change(values)
@@ -104,7 +104,7 @@ class RealCluster:
         return str(path)
 
     def until(self, run_id: str, pattern: str) -> str:
-        """Ask for a run's status until a line of it matches; return the status."""
+        """Request a run's status until one of its lines matches; return the status."""
         return self._wait(
             lambda: (
                 answer.out
@@ -115,7 +115,7 @@ class RealCluster:
         )
 
     def until_written(self, store: str, name: str) -> str:
-        """Wait until an object with this end of its name is in a store; return its address."""
+        """Wait until a store has an object whose name ends with `name`; return its address."""
         root = join(self.store, store)
 
         def find() -> str:
@@ -124,7 +124,7 @@ class RealCluster:
         return self._wait(find, f"{root} never had an object {name}")
 
     def delete_pod(self, run_id: str, step: str) -> None:
-        """Delete the pod of a step, as a node does that is drained."""
+        """Delete the pod of a step, as happens when its node is drained."""
         selector = f"pipeline/runid={run_id},app.kubernetes.io/component={step}"
         command = ["kubectl", "-n", self.namespace, "delete", "pod", "-l", selector]
         done = subprocess.run(
@@ -146,7 +146,7 @@ class RealCluster:
         return json.loads(read_bytes(join(root, name)))
 
     def losses(self, store: str) -> list[float]:
-        """Return the loss of each logged step of the only training in a store."""
+        """Return the loss of each logged step of the only training run in a store."""
         root = join(self.store, store, "train")
         [name] = [i.name for i in walk(root) if i.name.endswith("curve.jsonl") and i.name.count("/") == 1]
         rows = [json.loads(line) for line in read_bytes(join(root, name)).splitlines()]
@@ -177,7 +177,7 @@ def run_id_of(answer: Answer) -> str:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
-    """The cluster, with the demo's speech in its bucket. Everything below the tests' prefix is removed."""
+    """The cluster, with the demo's speech in its bucket. At the end, the tests' prefix is emptied."""
     profile = os.environ[PROFILE]
     store = load_cluster(profile).storage.store
     assert store, f"{profile} has no storage.store, where the tests write"
@@ -193,7 +193,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
 
 @pytest.fixture(scope="session")
 def demo(real: RealCluster) -> str:
-    """The id of a run of the complete demo that nothing disturbed, with its results in `store`."""
+    """The id of an undisturbed run of the complete demo, whose results are in the store `store`."""
     answer = real.submit(*CHECKPOINTS, "--wait")
     assert answer.code == 0 and answer.last == "the run succeeded", answer.out + answer.err
     return run_id_of(answer)
@@ -201,5 +201,5 @@ def demo(real: RealCluster) -> str:
 
 @pytest.fixture(scope="session")
 def disturbed(real: RealCluster) -> str:
-    """The id of another run of the demo, with a store of its own. The tests act on it one after another."""
+    """The id of another run of the demo, with its own store. The tests disturb it one after another."""
     return run_id_of(real.submit(*CHECKPOINTS, store="disturbed"))

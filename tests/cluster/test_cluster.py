@@ -51,7 +51,7 @@ def test_demo_reaches_its_word_error_rate(real, demo):
         assert all(re.match(rf"{step} +succeeded +\d", line) for line in lines_of(status.out, step))
         assert lines_of(status.out, step), status.out
     metrics = real.record("store", "score")["metrics"]
-    # On a laptop: 9.57 %, and 93.04 % with shuffled audio. As there (tests/test_demo.py), the ratio counts.
+    # On a laptop, the rates are 9.57 % and 93.04 %. As in tests/test_demo.py, only their ratio is tested.
     assert metrics["wer"] < 0.5 * metrics["wer shuffled audio"], metrics
 
 
@@ -104,7 +104,7 @@ def artifact_of_own_store(real: RealCluster, connection: Connection, fields: dic
 
 
 def test_same_content_is_submitted_again_and_reuses_all_results(real, demo):
-    # The server answers 409 to a second pipeline or version of the same name.
+    # Kubeflow answers 409 to a second pipeline or version with the same name.
     answer = real.submit(*CHECKPOINTS, "--wait")
     assert answer.code == 0 and answer.last == "the run succeeded", answer.out + answer.err
     logs = real.command("logs", run_id_of(answer), "--step", "train").out
@@ -119,7 +119,7 @@ def test_step_that_fails_is_named_with_its_reason(real):
     answer = real.submit("--wait", corpus=nothing)
     run_id = run_id_of(answer)
     assert answer.code == 1
-    # Kubeflow's launcher ends with 1 if its program ends with 2.
+    # Kubeflow's launcher exits with 1 if its program exits with 2.
     assert re.match(
         r"the run failed in build-manifest: the program (failed|refused its input) \(exit code [12]\): "
         rf"`python -m pipelines logs {run_id} --step build-manifest` shows",
@@ -205,7 +205,7 @@ def test_stopped_run_is_resumed_to_the_same_result(real, disturbed, demo):
 
 @pytest.fixture
 def nodes_profile(real: RealCluster) -> str:
-    """A profile whose TrainJob has two pods that fit on two cores, with the pod that watches them."""
+    """A profile whose TrainJob has two pods that fit on two cores together with the pod that watches them."""
     if not re.search(r"^✓ training runtime ", real.doctor().out, re.MULTILINE):
         pytest.skip("needs Kubeflow Trainer and the profile's training runtime")
 

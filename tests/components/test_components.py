@@ -1,4 +1,4 @@
-"""All components document their parameters and run in their image, and a metric may be NaN."""
+"""Each component documents its parameters and runs in its image, and a metric may be NaN."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ def test_every_input_and_output_is_documented(stage):
 
 
 @pytest.mark.parametrize("stage", STEPS)
-def test_component_runs_in_its_image(stage):
+def test_each_component_runs_in_its_image(stage):
     assert component_of(stage).component_spec.implementation.container.image == image(stage)
 
 
@@ -36,7 +36,7 @@ def test_images_follow_the_template(monkeypatch):
     assert image("train") == f"slam-asr/train:{__version__}"
 
 
-def test_nan_loss_does_not_break_the_step(tmp_path, monkeypatch):
+def test_a_loss_of_nan_does_not_fail_the_step(tmp_path, monkeypatch):
     def diverge(*_, **__):
         def work(folder: Path) -> Outcome:
             (folder / "curves.html").write_text("<p>")

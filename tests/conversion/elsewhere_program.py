@@ -1,4 +1,7 @@
-"""Transcribes files with an exported folder, where slam-asr cannot be imported; prints the texts as JSON."""
+"""A program that the tests run: it transcribes files with an exported folder and prints the texts as JSON.
+
+It cannot import slam_asr.
+"""
 
 import importlib.abc
 import json
@@ -7,6 +10,8 @@ from pathlib import Path
 
 
 class _Blocked(importlib.abc.MetaPathFinder):
+    """Makes every import of slam_asr fail."""
+
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "slam_asr":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -1,6 +1,6 @@
-"""Run under torchrun by the tests: trains a small model under every ZeRO stage and precision.
+"""A program that the tests run under torchrun: it trains a small model with every ZeRO stage and precision.
 
-Leaves, for each, the checkpoint that DeepSpeed itself writes and the engine's own fp32 weights.
+For each of them, it writes DeepSpeed's own checkpoint and the engine's fp32 weights.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 
 
 class Model(torch.nn.Module):
-    """Odd sizes, so that no two slices are equal; a frozen part, which no checkpoint contains."""
+    """A model with odd sizes, so that no two slices are equal, and a frozen part, which no checkpoint has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
             losses = []
             for _ in range(3):
                 total = torch.zeros(())
-                # Two micro-batches a process, of unequal sizes.
+                # Two micro-batches of unequal sizes per process.
                 mine = torch.arange(8)[rank::ranks]
                 for last, part in ((False, mine[:1]), (True, mine[1:])):
                     loss = ((engine.module(inputs[part]).float() - expected[part]) ** 2).sum()
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
                 exclude_frozen_parameters=True,
             )
             weights = {
-                # The fp32 master copy; stage 0 in fp32 has none, and trains the model's weights directly.
+                # The fp32 master copy. Stage 0 in fp32 has none: it trains the model's weights directly.
                 name: engine.get_state(name, "weight").detach().clone()
                 for name in engine.groups.weights
             }

@@ -1,7 +1,8 @@
-"""Run by the tests: prints the peak anonymous memory of a conversion as a multiple of the largest weight.
+"""A program that the tests run: it prints the peak anonymous memory of a conversion.
 
-Arguments: the target format; then recipe, checkpoint and output of a small model, which makes the libraries
-allocate what they need once; then the same three of the model that is measured.
+It prints this as a multiple of the model's largest weight. Its arguments are the target format; recipe,
+checkpoint and output of a small model; and the same three of the model that is measured. The small model is
+converted first, so that the libraries have already allocated their own memory.
 """
 
 import sys

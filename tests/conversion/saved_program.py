@@ -1,4 +1,4 @@
-"""Run under torchrun by the tests: each engine trains for three steps, then saves its weights."""
+"""A program that the tests run under torchrun: each engine trains for three steps, then saves its weights."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
             writer = CheckpointWriter(str(place), folder, keep=1)
             writer.save(take_snapshot(engine, Checkpoint(3, 0, 3, kind, processes, {}), b""))
             writer.close()
-            # Every process must ask for a sharded weight, and each gets the complete tensor.
+            # Every process must request a sharded weight, and each gets the complete tensor.
             weights = {
                 name: engine.get_state(name, "weight").detach().clone() for name in engine.groups.weights
             }

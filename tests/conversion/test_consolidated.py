@@ -1,4 +1,4 @@
-"""What DeepSpeed's zero_to_fp32.py writes is converted, and a checkpoint that lacks a part is refused."""
+"""Weights that DeepSpeed's zero_to_fp32.py wrote are converted; incomplete checkpoints are refused."""
 
 import random
 import shutil
@@ -25,9 +25,9 @@ def step(recipe, tmp_path):
 
 
 def consolidated(step, out, **options):
-    """Let DeepSpeed's own script write a checkpoint's weights."""
+    """Write a checkpoint's weights with DeepSpeed's own script; return the folder `out`."""
     for path in step.glob("*.pt"):
-        # The script reads more of DeepSpeed's keys than a conversion does.
+        # `deepspeeds_folder` writes only what our conversion reads, but the script needs more keys.
         content = torch.load(path, weights_only=True)
         if "optimizer_state_dict" in content:
             content["optimizer_state_dict"] |= {"zero_stage": 2, "partition_count": 2}
@@ -49,7 +49,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_zero_to_fp32_writes_is_the_same_model(recipe, step, tmp_path, form):
+def test_weights_from_zero_to_fp32_give_the_same_model(recipe, step, tmp_path, form):
     out = consolidated(step, tmp_path / "out", **FORMS[form])
     assert bool(list(out.glob("*.index.json"))) == ("max_shard_size" in FORMS[form])
     made = convert_checkpoint(str(out), str(tmp_path / "model"), recipe=recipe)
@@ -101,7 +101,7 @@ def test_frozen_weights_are_refused_with_the_option_that_leaves_them_out(recipe,
 
 
 @pytest.mark.parametrize("form", ["several safetensors", pytest.param("pickles", marks=pytest.mark.slow)])
-def test_shards_that_are_missing_doubled_or_cut_off_are_refused(recipe, step, tmp_path, form):
+def test_shards_that_are_missing_repeated_or_truncated_are_refused(recipe, step, tmp_path, form):
     out = consolidated(step, tmp_path / "out", **FORMS[form])
     first, second, *_ = sorted(file for file in out.iterdir() if "-of-" in file.name)
     content = second.read_bytes()

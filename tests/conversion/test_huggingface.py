@@ -1,4 +1,4 @@
-"""transformers alone decodes a folder of `--to huggingface` to the token ids that this project decodes."""
+"""With a folder of `--to huggingface`, transformers alone decodes to the same token ids as this project."""
 
 import ast
 import json
@@ -36,8 +36,8 @@ from tests.models.test_encoders import waves, write_waveform_model
 
 PROGRAM = Path(__file__).parent / "elsewhere_program.py"
 SECONDS = (0.9, 0.31, 2.0, 1.37, 0.02, 0.7, 2.6, 0.5)
-"""Lengths of the utterances. One is too short for a frame of a waveform encoder, and one is longer than the
-window of the tiny Whisper, which is 2 s."""
+"""Lengths of the utterances in seconds. One is too short for a frame of a waveform encoder, and one is longer
+than the window of the tiny Whisper, which is 2 s."""
 OPTIONS_OF_KIND = {
     "whisper-all": {"encoder.frames": "all"},
     "whisper-speech": {
@@ -62,14 +62,14 @@ def llm(tiny_models, tmp_path_factory) -> str:
 
 
 def trained(tiny_recipe, folder: Path, kind: str, **overrides):
-    """A recipe, and a checkpoint of random weights that are large enough for texts to depend on the audio."""
+    """Return a recipe and the path of a checkpoint with weights so large that texts depend on the audio."""
     encoder, width = folder / "encoder", 16 if kind.startswith("whisper") else 32
     if kind.startswith("whisper"):
         config = AutoConfig.from_pretrained(load_recipe(str(tiny_recipe)).encoder.name)
         config.max_source_positions = 100
         torch.manual_seed(1)
         model = AutoModel.from_config(config)
-        model.encoder.conv1.weight.data *= 50  # or else only the position of a frame would matter
+        model.encoder.conv1.weight.data *= 50  # otherwise only a frame's position would matter
         model.save_pretrained(encoder)
     else:
         write_waveform_model(encoder, kind, "base" if kind == "wavlm" else "large")
@@ -94,7 +94,7 @@ SETTINGS = ((1, 1), (1, 8), (4, 1), (4, 8))
 
 
 def decoded(model: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
-    """For each setting, token ids of each utterance up to the end, by this project's own search."""
+    """Decode with this project's search; return the token ids of each utterance, for each setting."""
     opened = open_model(model)
     prompt, prepare = opened.prompt(), opened.spec.preparer()
     slam, found = opened.load(opened.trained.decoding, with_encoder=True), []
@@ -113,7 +113,7 @@ def decoded(model: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
 
 
 def decoded_by_transformers(folder: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
-    """The same as `decoded`, by transformers with the exported folder."""
+    """Do the same as `decoded`, with transformers and the exported folder."""
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     model = SlamAsrForConditionalGeneration.from_pretrained(folder)
     found = []
@@ -133,6 +133,7 @@ def in_batches(size: int) -> list[list[np.ndarray]]:
 
 
 def up_to_end(ids: list[int], stops: list[int]) -> list[int]:
+    """Return token ids up to and including the first one that ends an answer."""
     ends = [i for i, token in enumerate(ids) if token in stops]
     return ids[: ends[0] + 1] if ends else ids
 
@@ -171,7 +172,7 @@ def test_the_sources_need_nothing_but_torch_and_transformers():
 
 
 def add_bos(folder: str | Path):
-    """Let the tokenizer in a folder begin each text with bos, as Llama's does; return it."""
+    """Make the tokenizer in a folder begin each text with bos, as Llama's does; return the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -213,7 +214,7 @@ def test_other_prompts_have_the_ids_that_training_would_give_them(
 
 
 @pytest.mark.slow
-def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
+def test_a_complete_folder_needs_no_other_folder(tiny_recipe, tiny_models, tmp_path):
     places = {part: str(shutil.copytree(tiny_models[part], tmp_path / part)) for part in tiny_models}
     overrides = {f"{part}.name": place for part, place in places.items()}
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **overrides)
@@ -238,7 +239,7 @@ def test_a_complete_folder_needs_no_other(tiny_recipe, tiny_models, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loss_is_that_of_the_answer(tiny_recipe, tmp_path):
+def test_the_loss_is_the_cross_entropy_of_the_labels(tiny_recipe, tmp_path):
     recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech")
     folder = convert_checkpoint(
         file, str(tmp_path / "exported"), to="huggingface", recipe=recipe, verify=False

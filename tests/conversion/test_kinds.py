@@ -28,6 +28,7 @@ from slam_asr.models.projector import build_projector
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.storage import sha256_of_file
 from tests.conversion.test_slam_llm import checkpoint
+from tests.models.test_pickles import Harm
 
 LORA = {"llm.tuning": "lora", "llm.lora.targets": ["q_proj", "v_proj"], "llm.lora.rank": 2}
 
@@ -42,7 +43,7 @@ def weights_of(recipe, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def deepspeeds_folder(folder, weights, ranks: int = 2, step: int = 7, prefix: str = "encoder_projector."):
-    """A checkpoint as ZeRO-2 writes it: the flattened weights, cut into a slice per rank."""
+    """Write a checkpoint as ZeRO-2 does: flattened weights, cut into a slice per rank. Return `folder`."""
     folder.mkdir(parents=True)
     flat = torch.cat([tensor.flatten() for tensor in weights.values()])
     size = -(-len(flat) // ranks)
@@ -132,11 +133,6 @@ def test_ranks_that_disagree_are_refused_and_named(recipe, tmp_path, change, sen
     assert "pp_rank_1" in str(refused.value) and not (tmp_path / "model" / "config.json").exists()
 
 
-class Intruder:
-    def __reduce__(self):
-        return os.system, ("touch intruder-was-here",)
-
-
 @pytest.mark.parametrize(
     "file",
     [
@@ -149,15 +145,14 @@ class Intruder:
 def test_no_code_from_a_pickle_runs_in_any_file(recipe, tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     folder = deepspeeds_folder(tmp_path / "global_step7", weights_of(recipe))
-    torch.save(
-        {"optimizer_state_dict": Intruder(), "module": Intruder(), "encoder_projector.x": Intruder()},
-        folder / file,
-    )
+    harm = Harm(os.system, "touch it-ran")
+    content = {"optimizer_state_dict": harm, "module": harm, "encoder_projector.x": harm}
+    torch.save(content, folder / file)
     source = folder / file if file == "model.pt" else folder
     adapter = str(folder) if file == "adapter_model.bin" else None
     with pytest.raises(UserError, match=r"posix\.system"):
         convert_checkpoint(str(source), str(tmp_path / "model"), recipe=recipe, adapter=adapter)
-    assert not (tmp_path / "intruder-was-here").exists()
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_a_model_can_be_copied_and_copied_in_half_precision(recipe, tmp_path):
@@ -186,7 +181,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     with torch.no_grad():
         for weights in drawn.parameters():
             if weights.dim() > 1:
-                weights.mul_(8)  # initial weights are so small that hardly anything changes the output
+                weights.mul_(8)  # with small initial weights, the adapter would hardly change the output
     drawn.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     recipe = load_recipe(
@@ -195,7 +190,7 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
     llm = load_llm(recipe.llm.name, torch.float32)
     add_lora(llm, recipe.llm.lora, seed=1)
     generator = torch.Generator().manual_seed(5)
-    # Initially B is zero, and an adapter without effect would prove nothing.
+    # The initial B is zero, and an adapter without effect would prove nothing.
     adapter = {
         f"llm.base_model.model.{n}": 0.3 * torch.randn(p.shape, generator=generator)
         for n, p in llm.named_parameters()
@@ -242,13 +237,13 @@ def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
     assert complete and complete.keys() == half.keys()
     for name, tensor in complete.items():
         assert half[name].dtype == torch.float16 and torch.equal(half[name], tensor.half())
-    # A copy of it loses nothing more.
+    # A copy of the model in half precision loses no more precision.
     copy = convert_checkpoint(models[1].folder, str(tmp_path / "copy"))
     assert all(torch.equal(t, half[n].float()) for n, t in read_adapter(copy.folder).items())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_an_adapter_in_a_folder_of_its_own_is_the_one_in_the_file(tiny_recipe, tmp_path, suffix):
+def test_an_adapter_in_its_own_folder_gives_the_same_model_as_one_in_the_file(tiny_recipe, tmp_path, suffix):
     recipe, _, file, adapter = with_lora(tiny_recipe, tmp_path, "fp32")
     together = convert_checkpoint(str(file), str(tmp_path / "together"), recipe=recipe)
     folder = tmp_path / "peft_ckpt"
@@ -288,8 +283,8 @@ def test_a_frozen_llm_is_not_written(recipe, tmp_path):
         )
 
 
-def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
-    """The folder of a training run with three complete checkpoints and an unfinished fourth."""
+def write_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
+    """Write a training run with complete checkpoints and an unfinished one; return its folder."""
     for number, seed in enumerate(seeds, start=1):
         step = folder / "checkpoints" / folder_name(10 * number)
         step.mkdir(parents=True)
@@ -320,7 +315,7 @@ def a_training(folder, recipe, tiny_recipe, seeds=(1, 2, 3)) -> str:
 
 
 def test_an_average_is_the_mean_of_all_complete_checkpoints(recipe, tiny_recipe, tmp_path):
-    training = a_training(tmp_path / "training", recipe, tiny_recipe)
+    training = write_training(tmp_path / "training", recipe, tiny_recipe)
     assert [found.step for found in all_complete(f"{training}/checkpoints")] == [10, 20, 30]
     record = convert_checkpoint(training, str(tmp_path / "mean"), which="average")
     found = load_file(record.file("projector.safetensors"))

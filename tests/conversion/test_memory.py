@@ -31,8 +31,8 @@ SIZES = {
 }
 
 
-def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: int) -> tuple[Path, Path]:
-    """A recipe with an LLM of the given size, and a ZeRO checkpoint with its trained weights."""
+def trained(tiny_recipe, folder: Path, overrides: dict, tied: bool = True, **sizes: int) -> tuple[Path, Path]:
+    """Write a recipe with an LLM of the given sizes, and a ZeRO checkpoint of it; return their paths."""
     base = load_recipe(str(tiny_recipe)).llm.name
     torch.manual_seed(7)
     llm = AutoModelForCausalLM.from_config(
@@ -41,7 +41,7 @@ def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: i
     llm.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
     values = {**yaml.safe_load(tiny_recipe.read_text()), "name": "own"}
-    for key, value in {"llm.name": str(folder / "base"), **ways}.items():
+    for key, value in {"llm.name": str(folder / "base"), **overrides}.items():
         section, _, name = key.partition(".")
         rest, _, last = name.rpartition(".")
         target = values.setdefault(section, {})
@@ -63,20 +63,21 @@ def trained(tiny_recipe, folder: Path, ways: dict, tied: bool = True, **sizes: i
     return path, deepspeeds_folder(folder / "checkpoint", weights, ranks=4, prefix="")
 
 
-WAYS = {
+TUNINGS = {
     "full": ({"llm.tuning": "full", "training.precision": "bf16"}, "model"),
     "lora": ({**LORA, "training.precision": "bf16"}, "llm"),
 }
+"""By the LLM's tuning: changes to the recipe, and the format to convert to."""
 
 
 @pytest.mark.cold
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.parametrize("kind", TUNINGS)
 def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path, kind):
-    ways, to = WAYS[kind]
+    overrides, to = TUNINGS[kind]
     small, large = (
-        trained(tiny_recipe, tmp_path / "small", ways),
-        trained(tiny_recipe, tmp_path / "large", ways, **SIZES),
+        trained(tiny_recipe, tmp_path / "small", overrides),
+        trained(tiny_recipe, tmp_path / "large", overrides, **SIZES),
     )
     command = [
         sys.executable,
@@ -98,12 +99,12 @@ def test_no_more_than_a_few_weights_are_in_memory_at_once(tiny_recipe, tmp_path,
 
 @pytest.mark.cold
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.parametrize("kind", TUNINGS)
 def test_an_llm_written_weight_by_weight_equals_one_written_at_once(
     tiny_recipe, tmp_path, monkeypatch, kind, tied
 ):
-    ways, to = WAYS[kind]
-    recipe, checkpoint = trained(tiny_recipe, tmp_path, ways, tied)
+    overrides, to = TUNINGS[kind]
+    recipe, checkpoint = trained(tiny_recipe, tmp_path, overrides, tied)
     convert_checkpoint(str(checkpoint), str(tmp_path / "by-weight"), to=to, recipe=load_recipe(str(recipe)))
 
     def refuse(*_):

@@ -1,24 +1,18 @@
 """A released SLAM-LLM checkpoint, converted and decoded by two commands, gives the reference's texts."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from slam_asr.cli import main
-
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+from tests.conftest import REFERENCE, require_reference
 
 
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("encoder", ["whisper", "wavlm"])
 def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams):
-    if not REFERENCE.is_dir():
-        pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, "
-            "which are not part of this repository"
-        )
+    require_reference()
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
     checkpoint = REFERENCE / f"model_{encoder}.pt"
     hidden = len(torch.load(checkpoint, weights_only=True)["encoder_projector.linear1.bias"])
@@ -55,15 +49,15 @@ def test_texts_are_those_of_the_reference(tmp_path, monkeypatch, encoder, beams)
             str(beams),
             "--decoding.max_new_tokens",
             "40",
-            # One utterance at a time, like the reference's results for single utterances.
+            # One utterance at a time, as in the reference's results below.
             "--decoding.positions_per_batch",
             "1",
         ]
     )
     expected = json.loads((REFERENCE / "expected.json").read_text())[encoder]
     keys = [json.loads(line)["key"] for line in (REFERENCE / "manifest.jsonl").read_text().splitlines()]
-    said = {
+    found = {
         h["key"]: h["hypothesis"]
         for h in map(json.loads, (tmp_path / "decoded/hypotheses.jsonl").read_text().splitlines())
     }
-    assert said == {key: expected[f"text_beam{beams}_single_{i}"][0].strip() for i, key in enumerate(keys)}
+    assert found == {key: expected[f"text_beam{beams}_single_{i}"][0].strip() for i, key in enumerate(keys)}

@@ -1,4 +1,4 @@
-"""A conversion reads from a training run's checkpoint exactly the engine's fp32 weights.
+"""A conversion reads exactly the engine's fp32 weights from a training run's checkpoint.
 
 This is checked for every engine, with one and two processes, and with four in `make soak`.
 """

@@ -1,4 +1,4 @@
-"""Each shipped projector can be read, fits its base models, is small, and has a model card."""
+"""Each shipped model can be read, fits its base models, is small, and has a model card."""
 
 import re
 
@@ -23,7 +23,7 @@ from slam_asr.pretrained.model_files import weights_sha256
 MAX_BYTES = 12e6
 
 
-def test_a_projector_for_the_demo_is_shipped():
+def test_the_model_that_the_demo_starts_from_is_shipped():
     assert "whisper-tiny.en-smollm2-135m" in shipped_models()
 
 
@@ -40,7 +40,7 @@ def test_a_shipped_model_is_small_and_in_half_precision(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_models())
-def test_its_recipe_starts_from_it(name):
+def test_the_recipe_of_a_shipped_model_starts_from_that_model(name):
     trained, recipe = read_config(fetch_model(name)).typed_recipe, load_recipe(name)
     assert recipe.projector.init_from == name
     assert (
@@ -69,12 +69,12 @@ def test_its_recipe_starts_from_it(name):
         trained.projector.downsampling,
         trained.projector.hidden,
     )
-    for begun in (load_recipe(n) for n in shipped_recipes()):
-        assert not begun.projector.init_from or begun.projector.init_from in shipped_models()
+    for other in (load_recipe(n) for n in shipped_recipes()):
+        assert not other.projector.init_from or other.projector.init_from in shipped_models()
 
 
 @pytest.mark.parametrize("name", shipped_models())
-def test_its_card_describes_data_training_and_results(name):
+def test_the_card_of_a_shipped_model_describes_data_training_and_results(name):
     card = (fetch_model(name) / "README.md").read_text()
     for part in (
         "## Data",

@@ -80,7 +80,7 @@ def test_lora_weights_are_refused_if_the_recipe_has_no_lora(tiny_recipe, tmp_pat
 @pytest.mark.parametrize(
     ("widths", "named"), [((24, 16), "encoder width 16 to LLM width 16"), ((16, 20), "to LLM width 16")]
 )
-def test_other_widths_are_refused_by_name(tiny_recipe, tmp_path, widths, named):
+def test_weights_of_other_widths_are_refused_by_name(tiny_recipe, tmp_path, widths, named):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector, widths)
     with pytest.raises(UserError, match=named):
@@ -88,7 +88,7 @@ def test_other_widths_are_refused_by_name(tiny_recipe, tmp_path, widths, named):
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_nan_is_refused_by_name(tiny_recipe, tmp_path):
+def test_a_weight_with_nan_is_refused_by_name(tiny_recipe, tmp_path):
     r = recipe(tiny_recipe)
     file = checkpoint(tmp_path / "model.pt", r.projector)
     weights = torch.load(file, weights_only=True)
@@ -104,7 +104,7 @@ def test_a_missing_recipe_is_named_in_the_error(tiny_recipe, tmp_path):
         convert_checkpoint(str(file), str(tmp_path / "model"))
 
 
-def test_a_truncated_file_is_one_sentence(tiny_recipe, tmp_path):
+def test_a_truncated_file_is_refused_in_one_sentence(tiny_recipe, tmp_path):
     file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError) as raised:

@@ -1,4 +1,4 @@
-"""A model that is only evaluated must fit the recipe's features, and gets a stage's record."""
+"""A model that is only evaluated must fit the recipe's features; it gets a record like a stage's result."""
 
 from dataclasses import replace
 

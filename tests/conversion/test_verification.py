@@ -41,7 +41,7 @@ def test_summary_states_the_probes_loss_per_token(checkpoint, tiny_recipe, tmp_p
     )
 
 
-def test_a_single_wrong_weight_publishes_nothing(checkpoint, tiny_recipe, tmp_path, monkeypatch):
+def test_nothing_is_published_if_a_single_weight_is_wrong(checkpoint, tiny_recipe, tmp_path, monkeypatch):
     write = folders.write_model
 
     def write_wrong_bias(folder, *arguments, **options):

@@ -25,7 +25,7 @@ from tests.conversion.test_slam_llm import lora_weights
 
 @pytest.fixture(scope="module")
 def parts(tiny_models, tmp_path_factory) -> dict[str, str]:
-    """Keys of a recipe: a Whisper whose last LayerNorm has weights, and an LLM with spare embeddings."""
+    """Recipe keys of a Whisper whose last LayerNorm has random weights, and an LLM with spare embeddings."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
     config = WhisperConfig.from_pretrained(tiny_models["encoder"])

@@ -12,6 +12,7 @@ from slam_asr.conversion.zero_checkpoint import fp32_weights, load_pickle
 from slam_asr.errors import UserError
 from tests.conversion import engine_program
 from tests.conversion.engine_program import PRECISIONS, STAGES
+from tests.models.test_pickles import Harm
 from tests.ranks import run_on_ranks
 
 RANKS = [1, 2, *([4] if os.environ.get("SLAM_ASR_SOAK") else [])]
@@ -19,7 +20,7 @@ RANKS = [1, 2, *([4] if os.environ.get("SLAM_ASR_SOAK") else [])]
 
 @pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n} ranks")
 def checkpoints(request, tmp_path_factory) -> Path:
-    """The folder of the engines' checkpoints and weights, as `engine_program` writes it."""
+    """A folder with the checkpoints and weights that `engine_program` wrote."""
     return run_on_ranks(engine_program.__file__, request.param, tmp_path_factory.mktemp("checkpoints"))
 
 
@@ -59,21 +60,16 @@ def test_a_checkpoint_that_lacks_a_shard_is_refused(checkpoints):
         hidden.rename(shards[-1])
 
 
-class Intruder:
-    def __reduce__(self):
-        return os.system, ("touch intruder-was-here",)
-
-
 def test_no_code_from_a_pickle_runs_and_the_function_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"module": Intruder()}, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"module": Harm(os.system, "touch it-ran")}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match=r"posix\.system"):
         fp32_weights(tmp_path)
-    assert not (tmp_path / "intruder-was-here").exists()
+    assert not (tmp_path / "it-ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1})])
-def test_a_damaged_file_is_one_sentence(tmp_path, content):
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "model_states.pt").write_bytes(content)
     with pytest.raises(UserError) as refused:
         load_pickle(tmp_path / "model_states.pt")

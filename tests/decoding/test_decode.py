@@ -41,7 +41,7 @@ COUNT = 9
 
 @pytest.fixture(scope="module")
 def tiny_recipe(tiny_recipe, tiny_models, tmp_path_factory) -> str:
-    """With an LLM of large random weights: with small ones, its text would not depend on the audio."""
+    """A recipe whose LLM has large random weights; with small ones, texts would not depend on the audio."""
     folder = tmp_path_factory.mktemp("llm")
     shutil.copytree(tiny_models["llm"], folder, dirs_exist_ok=True)
     llm = AutoModelForCausalLM.from_pretrained(folder)
@@ -76,7 +76,7 @@ def manifest(tmp_path_factory) -> str:
 
 
 def decode_recipe(recipe, **options):
-    """The recipe, decoding audio in batches of few utterances."""
+    """Load a recipe that decodes from audio files, in batches of few utterances."""
     return load_recipe(
         str(recipe),
         {"features.cache": "none", "decoding.positions_per_batch": 120, "decoding.max_new_tokens": 6}
@@ -85,7 +85,7 @@ def decode_recipe(recipe, **options):
 
 
 def texts(record):
-    """Hypotheses by key."""
+    """Return the hypotheses of a decoding, keyed by utterance."""
     return {row.key: row.hypothesis for row in read_hypotheses(record.file("hypotheses.jsonl"))}
 
 
@@ -150,7 +150,7 @@ def test_fetched_features_take_no_more_disk_than_the_recipe_allows(bucket, tmp_p
 
 
 @pytest.mark.slow
-def test_a_journal_of_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+def test_a_journal_from_other_options_is_not_used(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     search, calls = Searcher.decode, []
     monkeypatch.setattr(
         Searcher,
@@ -264,7 +264,7 @@ def test_slam_llms_files_and_the_worst_utterances_audio_are_written(model, manif
 
 @pytest.mark.slow
 def test_a_killed_decoding_resumes(model, manifest, tiny_recipe, tmp_path):
-    """The command line program, killed as soon as the journal has an answer."""
+    """The command-line program is killed as soon as the journal has an answer."""
     command = [
         sys.executable,
         "-m",
@@ -363,7 +363,7 @@ def test_a_model_without_a_ctc_head_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "d").exists()
 
 
-def test_an_utterance_of_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
+def test_an_utterance_in_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
     )
@@ -389,7 +389,7 @@ def test_utterances_without_transcript_and_speaker_are_decoded(
 
 
 def workers_of_this_process() -> list[int]:
-    """Ids of the decoding processes that this process started."""
+    """Return the ids of the decoding processes that this process started."""
     workers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -465,7 +465,7 @@ def test_speed_is_reported_only_if_something_was_decoded(hours, seconds, speed):
 
 
 def test_the_exit_code_of_a_process_is_known_when_its_input_is_a_broken_pipe():
-    # The process closes its input first and ends later, as a killed one does while its memory is freed.
+    # The process closes its input first and ends later, like a killed process whose memory is being freed.
     program = "import os, time; os.close(0); print(flush=True); time.sleep(0.3); os._exit(3)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
@@ -477,7 +477,7 @@ def test_the_exit_code_of_a_process_is_known_when_its_input_is_a_broken_pipe():
 
 
 @pytest.mark.slow
-def test_what_one_of_several_processes_cannot_read_is_a_sentence(model, manifest, tiny_recipe, tmp_path):
+def test_audio_that_one_of_several_processes_cannot_read_is_refused(model, manifest, tiny_recipe, tmp_path):
     rows = [json.loads(line) for line in Path(manifest).read_text(encoding="utf-8").splitlines()]
     (tmp_path / "broken.wav").write_bytes(Path(rows[0]["source"]).read_bytes()[:100] + b"no audio")
     rows[4]["source"] = str(tmp_path / "broken.wav")

@@ -1,4 +1,4 @@
-"""Base models may be elsewhere than in training, if their weights are the same.
+"""Base models may have moved since the training, if their weights are the same.
 
 Options that cannot change a trained model are refused.
 """
@@ -20,7 +20,7 @@ from tests.conftest import write_wav
 
 @pytest.fixture(scope="module")
 def moved(model, tiny_models, tmp_path_factory) -> dict[str, str]:
-    """A model whose base models are no longer where they were; where they are now; and a manifest."""
+    """Paths of a model, a manifest, a recording, and the base models, which have moved since the training."""
     root = tmp_path_factory.mktemp("moved")
     shutil.copytree(model, root / "model")
     config = json.loads((root / "model" / "config.json").read_text())
@@ -39,6 +39,7 @@ def decode(moved, tmp_path, *options: str):
 
 
 def places(moved, **others: str) -> list[str]:
+    """Return options that name the new places of the base models, or `others` instead."""
     names = {"encoder": moved["encoder"], "llm": moved["llm"]} | others
     return [word for part, name in names.items() for word in (f"--{part}.name", name)]
 
@@ -54,7 +55,7 @@ def test_a_model_runs_where_its_base_models_have_moved(moved, tmp_path, capsys):
     run("transcribe", [moved["model"], moved["a.wav"], *places(moved)])
     # Random weights write any characters; `transcribe` prints each run of white space as one space.
     assert " ".join(row.hypothesis.split()) in capsys.readouterr().out
-    # A new model folder, which names the models where they are now.
+    # The command writes a new model folder, which names the new places of the base models.
     made = run(
         "convert-checkpoint",
         ["--checkpoint", moved["model"], "--output", str(tmp_path / "made"), *places(moved)],
@@ -96,13 +97,13 @@ def test_an_option_without_effect_is_refused_by_name(moved, tmp_path, option):
 
 
 @pytest.mark.slow
-def test_an_option_of_a_recipes_file_that_is_for_training_is_no_mistake(moved, tmp_path, tiny_recipe):
+def test_training_keys_in_a_recipes_file_are_ignored(moved, tmp_path, tiny_recipe):
     """A run's recipe serves all stages, so its other keys are ignored rather than refused."""
     record = decode(moved, tmp_path, "--recipe", str(tiny_recipe), *places(moved), "--decoding.beams", "2")
     assert record.facts["beams"] == 2
 
 
-def test_a_run_takes_base_models_from_where_its_recipe_names_the_same_ones():
+def test_a_run_uses_its_recipes_place_of_a_base_model_with_the_same_name():
     model = "whisper-tiny.en-smollm2-135m"
     own = read_config(model).typed_recipe
     of_the_run = load_recipe("demo", {"encoder.name": "/mnt/whisper-tiny.en", "llm.name": "team/another-llm"})

@@ -9,15 +9,15 @@ from slam_asr.decoding.pauses import MARGIN_SECONDS, divide
 
 
 def recording(lengths, pauses, seed=0):
-    """Bursts of noise of varying loudness, separated by pauses of faint noise.
+    """Make bursts of noise of varying loudness, separated by pauses of faint noise.
 
     Args:
         lengths: seconds of each burst.
-        pauses: seconds of the pause after each.
+        pauses: seconds of the pause after each burst.
         seed: seed of the noise.
 
     Returns:
-        Samples, and (start, end) of each burst in samples.
+        float32 [samples] at 16 kHz, and the (start, end) of each burst in samples.
     """
     rng = np.random.default_rng(seed)
     pieces, bursts, position = [], [], 0

@@ -1,4 +1,4 @@
-"""`slam-asr transcribe` and its Python entry: output for short, long and unreadable recordings."""
+"""`slam-asr transcribe` and its Python interface, with short, long and unreadable recordings."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.media import encoded
 
 
 def test_texts_equal_those_of_the_decode_stage(model, tiny_recipe, tmp_path):
-    """The tiny models' texts depend little on the audio, so the next test compares the model's inputs too."""
+    """The tiny models' texts depend little on the audio, so another test compares the model's inputs."""
     recipe = load_recipe(str(tiny_recipe), {"features.cache": "none"})
     clip = write_wav(tmp_path / "a.wav", make_tone(2, frequency=500))
     (tmp_path / "test.jsonl").write_text(json.dumps({"key": "a", "source": str(clip), "target": "x"}) + "\n")
@@ -34,7 +34,7 @@ def test_texts_equal_those_of_the_decode_stage(model, tiny_recipe, tmp_path):
     assert [h.hypothesis for h in read_hypotheses(decoded.file("hypotheses.jsonl"))] == [transcript.text]
 
 
-def test_the_python_entry_transcribes_one_file_or_several(model, tmp_path, capsys):
+def test_the_python_interface_transcribes_one_file_or_several(model, tmp_path, capsys):
     files = [
         str(write_wav(tmp_path / f"{seconds}.wav", make_tone(seconds, frequency=300 * seconds)))
         for seconds in (1, 2)
@@ -46,7 +46,7 @@ def test_the_python_entry_transcribes_one_file_or_several(model, tmp_path, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_the_python_entry_does_not_import_torch():
+def test_importing_the_python_interface_does_not_import_torch():
     program = "import sys, slam_asr.decoding.transcriber; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
@@ -226,7 +226,7 @@ def test_recordings_of_a_phone_and_a_browser_are_transcribed_and_damaged_ones_na
 
 @pytest.mark.slow
 def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, libri_mini, tmp_path, capsys):
-    """Clips and their concatenation: far more words are right than by chance; segments do not overlap."""
+    """Far more words of short clips and of their concatenation are right than by chance."""
     import soundfile
 
     from slam_asr.artifacts.hypotheses import Hypothesis

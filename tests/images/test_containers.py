@@ -26,7 +26,7 @@ NOWHERE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy
 FAILURES, SHORT = (30, 300) if os.environ.get("SLAM_ASR_SOAK") else (2, 10)
 """Number of failing runs, and of containers that end as soon as they start; the tests run them one by one."""
 ONE_BY_ONE = ("build-manifest", "extract-features", "train")
-"""Stages that run alone, without a network. The others run in containers in the complete pipeline only."""
+"""Stages that the tests also run alone, without a network. The others run only in the complete pipeline."""
 if os.environ.get("SLAM_ASR_SOAK"):
     ONE_BY_ONE += ("convert-checkpoint", "decode", "score")
 
@@ -47,7 +47,7 @@ def containers() -> list[str]:
 
 @pytest.fixture
 def offline(monkeypatch, images):
-    """Use the test images, without access to the hub, with proxies that only let local addresses through."""
+    """Use the test images without access to the hub, and with proxies that block all but local addresses."""
     for name, value in {
         **NOWHERE,
         "NO_PROXY": "127.0.0.1",
@@ -61,7 +61,7 @@ def offline(monkeypatch, images):
 
 @pytest.fixture
 def real_speech(libri_mini, tmp_path) -> Path:
-    """One utterance for train, and six each for dev and test, in the layout of LibriSpeech."""
+    """Up to six utterances each of train, dev and test, in the layout of LibriSpeech."""
     for subset, source in (
         ("train-tiny", "train-clean-100"),
         ("dev-tiny", "test-other"),
@@ -289,7 +289,7 @@ def test_next_run_removes_the_containers_of_a_killed_run(images, tmp_path):
         (["--only", "decode"], "decode needs the result of build-manifest, and "),
     ],
 )
-def test_what_cannot_run_is_rejected_before_anything_starts(
+def test_options_that_cannot_work_are_rejected_before_anything_starts(
     docker_engine, monkeypatch, images, tiny_recipe, tiny_corpus, tmp_path, capsys, options, sentence
 ):
     monkeypatch.setenv("SLAM_ASR_IMAGES", images)
@@ -312,7 +312,7 @@ def test_what_cannot_run_is_rejected_before_anything_starts(
     assert containers() == []
 
 
-def test_missing_engine_and_unknown_stage_are_one_sentence(
+def test_missing_engine_and_unknown_stage_are_refused_in_one_sentence(
     monkeypatch, tiny_recipe, tiny_corpus, tmp_path, capsys
 ):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
@@ -364,7 +364,10 @@ def test_credential_files_are_mounted_and_our_own_folders_are_not_passed_on(monk
 
 @pytest.fixture
 def inside(images):
-    """Run a command in a stage's image, without a network, by default as a user who does not exist in it."""
+    """Return a function that runs a command in a stage's image, without a network.
+
+    By default, it runs as a user who does not exist in the image.
+    """
 
     def run(stage: str, *command: str, user: str = "4242:4343") -> str:
         options = ["--rm", "--network", "none", "--user", user, "--env", "_KFP_RUNTIME=true"]
@@ -459,7 +462,7 @@ def test_pushed_images_are_listed_by_digest_and_found_by_doctor(images, registry
     before = image_list.read_text()
     name = f"{registry}/team/build-manifest"
     try:
-        # Docker's cache avoids a second build, because the options are those of the first.
+        # The options are those of the first build, so Docker's cache avoids a second one.
         options = [f"REGISTRY={registry}/team", "TAG=7", "PUSH=1", "STAGES=build-manifest", *BUILD_OPTIONS]
         done = subprocess.run(
             ["make", "images", *options],

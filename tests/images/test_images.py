@@ -1,4 +1,4 @@
-"""Images follow one pattern, contain exactly what their stage imports, and work for any user."""
+"""Images share their first layers and contain exactly what their stage imports; mistakes are reported."""
 
 import json
 import os
@@ -26,14 +26,14 @@ DOCKERFILE = (CHECKOUT / "images" / "Dockerfile").read_text()
 
 
 def layers_of(stage: str, torch: str = "cpu") -> list[str]:
-    """The lists of packages that are installed in a stage's image, in the order of its layers."""
+    """Return the lists of packages that a stage's image installs, in the order of its layers."""
     torch = "none" if stage in WITHOUT_TORCH else torch
     installs = re.findall(r"^RUN pip install .* -r requirements/images/(\S+)$", DOCKERFILE, re.MULTILINE)
     return [name.replace("${TORCH}", torch).replace("${STAGE}", stage) for name in installs]
 
 
 def listed(file: str) -> dict[str, str]:
-    """Parse a list of packages: hash by name."""
+    """Read a list of packages; return the hash of each, keyed by its name."""
     lines = [line for line in (LISTS / file).read_text().splitlines() if not line.startswith("#")]
     return {re.match(r"[\w.-]+", line)[0]: line.partition("--hash=sha256:")[2] for line in lines}
 
@@ -87,7 +87,7 @@ def test_imports_only_for_type_checkers_are_ignored(tmp_path):
     assert third_party([str(source)]).keys() == {"two"}
 
 
-def test_mistakes_are_one_sentence(tmp_path):
+def test_mistakes_are_refused_in_one_sentence(tmp_path):
     def error_of(*options: str, **environment: str) -> str:
         command = [sys.executable, str(CHECKOUT / "images" / "build.py"), *options]
         done = subprocess.run(
@@ -111,8 +111,6 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 def test_digest_of_an_image_on_docker_hub_is_found_by_its_short_name(monkeypatch):
     """Docker reports `team/train@sha256:…` for an image pushed as `docker.io/team/train`."""
-    sys.path.insert(0, str(CHECKOUT / "images"))
-
     outputs = {
         "push": "",
         "inspect": json.dumps(["team/train@sha256:1", "registry.example/team/train@sha256:2"]),

@@ -23,7 +23,7 @@ CUSTOM = {
     "ClusterQueue": ["resourceGroups", "namespaceSelector"],
     "LocalQueue": ["clusterQueue"],
 }
-"""Kinds of Kueue, which Kubernetes has no schema for, and the required fields of their specification."""
+"""Kinds of Kueue, for which Kubernetes has no schema, with the required fields of their specifications."""
 EXTERNAL = {"Secret": {"slam-asr-s3", "slam-asr-hub", "mlpipeline-minio-artifact"}}
 """Objects that the user or Kubeflow creates."""
 
@@ -45,7 +45,7 @@ def rendered(request) -> list[dict[str, Any]]:
 
 
 def namespace_of(objects: list[dict[str, Any]]) -> str:
-    """The namespace of all objects."""
+    """Return the only namespace that the objects are in."""
     [namespace] = {i["metadata"]["namespace"] for i in objects if i["kind"] not in CLUSTER_SCOPED}
     return namespace
 
@@ -90,7 +90,7 @@ def test_overlay_for_a_single_user_changes_nothing_of_kubeflow():
     ]
 
 
-def test_trainer_in_a_kubeflow_for_a_single_user_gives_its_rights_to_the_account_there(tmp_path):
+def test_trainers_rights_in_a_kubeflow_for_a_single_user_go_to_its_account(tmp_path):
     shutil.copytree(MANIFESTS, tmp_path / "manifests")
     overlay = tmp_path / "manifests/overlays/standalone"
     with open(overlay / "kustomization.yaml", "a", encoding="utf-8") as file:
@@ -149,7 +149,7 @@ def test_every_referenced_object_exists(rendered):
     )
     assert secrets <= EXTERNAL["Secret"]
     launchers = of_kind(rendered, "ConfigMap")
-    if not launchers:  # Kubeflow's own configuration of its launcher stays
+    if not launchers:  # Kubeflow's own configuration of its launcher remains
         return
     [launcher] = launchers
     [[provider]] = [list(yaml.safe_load(launcher["data"]["providers"]).values())]
@@ -206,7 +206,7 @@ def test_our_own_pods_are_restricted(rendered):
 
 
 def test_namespace_sets_no_limit_of_cores(rendered):
-    """A default limit would also apply to a step without one, below what the step requests."""
+    """A default limit would also apply to steps without a limit, and could be below what they request."""
     for limits in of_kind(rendered, "LimitRange"):
         for limit in limits["spec"]["limits"]:
             assert limit["default"].keys() == {"memory"} and limit["defaultRequest"].keys() == {

@@ -11,7 +11,7 @@ from slam_asr.serving.limits import Limits
 from tests.manifests.test_manifests import KUBERNETES, MANIFESTS, of_kind, render, values_of
 
 OF_KSERVE = {"minReplicas", "maxReplicas", "timeout"}
-"""Fields of a predictor that are not those of a pod."""
+"""Fields of a predictor that a pod does not have."""
 
 
 @pytest.fixture(scope="module", params=["deployment", "kserve"])
@@ -20,7 +20,7 @@ def rendered(request):
 
 
 def pod_of(objects):
-    """The pod of either kind, as Kubernetes' own schema has it."""
+    """Return the pod's specification from a Deployment or an InferenceService."""
     [item] = of_kind(objects, "Deployment", "InferenceService")
     if item["kind"] == "Deployment":
         return item["spec"]["template"]["spec"]
@@ -39,7 +39,7 @@ def test_every_object_is_valid(rendered):
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def test_what_is_referred_to_exists_or_is_the_secret_of_the_docs(rendered):
+def test_every_referenced_object_exists_or_is_the_secret_that_the_docs_create(rendered):
     claims = {claim["metadata"]["name"] for claim in of_kind(rendered, "PersistentVolumeClaim")}
     assert set(values_of(rendered, "claimName")) == claims
     assert set(values_of(rendered, "secretName")) == {"slam-asr-serve-keys"}

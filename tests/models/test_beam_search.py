@@ -1,4 +1,4 @@
-"""Beam search returns the answers, order and scores of transformers' own, even as the batch shrinks."""
+"""Beam search returns the same answers, order and scores as transformers, even if the batch shrinks."""
 
 import contextlib
 import inspect
@@ -18,7 +18,7 @@ LENGTHS = (5, 9, 17, 12, 30, 8, 21)
 
 
 def random_llm(family: str):
-    """A small LLM of a family, with random weights."""
+    """Build a small LLM of a family, with random weights."""
     kind, more, _ = FAMILIES[family]
     torch.manual_seed(4)
     config = CONFIG_MAPPING[kind](
@@ -29,7 +29,7 @@ def random_llm(family: str):
 
 
 def random_batch(lengths=LENGTHS):
-    """Embeddings of utterances, padded on the left, and their mask."""
+    """Return random embeddings [utterances, positions, width], padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(1)
     longest = max(lengths)
     rows = [torch.randn(n, WIDTH, generator=generator) for n in lengths]
@@ -53,16 +53,15 @@ def configuration(**changes) -> GenerationConfig:
 
 
 def search_by_transformers(llm, embeddings, mask, generation):
-    """Ids and scores, both [utterances, answers each, …]."""
+    """Return token ids [utterances, answers, tokens] and scores [utterances, answers] from transformers."""
     output = llm.generate(
         inputs_embeds=embeddings,
         attention_mask=mask,
         generation_config=without_penalties(generation, scores=True),
         logits_processor=penalties(generation),
     )
-    answers_each = generation.num_return_sequences
-    ids = output.sequences.unflatten(0, (-1, answers_each))
-    return ids, output.sequences_scores.view(-1, answers_each)
+    answers = generation.num_return_sequences
+    return output.sequences.unflatten(0, (-1, answers)), output.sequences_scores.view(-1, answers)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("vicuna", "llama-3")])
@@ -83,8 +82,8 @@ def test_answers_and_scores_are_those_of_transformers(family):
         assert torch.equal(found.ids, ids), changes
         torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-5)
         lengths |= {int((~torch.isin(row, torch.tensor([1, 7, 30, 2]))).sum()) for row in found.ids[:, 0]}
-    # If all answers had one length, no utterance would leave before the others. With random weights, Gemma 2
-    # and 3 rarely end an answer.
+    # If all answers had the same length, no utterance would leave the batch before the others. With random
+    # weights, Gemma 2 and 3 rarely end an answer.
     assert len(lengths) > 2 or family in ("gemma-2", "gemma-3")
 
 
@@ -140,7 +139,7 @@ def test_single_and_batched_answers_agree_without_near_ties():
 @torch.inference_mode()
 def test_answers_are_padded_with_token_0_if_that_is_the_pad_token():
     llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
-    # transformers takes pad token 0 for a missing one, so its answers are no reference here.
+    # transformers treats a pad token of 0 as a missing one, so its answers cannot serve as a reference here.
     padded_with_2, padded_with_0 = (
         beam_search(llm, embeddings, mask, configuration(pad_token_id=pad)).ids for pad in (2, 0)
     )
@@ -153,8 +152,8 @@ def test_answers_are_padded_with_token_0_if_that_is_the_pad_token():
 @torch.inference_mode()
 def test_near_ties_are_reported():
     llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
-    # Tokens are pairwise equal, so with an odd number of beams, the last one taken ties with the first one
-    # left out.
+    # Every two neighbouring tokens have equal weights. With an odd number of beams, the last beam therefore
+    # ties with the first one that is left out.
     llm.get_output_embeddings().weight[1::2] = llm.get_output_embeddings().weight[::2]
     assert all(beam_search(llm, embeddings, mask, configuration(num_beams=3)).nearly_tied)
     assert all(
@@ -183,7 +182,7 @@ def test_search_stops_when_no_continuation_can_reach_the_requested_answers(monke
         ).ids[:, 0]
         for answers in (4, 1)
     }
-    # Four requested answers are settled later than a single one.
+    # Four requested answers are settled later than one, so the search for them takes more passes.
     second_search = rows.index(len(LENGTHS), 1)
     assert sum(rows[second_search:]) < sum(rows[:second_search])
     width = best_of[1].shape[-1]
@@ -210,7 +209,7 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
-    beam_cache.register_attention()  # a later first use would replace the function
+    beam_cache.register_attention()  # later, its first call would replace `function` by `attend`
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield
@@ -239,7 +238,7 @@ def test_search_falls_back_if_an_attention_cannot_share(working_layers):
 @torch.inference_mode()
 def test_an_attention_that_ignores_the_prefix_is_noticed():
     llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
-    # It sees the generated tokens only.
+    # This attention sees only the generated tokens.
     with registered_attention(AttentionInterface()["sdpa"]):
         found = beam_search(llm, embeddings, mask, configuration())
     ids, _ = search_by_transformers(llm, embeddings, mask, configuration())
@@ -256,5 +255,5 @@ def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
     found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)
     torch.testing.assert_close(found.scores, together.scores, rtol=1e-4, atol=1e-5)
-    # Gemma 3 has sliding windows, so the batch is prefilled in one pass after all.
+    # Gemma 3 has sliding windows, so its batch is always prefilled in one pass.
     assert rows[0] == 1 and (rows[1] == 1 or family == "gemma-3")

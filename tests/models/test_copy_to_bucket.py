@@ -1,4 +1,4 @@
-"""Models are copied into a bucket once, and can be loaded from the address that copying returns."""
+"""Models are copied to a bucket once, and can be loaded from the address that `copy_models` returns."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""CTC against token embeddings: the loss is torch's, outputs approach embeddings, any text can be spelled."""
+"""CTC over token embeddings: the loss is torch's, outputs approach embeddings, any text can be spelled."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_the_loss_over_an_utterances_own_tokens_is_torchs_over_all_tokens():
     torch.manual_seed(1)
     model = model_of(40, 6, 10, 8)
     frames = [torch.randn(30, 6), torch.randn(21, 6), torch.randn(5, 6)]
-    # The third has more tokens than positions, and counts as 0.
+    # The third target has more tokens than its utterance has positions, so its loss counts as 0.
     targets = [torch.tensor([7, 3, 3, 40]), torch.tensor([1, 7]), torch.tensor([5, 6, 7])]
     loss, sums = model(CtcBatch(frames, [15, 10, 2], targets, distance_weight=0.5))
     outputs = model.projector(frames)
@@ -64,7 +64,7 @@ def test_utterances_that_are_all_too_short_for_a_position_have_no_loss(distance_
 @pytest.mark.parametrize("seed", [2, 3])
 def test_a_projector_learns_the_tokens_and_its_outputs_approach_their_embeddings(seed):
     torch.manual_seed(seed)
-    sounds = torch.randn(6, 12)  # of tokens 1 to 5, and of silence
+    sounds = torch.randn(6, 12)  # row 0 is silence, rows 1 to 5 are tokens
     targets = [[1, 2, 3], [4, 1, 5], [2, 5], [3]]
     frames = [
         torch.cat([torch.stack([sounds[t], sounds[t], sounds[0], sounds[0]]) for t in row]) for row in targets
@@ -89,7 +89,7 @@ def test_a_projector_learns_the_tokens_and_its_outputs_approach_their_embeddings
     assert similarities.argmax() == targets[0][0] and similarities.max() > 0.9
 
 
-def test_dropout_is_active_in_training_alone():
+def test_dropout_is_active_only_in_training():
     model = model_of(4, 6, 10, 8, dropout=0.5)
     batch = CtcBatch([torch.randn(8, 6)], [4], [torch.tensor([1, 2])])
     assert model(batch)[0] != model(batch)[0]
@@ -102,7 +102,7 @@ TEXTS = ["the cat sat on the mat", "the dog and the cat", "a mat", "thé"]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with words as tokens."""
+    """A byte-level BPE whose tokens include complete words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -129,5 +129,5 @@ def test_every_text_is_spelled_by_the_tokens_that_occur(tokenizer):
     bare = tokenizer.convert_tokens_to_ids("a")
     assert first[bare] == first[word] == within[word] > 0 and within[bare] != within[word]
     assert within[ids[0]] == -1 and first[ids[spelled[0][1]]] == spelled[0][1]
-    # What does not occur in train is spelled as far as it can be.
+    # A text with words that do not occur in train is spelled as far as possible.
     assert vocabulary.text_of(vocabulary.spell("a cat zapped")).startswith("a cat")

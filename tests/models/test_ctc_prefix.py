@@ -1,4 +1,4 @@
-"""CTC's scores of prefixes, against all paths one by one."""
+"""CTC's scores of prefixes equal sums over all paths."""
 
 import itertools
 import math
@@ -8,22 +8,26 @@ import torch
 
 from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
 
-TOKENS = 3
-"""CTC's blank, and its columns 1 and 2, which are the LLM's tokens 5 and 7 of a vocabulary of 9. The LLM's
-token 1 ends an answer."""
+OUTPUTS = 3
+"""Number of CTC's outputs: column 0 is the blank."""
 COLUMNS = torch.tensor([-1, -1, -1, -1, -1, 1, -1, 2, -1])
+"""CTC's column of each of the LLM's 9 tokens: only the tokens 5 and 7 have one."""
 STOPS = torch.tensor([1])
+"""The LLM's token that ends an answer."""
 
 
 def collapse(path: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the columns that a path spells."""
+    """Return the columns that a path spells, without repetitions and blanks."""
     return tuple(c for c, _ in itertools.groupby(path) if c)
 
 
 def probability(log_p: torch.Tensor, prefix: tuple[int, ...], complete: bool) -> float:
-    """Return the probability that a path spells the prefix or, if not `complete`, what begins with it."""
+    """Return the probability of all paths that spell the prefix.
+
+    If not `complete`, paths that spell a longer text with this prefix count too.
+    """
     total = 0.0
-    for path in itertools.product(range(TOKENS), repeat=len(log_p)):
+    for path in itertools.product(range(OUTPUTS), repeat=len(log_p)):
         spelled = collapse(path)
         if spelled == prefix if complete else spelled[: len(prefix)] == prefix:
             total += math.exp(sum(float(log_p[t, c]) for t, c in enumerate(path)))
@@ -32,9 +36,12 @@ def probability(log_p: torch.Tensor, prefix: tuple[int, ...], complete: bool) ->
 
 @pytest.mark.parametrize("prefix", [(5,), (5, 5), (5, 7), (7, 5)])
 def test_scores_are_the_sums_over_all_paths(prefix):
-    """Each token adds the increase of the prefix's log probability, and an end that of the transcript's."""
+    """A token's score is the change of the prefix's log probability.
+
+    The score of an end is the log probability of the complete transcript minus that of the prefix.
+    """
     torch.manual_seed(0)
-    logits = torch.randn(6 + 4, TOKENS)
+    logits = torch.randn(6 + 4, OUTPUTS)
     scorer = CtcScorer(CtcSpelling.of(logits, [6, 4], COLUMNS, COLUMNS), 0.5, 1, STOPS)
     columns = tuple(int(COLUMNS[t]) for t in prefix)
     zeros = torch.zeros(2, 1, 9)  # an LLM without any preference
@@ -53,14 +60,14 @@ def test_scores_are_the_sums_over_all_paths(prefix):
 
 
 def test_rows_follow_their_hypotheses():
-    """After beams were swapped and an utterance left, each row scores as if it had been searched alone."""
+    """Even if beams are swapped and an utterance leaves, a row is scored as if its utterance were alone."""
     torch.manual_seed(1)
-    logits = torch.randn(5 + 5, TOKENS)
+    logits = torch.randn(5 + 5, OUTPUTS)
     both = CtcScorer(CtcSpelling.of(logits, [5, 5], COLUMNS, COLUMNS), 1.0, 2, STOPS)
     alone = CtcScorer(CtcSpelling.of(logits[5:], [5], COLUMNS, COLUMNS), 1.0, 2, STOPS)
     both.advance(torch.tensor([0, 0, 2, 2]), torch.tensor([5, 7, 5, 7]))
     alone.advance(torch.tensor([0, 0]), torch.tensor([5, 7]))
-    # The first utterance leaves. Those of the second one are rows 2 and 3, and each continues the other.
+    # The first utterance leaves. The second one has rows 2 and 3, and each of its beams continues the other.
     both.advance(torch.tensor([3, 2]), torch.tensor([5, 5]))
     alone.advance(torch.tensor([1, 0]), torch.tensor([5, 5]))
     scores = both.add(torch.zeros(1, 2, 9))

@@ -31,7 +31,7 @@ def change_json(path: Path, **values) -> None:
 
 
 def in_two_files(folder: Path, kind: str = WEIGHTS) -> list[Path]:
-    """Divide a model's weights into two files with an index."""
+    """Divide a model's weights into two files with an index; return the two."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     stem, suffix = kind.split(".")
@@ -101,12 +101,12 @@ DAMAGES = {
     "integers": (with_integers, "q_proj.weight as I8, so the LLM is quantised"),
     "cut off": (lambda f: truncate(f / WEIGHTS), "model.safetensors is damaged or cut off"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors is damaged or cut off"),
-    "a file less": (
+    "a missing file": (
         lambda f: in_two_files(f)[1].unlink(),
         "00002-of-00002.safetensors, which its index names",
     ),
-    "a file twice": (lambda f: shutil.copy(*in_two_files(f)), "which the index places in it"),
-    "a pickle twice": (
+    "the same file twice": (lambda f: shutil.copy(*in_two_files(f)), "which the index places in it"),
+    "the same pickle twice": (
         lambda f: shutil.copy(*in_two_files(f, "pytorch_model.bin")),
         "which the index places in it",
     ),
@@ -129,7 +129,7 @@ DAMAGES = {
     ),
     "another size": (lambda f: change_json(f / "config.json", hidden_size=32), "do not fit its config.json"),
     "config cut off": (lambda f: truncate(f / "config.json"), "has no readable config.json"),
-    "config of no sizes": (
+    "config with a wrong size": (
         lambda f: change_json(f / "config.json", num_attention_heads="many"),
         "has no readable config.json|cannot be built as a causal LM",
     ),
@@ -180,7 +180,7 @@ def test_plan_and_train_refuse_a_damaged_llm(llm, manifest, tmp_path, tiny_recip
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq", "no_map", "cut off", "empty", "a file less", "a file twice", "no weights"]
+    "name", ["gptq", "no_map", "cut off", "empty", "a missing file", "the same file twice", "no weights"]
 )
 def test_a_damaged_encoder_is_refused_in_a_sentence(encoder, name):
     describe_encoder(Encoder(name=str(encoder))).require_weights()

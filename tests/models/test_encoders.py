@@ -1,4 +1,4 @@
-"""Every encoder gives an utterance the same frames alone and in a batch, and follows its checkpoint."""
+"""Every encoder gives an utterance the same frames alone and in a batch, as its checkpoint requires."""
 
 import math
 
@@ -75,7 +75,7 @@ def write_whisper(folder, mel_bins: int = 80):
 
 def waves(seconds=SECONDS):
     generator = np.random.default_rng(0)
-    # Loud and quiet, and not centred: normalisation and its statistics matter.
+    # The waves differ in loudness and are not centred, so normalisation changes them.
     return [
         (0.3 * (i + 1) * generator.normal(0.1, 0.1, round(16000 * s))).astype(np.float32)
         for i, s in enumerate(seconds)
@@ -185,7 +185,7 @@ def test_long_audio_is_cut_or_split(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "nan", "cut"])
-def test_damaged_weights_are_one_sentence(tmp_path, fault):
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path, fault):
     folder = write_waveform_model(tmp_path / "m", "wavlm", "large")
     file = folder / "model.safetensors"
     name = "encoder.layers.1.feed_forward.intermediate_dense.weight"

@@ -1,4 +1,4 @@
-"""Any causal LM: results do not depend on padding or batch; audio and targets enter as in the reference."""
+"""With any causal LM, results do not depend on padding or batch, and inputs are those of the reference."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 FAMILIES = {
-    # name: (transformers' model type, changes to SIZES, the tokenizer's bos)
+    # name: (transformers' model type, changes to SIZES, the tokenizer's bos token)
     "vicuna": ("llama", {"num_key_value_heads": 4}, "<s>"),
     "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "<s>"),
     "tinyllama": ("llama", {}, "<s>"),
@@ -82,7 +82,7 @@ def joined(request):
     )
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    with torch.no_grad():  # random weights make all tokens about equally likely; this makes some far more so
+    with torch.no_grad():  # random weights make all tokens about equally likely; scaled up, they do not
         llm.get_output_embeddings().weight.mul_(30)
     prompt = Prompt(tokenizer, Llm())
     model = Slam(build_projector(Projector(hidden=16), WIDTH, llm_width(llm)), llm)
@@ -145,7 +145,7 @@ def test_packed_padded_and_single_losses_and_gradients_agree(joined, request):
 
 
 def test_packed_utterances_stay_separate_with_attention_dropout():
-    """GPT-2 has attention dropout if all of it is trained: logits are random, but of one utterance only."""
+    """In training, GPT-2 has attention dropout: its logits are random, but depend on one utterance only."""
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING["gpt2"](
@@ -184,7 +184,7 @@ def test_packed_utterances_stay_separate_with_attention_dropout():
 
 
 def test_chunked_loss_and_gradients_equal_the_unchunked_ones(joined, request, monkeypatch):
-    """For output layers with and without bias, tied and untied, unless the LLM changes logits afterwards."""
+    """Output layers are tied or untied, with or without bias. Gemma 2 caps its logits: no chunks there."""
     model, name = copy.deepcopy(joined[0]), request.node.callspec.params["joined"]
     model = Slam(model.projector.requires_grad_(True), model.llm)
     assert objective.allows_chunks(model.llm) == (name != "gemma-2")

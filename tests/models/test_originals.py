@@ -25,8 +25,8 @@ from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.pretrained.original_checkpoints import convert_original, map_tensors, recognise
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from tests.conftest import REFERENCE, require_reference
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAYOUT = "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"
 SIZES = {
     "hidden_size": 32,
@@ -49,7 +49,7 @@ KINDS = {
 
 
 def fairseq_names(model, style: str) -> dict[str, torch.Tensor]:
-    """The weights of transformers' model as fairseq names them, one by one."""
+    """Return the weights of transformers' model under the names that fairseq gives them."""
     own = dict(model.state_dict())
     out = {"mask_emb": own.pop("masked_spec_embed")}
     for i in range(len(model.config.conv_dim)):
@@ -113,7 +113,7 @@ def options(kind: str, style: str, layout: str = LAYOUT, heads: int = 4) -> dict
 
 
 def fairseq_file(kind: str, style: str, model, tuned: bool = False, normalize: bool = True, **more) -> dict:
-    """A checkpoint in the layout of fairseq, or for WavLM of its authors."""
+    """Return a checkpoint in the layout of fairseq or, for WavLM, of its authors."""
     tensors, width = fairseq_names(model, style), model.config.hidden_size
     device = next(iter(tensors.values())).device
     if kind == "wavlm":
@@ -260,11 +260,7 @@ def test_every_tensor_of_hubert_x_large_is_mapped(tuned):
 
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 def test_reference_files_are_converted_by_the_stage(tmp_path, name):
-    if not REFERENCE.is_dir():
-        pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, "
-            "which are not part of this repository"
-        )
+    require_reference()
     record = convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"))
     spec = describe_encoder(Encoder(name=record.folder))
     assert spec.config.model_type == name and spec.width == 48
@@ -276,11 +272,7 @@ def test_reference_files_are_converted_by_the_stage(tmp_path, name):
 @pytest.mark.parametrize("kind", ["hubert", "whisper"])
 def test_a_faulty_tensor_is_named(tmp_path, fault, kind):
     if kind == "whisper":
-        if not REFERENCE.is_dir():
-            pytest.skip(
-                "needs the files of the reference implementation in ../shared/reference, "
-                "which are not part of this repository"
-            )
+        require_reference()
         content = torch.load(REFERENCE / "whisper.pt", weights_only=True)
         tensors, name = content["model_state_dict"], "encoder.blocks.1.mlp.0.weight"
     else:
@@ -338,7 +330,7 @@ def test_an_original_file_serves_as_an_encoder_and_is_converted_once(tmp_path, m
 
 
 def whisper_file(width: int, text_width: int) -> dict:
-    """A checkpoint in the layout of OpenAI's Whisper, with one layer in the encoder and in the decoder."""
+    """Return a checkpoint in the layout of OpenAI's Whisper, with one layer each in encoder and decoder."""
     dims = {
         "n_mels": 80,
         "n_audio_ctx": 1500,

@@ -1,4 +1,4 @@
-"""Code that comes with a model never runs, and nothing is asked, unless the user's recipe allows it."""
+"""Code that comes with a model never runs, and no question is asked, unless the user's recipe allows it."""
 
 import ast
 import json
@@ -47,23 +47,23 @@ def test_every_call_that_could_run_a_models_code_states_whether_it_may(folder):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS
     ]
     assert folder != "slam_asr" or len(calls) >= 6
-    silent = [
+    unstated = [
         f"{file}:{call.lineno}"
         for file, call in calls
         if "trust_remote_code" not in [keyword.arg for keyword in call.keywords]
     ]
-    assert not silent, "transformers asks on the terminal, and a user may answer yes"
+    assert not unstated, "transformers would ask on the terminal, and a user may answer yes"
 
 
 @pytest.fixture
 def marker(tmp_path) -> Path:
-    """A file that exists once the models' code has run."""
+    """A file that exists once a model's code has run."""
     return tmp_path / "ran"
 
 
 @pytest.fixture(autouse=True)
 def questions(monkeypatch, tmp_path) -> list[str]:
-    """The questions that were asked on the terminal, each of which is answered with yes."""
+    """Answer each question on the terminal with yes; return the list of the questions."""
     asked = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -71,7 +71,7 @@ def questions(monkeypatch, tmp_path) -> list[str]:
 
 
 def plant(folder: str, into: Path, where: str, marker: Path) -> str:
-    """Copy a model, and let its configuration, tokenizer or network need code of its own."""
+    """Copy a model, and make its configuration, tokenizer or network need code that comes with the copy."""
     shutil.copytree(folder, into)
     (into / "code_x.py").write_text(CODE.format(marker=str(marker)))
     config = json.loads((into / "config.json").read_text())
@@ -81,7 +81,7 @@ def plant(folder: str, into: Path, where: str, marker: Path) -> str:
             "auto_map": {"AutoConfig": "code_x.Config", "AutoModelForCausalLM": "code_x.Model"},
         }
     elif where == "network":
-        # transformers knows this type, but no causal LM of it.
+        # transformers knows this type, but has no causal LM for it.
         config = {
             "model_type": "clip",
             "auto_map": {"AutoConfig": "code_x.Config", "AutoModelForCausalLM": "code_x.Model"},
@@ -96,7 +96,7 @@ def plant(folder: str, into: Path, where: str, marker: Path) -> str:
 
 @pytest.fixture
 def run_with(tmp_path, tiny_recipe, model):
-    """A function that runs a stage with other values in its recipe."""
+    """Return a function that runs a stage with some recipe keys changed."""
     write_wav(tmp_path / "0.wav")
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(json.dumps({"key": "a", "source": "0.wav", "target": "one", "duration": 1.0}) + "\n")
@@ -157,7 +157,7 @@ def test_attention_from_the_hub_is_code_too(tmp_path, tiny_models):
         require_usable_llm(folder, Llm())
 
 
-def test_with_the_key_the_llms_code_runs_and_a_model_folder_does_not_grant_it(
+def test_the_recipes_key_lets_the_llms_code_run_but_a_model_folders_recipe_does_not(
     tmp_path, tiny_recipe, tiny_models, run_with, marker, questions
 ):
     name = plant(tiny_models["llm"], tmp_path / "llm", "configuration", marker)

@@ -1,7 +1,6 @@
 """Tiny models give the numbers that the reference implementation computed for them, from audio to text."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import Searcher
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.unpickle import read_pickle
-
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+from tests.conftest import REFERENCE, require_reference
 
 
 class Reference:
@@ -75,11 +73,7 @@ class Reference:
 
 @pytest.fixture(params=["whisper", "wavlm", "whisper-converted", "wavlm-converted"], scope="module")
 def reference(request, tmp_path_factory):
-    if not REFERENCE.is_dir():
-        pytest.skip(
-            "needs the reference implementation's numbers in ../shared/reference, which are not part of this "
-            "repository"
-        )
+    require_reference()
     kind, _, converted = request.param.partition("-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLAM_ASR_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -16,7 +16,7 @@ from slam_asr.pretrained.unpickle import plain, read_pickle
 
 
 class Harm:
-    """Its pickle calls a function when it is read."""
+    """An object whose pickle calls a function when it is read."""
 
     def __init__(self, function, *arguments) -> None:
         self.call = function, arguments
@@ -107,7 +107,7 @@ def test_an_explicit_allow_list_replaces_the_default_one(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 and no more", b"just text, and not short", bytes(range(256))]
 )
-def test_damaged_and_foreign_files_are_one_sentence(tmp_path, content):
+def test_damaged_and_foreign_files_are_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(UserError, match="damaged or not a checkpoint") as raised:
         read_pickle(tmp_path / "file.pt")

@@ -20,12 +20,12 @@ from slam_asr.pretrained.hub import Unavailable
 from slam_asr.pretrained.locate import locate_config, locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 
-NOT_INSTALLED = "python -m demo.models openai/whisper-tiny.en in a checkout of slam-asr"
+DEMO_HINT = "python -m demo.models openai/whisper-tiny.en in a checkout of slam-asr"
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, an empty cache of the hub, and no access to the hub."""
+    """Use an empty cache, an empty cache of the hub, and no access to the hub; return the models' folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("SLAM_ASR_CACHE", str(tmp_path / "cache"))
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_folder(folder: Path, weights: bytes = b"weights") -> Path:
-    """Something that looks like transformers' files."""
+    """Write files with the names of those of a model, and return their folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
@@ -42,7 +42,7 @@ def write_folder(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
-# Where models are looked for
+# Where models are searched for
 
 
 def test_a_local_folder_is_used_unchanged(tmp_path):
@@ -95,7 +95,7 @@ def test_the_hubs_own_cache_is_used_if_complete(tmp_path):
         ("double--dash", "SLAM_ASR_CACHE"),
     ],
 )
-def test_an_unknown_model_is_one_sentence(name, hint):
+def test_an_unknown_model_is_refused_in_one_sentence(name, hint):
     with pytest.raises(UserError) as error:
         locate_model(name)
     assert str(error.value).startswith(f"No model {name}")
@@ -108,7 +108,7 @@ def test_without_the_hub_the_sentence_names_the_program_that_fetches_the_demos_m
         with pytest.raises(UserError) as error:
             locate("openai/whisper-tiny.en")
         assert "the hub is switched off (HF_HUB_OFFLINE)" in str(error.value)
-        assert NOT_INSTALLED in str(error.value)
+        assert DEMO_HINT in str(error.value)
         with pytest.raises(UserError) as error:
             locate("team/model")
         assert "demo.models" not in str(error.value)
@@ -133,7 +133,7 @@ def test_a_further_source_is_tried_after_the_hub_and_replaces_the_hint(cache):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
-    """A hub with one model `team/model`: its address, its files, and the paths that were downloaded."""
+    """A hub with one model, `team/model`: its address, its files, and the names of downloaded files."""
     files: dict[str, bytes] = {}
     downloaded: list[str] = []
     commit = "c" * 40
@@ -183,8 +183,8 @@ def hub() -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
 
 
 def fetch_from(endpoint: str, name: str) -> subprocess.CompletedProcess:
-    """Run the program against a hub, in a process: the hub's client reads its address when it is imported."""
-    # Not started warm: a warm process has already imported the hub's client, with another test's address.
+    """Run the program in a new process: the hub's client reads the hub's address when it is imported."""
+    # A process that starts warm has already imported the hub's client, with another address.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SLAM_ASR_WARM"))}
     environment |= {
         "HF_ENDPOINT": endpoint,
@@ -231,7 +231,7 @@ def test_the_hub_gives_pickles_where_there_is_nothing_else(cache, hub):
     assert len(model_files.weight_files(cache / "team--model")) == 2
 
 
-def test_a_name_that_the_hub_does_not_know_is_one_sentence(hub):
+def test_a_name_that_the_hub_does_not_know_is_refused_in_one_sentence(hub):
     done = fetch_from(hub[0], "team/other")
     assert done.returncode == 2
     assert done.stderr.startswith("slam-asr: error: No model team/other: ")
@@ -240,7 +240,7 @@ def test_a_name_that_the_hub_does_not_know_is_one_sentence(hub):
 
 
 @pytest.mark.slow
-def test_a_hub_that_cannot_be_reached_is_one_sentence():
+def test_a_hub_that_cannot_be_reached_is_reported_in_one_sentence():
     done = fetch_from("http://127.0.0.1:9", "team/other")
     assert done.returncode == 2
     assert "the hub cannot be reached" in done.stderr
@@ -294,8 +294,11 @@ def test_a_folder_without_all_weights_has_no_digest(tmp_path):
         weights_sha256(folder)
 
 
+# Failures of the hub
+
+
 class FlakyHub:
-    """Stands for a call of the hub's client: fails some times, then succeeds."""
+    """A stand-in for a call of the hub's client: it raises each of the failures, then succeeds."""
 
     def __init__(self, *failures: Exception) -> None:
         self.failures, self.calls = list(failures), 0
@@ -307,7 +310,7 @@ class FlakyHub:
         return "the answer"
 
 
-def hub_answer(status: int) -> Exception:
+def error_of_status(status: int) -> Exception:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils._http import httpx2 as httpx
 
@@ -326,7 +329,7 @@ def no_connection() -> Exception:
     [
         ((no_connection(),), [1]),
         ((no_connection(), no_connection()), [1, 2]),
-        ((hub_answer(503), hub_answer(429), hub_answer(500)), [1, 5, 15]),
+        ((error_of_status(503), error_of_status(429), error_of_status(500)), [1, 5, 15]),
     ],
 )
 def test_failures_of_the_hub_that_may_be_temporary_are_repeated_with_growing_pauses(
@@ -343,11 +346,11 @@ def test_failures_of_the_hub_that_may_be_temporary_are_repeated_with_growing_pau
 @pytest.mark.parametrize(
     ("failures", "calls"),
     [
-        ([hub_answer(404)], 1),
-        ([hub_answer(403)], 1),
+        ([error_of_status(404)], 1),
+        ([error_of_status(403)], 1),
         ([ValueError("a defect")], 1),
         ([no_connection() for _ in range(9)], 3),
-        ([hub_answer(503) for _ in range(9)], 6),
+        ([error_of_status(503) for _ in range(9)], 6),
     ],
 )
 def test_permanent_and_lasting_failures_of_the_hub_are_raised(monkeypatch, failures, calls):
@@ -359,7 +362,7 @@ def test_permanent_and_lasting_failures_of_the_hub_are_raised(monkeypatch, failu
 
 
 def test_an_incomplete_download_is_not_taken_for_a_model(cache, monkeypatch, tmp_path):
-    """If the hub stops answering, its client returns the folder that an earlier attempt left."""
+    """If the hub does not answer, its client returns the folder that an earlier, incomplete download left."""
     import huggingface_hub
 
     sibling = [type("File", (), {"rfilename": name}) for name in ("config.json", "model.safetensors")]

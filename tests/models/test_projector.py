@@ -1,4 +1,4 @@
-"""Projectors are those of the reference, and project each utterance independently of its batch."""
+"""Projectors are the same as the reference's, and project each utterance independently of its batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models in object storage are fetched once, and again when they change; failures are one sentence."""
+"""Models in object storage are fetched once, and again if they change; errors are one sentence."""
 
 from pathlib import Path
 
@@ -9,8 +9,7 @@ from slam_asr.config.recipe import Encoder
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.pretrained.locate import locate_model
-
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+from tests.conftest import REFERENCE, require_reference
 
 
 def upload(bucket, folder, prefix: str) -> None:
@@ -41,11 +40,7 @@ def test_a_changed_model_is_fetched_again(bucket, tiny_models):
 
 
 def test_an_original_file_is_fetched_and_converted(bucket):
-    if not REFERENCE.is_dir():
-        pytest.skip(
-            "needs the files of the reference implementation in ../shared/reference, "
-            "which are not part of this repository"
-        )
+    require_reference()
     bucket.upload_file(str(REFERENCE / "wavlm.pt"), "originals/wavlm.pt")
     assert describe_encoder(Encoder(name="s3://bucket/originals/wavlm.pt")).config.model_type == "wavlm"
 
@@ -64,7 +59,7 @@ def test_a_model_without_weights_is_refused(bucket):
         ("s3:///model", "names no bucket: write it as s3://bucket/prefix"),
     ],
 )
-def test_a_missing_model_is_one_sentence(bucket, name, answer):
+def test_a_missing_model_is_refused_in_one_sentence(bucket, name, answer):
     with pytest.raises(UserError, match=answer) as raised:
         locate_model(name)
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Batches of utterances for decoding, planned by their lengths."""
+"""Batches for decoding are planned by the lengths of the utterances."""
 
 import pytest
 

@@ -73,7 +73,7 @@ def test_answers_start_in_one_column_and_end_with_eos(joined):
         assert text == ids + targets_with_end
 
 
-def test_ctcs_loss_is_added_for_batches_that_are_spelled(joined):
+def test_ctcs_loss_is_added_for_batches_with_ctc_targets(joined):
     model, batch = joined[0], make_batch(joined, [0, 1])
     model.ctc = AuxiliaryCtc(CtcHead(torch.randn(5, model.llm.config.hidden_size)), weight=0.25)
     try:
@@ -85,20 +85,20 @@ def test_ctcs_loss_is_added_for_batches_that_are_spelled(joined):
             model.scorer = scorer
             loss, sums = model(batch)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
-            # What is reported remains the LLM's.
+            # The reported sums remain those of the LLM.
             torch.testing.assert_close(sums, alone.sums, rtol=1e-5, atol=1e-4)
     finally:
         model.ctc = model.scorer = None
 
 
-def test_dropout_is_active_in_training_alone(joined):
+def test_dropout_is_active_only_in_training(joined):
     model, batch = joined[0], make_batch(joined, [1])
     model.dropout = 0.5
     try:
         model.eval()
         evaluated = model.embed(batch)
         model.train()
-        # Two random draws differ from each other, and only at the audio's positions.
+        # Two random draws differ, but only at the audio's positions.
         first, second = model.embed(batch), model.embed(batch)
     finally:
         model.dropout = 0.0
@@ -108,7 +108,7 @@ def test_dropout_is_active_in_training_alone(joined):
     assert torch.equal(first[~batch.is_audio], evaluated[~batch.is_audio])
 
 
-def test_a_prefix_gives_the_first_word_the_tokens_of_any_other(tiny_models):
+def test_an_answer_prefix_gives_the_first_word_the_same_tokens_as_later_words(tiny_models):
     tokenizer = load_tokenizer(tiny_models["llm"])
     without, with_space = (Prompt(tokenizer, Llm(answer_prefix=prefix)) for prefix in ("", " "))
     assert with_space.main == without.main

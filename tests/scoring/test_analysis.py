@@ -1,9 +1,9 @@
-"""What results on a test set show beyond its word error rate.
+"""The analysis of results on a test set, besides the word error rate.
 
-Invariants: intervals contain the rate, shrink with the size of the test set, are wider over speakers who
-differ, and cover the true rate in 95 % of cases; equal recognisers differ only by chance; the fast normaliser
-agrees with transformers' own; faults of answers are found, and nothing that was really said; groups leave no
-utterance out.
+Invariants: intervals contain the rate, become narrower with the size of the test set, are wider over speakers
+who differ, and cover the true rate in 95 % of cases; equal recognisers differ only by chance; the fast
+normaliser agrees with transformers' own; faults of answers are found, but no repetition or apology of the
+reference counts as one; groups leave no utterance out.
 """
 
 import random
@@ -20,7 +20,7 @@ from slam_asr.scoring.statistics import interval, interval_over, matched_pairs
 
 
 def random_errors(utterances: int, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Errors and words per utterance, for a recogniser with that true rate."""
+    """Draw word errors and reference words, int [utterances] each, for a recogniser with this true rate."""
     rng = np.random.default_rng(seed)
     words = rng.integers(1, 30, utterances)
     return rng.binomial(words, rate), words
@@ -31,11 +31,11 @@ def test_intervals_contain_the_true_rate_nineteen_times_in_twenty():
     for seed in range(200):
         low, high = interval(*random_errors(150, 0.2, seed))
         inside += low <= 0.2 <= high
-    # Of 200 at 95 %: 190, with a standard deviation of 3.1.
+    # 95 % of 200 are 190; the standard deviation is 3.1.
     assert 178 <= inside <= 199
 
 
-def test_intervals_shrink_with_the_square_root_of_the_test_set():
+def test_intervals_narrow_with_the_square_root_of_the_test_sets_size():
     small, large = interval(*random_errors(200, 0.2, 1)), interval(*random_errors(20_000, 0.2, 1))
     assert (small[1] - small[0]) / (large[1] - large[0]) == pytest.approx(10, rel=0.25)
 
@@ -60,7 +60,7 @@ def test_equal_recognisers_differ_only_by_chance():
         first, words = random_errors(100, 0.2, seed)
         second = np.random.default_rng(seed + 1000).binomial(words, 0.2)
         false_alarms += matched_pairs(first, second, words, seed).p < 0.05
-    assert false_alarms <= 9  # of 60 at 5 %: 3, and with a chance of one in a thousand more than 9.
+    assert false_alarms <= 9  # 5 % of 60 are 3; more than 9 have a probability below one in a thousand
 
 
 def test_a_better_recogniser_is_significant_and_has_the_right_sign():
@@ -81,9 +81,9 @@ def test_equal_outputs_have_no_difference():
 def test_randomisation_and_its_normal_approximation_agree(monkeypatch):
     first, words = random_errors(3000, 0.20, 5)
     second = np.random.default_rng(6).binomial(words, 0.205)
-    exact = matched_pairs(first, second, words).p
-    monkeypatch.setattr("slam_asr.scoring.statistics.MAX_EXACT", 0)
-    assert matched_pairs(first, second, words).p == pytest.approx(exact, abs=0.02)
+    randomised = matched_pairs(first, second, words).p
+    monkeypatch.setattr("slam_asr.scoring.statistics.MAX_RANDOMISED", 0)
+    assert matched_pairs(first, second, words).p == pytest.approx(randomised, abs=0.02)
 
 
 VOCABULARY = [
@@ -163,7 +163,7 @@ def test_the_fast_normaliser_agrees_with_transformers_own():
         ("sing a song", "sing sing sing and sing a song", []),
     ],
 )
-def test_faults_of_answers_are_found_unless_they_were_said(reference, hypothesis, faults):
+def test_faults_of_answers_are_found_unless_the_reference_has_them_too(reference, hypothesis, faults):
     assert faults_of(Hypothesis("u", reference, hypothesis)) == faults
     assert faults_of(Hypothesis("u", reference, hypothesis, cut=True)).count(CUT) == 1
 

@@ -31,7 +31,7 @@ def references(count: int = 120) -> list[tuple[str, str, str]]:
 
 
 def hypotheses(error_rate: float, seed: int) -> list[Hypothesis]:
-    """The output of a recogniser that gets that share of words wrong."""
+    """Return the output of a recogniser that gets this share of words wrong."""
     chance = random.Random(seed)
     return [
         Hypothesis(

@@ -1,4 +1,4 @@
-"""Controls: no utterance retains its own audio, and empty output scores 100 %."""
+"""Controls: no utterance retains its own audio, and empty output has a word error rate of 100 %."""
 
 from slam_asr.artifacts.hypotheses import Hypothesis
 from slam_asr.artifacts.word_errors import score

@@ -1,7 +1,7 @@
 """Text of any language is scored as it is written.
 
-Characters are counted where spaces do not separate words; two Unicode forms of a text are the same text; and
-English rules are applied to English alone.
+Invariants: characters are counted where spaces do not separate words; two Unicode forms of a text are the
+same text; the rules for English are applied only to English.
 """
 
 import json
@@ -52,8 +52,8 @@ def test_characters_are_counted_where_words_are_not_separated():
 @pytest.mark.parametrize(
     ("reference", "hypothesis", "rate"),
     [
-        ("きょう は いい 天気 です", "きょうはいい天気でした", 20.0),  # Japanese: 2 of 10
-        ("สวัสดี ครับ", "สวัสดีคับ", 10.0),  # Thai: 1 of 10
+        ("きょう は いい 天気 です", "きょうはいい天気でした", 20.0),  # Japanese: 2 errors in 10 characters
+        ("สวัสดี ครับ", "สวัสดีคับ", 10.0),  # Thai: 1 error in 10 characters
         ("ສະບາຍ ດີ", "ສະບາຍດີ", 0.0),  # Lao
         ("សួស្តី\u200bបង", "សួស្តីបង", 0.0),  # Khmer, with zero-width spaces between words
         ("မင်္ဂလာ ပါ", "မင်္ဂလာပါ", 0.0),  # Burmese
@@ -73,7 +73,7 @@ def test_words_are_counted_where_spaces_separate_them(text):
     assert characters_of(text) == text
 
 
-def test_an_english_word_among_chinese_does_not_decide_and_neither_does_one_chinese_name():
+def test_neither_an_english_word_in_chinese_nor_a_chinese_name_in_english_decides_the_unit():
     assert not separates_words(["我用 iPhone 打电话给朋友们", "OK"])
     assert separates_words(["she met 王 in the market"])
     # The spaces next to the name do not count; those between words do.
@@ -119,7 +119,7 @@ def test_build_manifest_writes_nfc(form):
 def test_english_rules_are_applied_to_english_alone():
     rows = [row("यह किताब", "यह कितब"), row("मेरी किताबें", "मेर किताबे")]
     total = analyse(measure(rows))["all"]
-    # Without their vowel signs, three of these four words would be right.
+    # Without vowel signs, the three wrong words of these four would count as right.
     assert (total["wer"], total["normalised"]) == (75.0, 75.0)
     assert normalise_any_language("यह, किताब!") == "यह किताब"
     assert (
@@ -129,7 +129,7 @@ def test_english_rules_are_applied_to_english_alone():
     assert analyse(measure([row(f"{FRENCH} Six MR", f"{FRENCH.lower()} 6 mr")]))["all"]["normalised"] == 10.0
 
 
-def test_the_languages_of_the_manifest_decide_before_the_letters():
+def test_a_language_in_the_manifest_counts_more_than_the_letters():
     french = analyse(measure([row("six mr", "6 mister", "fr")]))["all"]
     english = analyse(measure([row("six mr", "6 mister", "en-US")]))["all"]
     assert (french["normalised"], english["normalised"]) == (100.0, 0.0)

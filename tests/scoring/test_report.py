@@ -59,7 +59,7 @@ DECODING = {
 
 
 class Page(HTMLParser):
-    """A page's elements, and the text of each table cell by row."""
+    """A parser that collects a page's elements, and the text of each cell of its tables, row by row."""
 
     VOID = ("meta", "link", "br", "input")
 
@@ -118,7 +118,7 @@ def full_report(folder, title="demo", published=None, **changes):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A report of everything, for tests that only read it. Drawing its curves takes half a second."""
+    """Write one report with all its parts, for tests that only read it; its curves take half a second."""
     return full_report(tmp_path_factory.mktemp("report"))
 
 
@@ -134,9 +134,9 @@ def test_the_metrics_are_percentages(full):
         "wer test-other": 60.0,
         "wer shuffled audio": 100.0,
         "wer empty output": 100.0,
-        # "one two" is one word after Whisper's normaliser: 12.
         "wer 95 % low": 0.0,
         "wer 95 % high": 75.0,
+        # Whisper's normaliser turns "one two" into one word, "12".
         "wer normalised": 40.0,
         "cer": 40.0,
     }
@@ -296,7 +296,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;|`
 
 
 def test_transcripts_are_inert(tmp_path):
-    # With word joiners instead of spaces it is one word, so that each kind of mark must contain all of it.
+    # Word joiners instead of spaces make it one word, so the page must mark all of it as one error.
     word = HOSTILE.replace(" ", "\u2060")
     rows = [
         Hypothesis(word + key, reference, hypothesis, word, word, 1.0)
@@ -331,7 +331,7 @@ def test_transcripts_are_inert(tmp_path):
 
 @pytest.mark.parametrize("left_out", [*TRAINING, "all of them"])
 def test_unknown_facts_are_left_out(tmp_path, left_out):
-    # The curves are drawn only where one of them is left out.
+    # Drawing takes time, so the curves are drawn only in the cases that leave out one of them.
     curves = ("curve", "validation")
     training = {
         name: fact
@@ -379,7 +379,7 @@ def test_curves_use_the_pages_colours_and_have_titles(full):
     assert len(curves) == 2
     for svg in curves:
         assert 'role="img"' in svg and "<title" in svg and "<desc" in svg
-        # currentColor and the page's variables only: no fixed colour that a dark page would swallow.
+        # Only currentColor and the page's variables: a fixed colour might be invisible on a dark page.
         assert not re.findall(r"(?:fill|stroke): ?#\w+", svg)
         assert "var(--curve)" in svg and "var(--accent)" in svg and "currentColor" in svg
         assert "<text" in svg

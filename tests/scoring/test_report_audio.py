@@ -1,4 +1,4 @@
-"""Audio on the report's page: as much as fits, worst utterances first; compression preserves the sound."""
+"""The report embeds as much audio as fits, worst utterances first; compression preserves the sound."""
 
 import base64
 import io

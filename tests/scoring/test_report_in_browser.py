@@ -1,4 +1,4 @@
-"""The report in a browser, in a sandboxed frame: it logs nothing to the console; search and sort work."""
+"""The report in a browser, in a sandboxed frame: it logs nothing to the console, and search and sort work."""
 
 import html
 import queue
@@ -55,7 +55,7 @@ def test_search_and_sort_work_in_the_dashboards_frame(tmp_path, width):
 
 
 def open_page(page: str, folder: Path, width: int, *options: str) -> tuple[str, str]:
-    """Open a page in the browser, with options → what it posts to /results, and the browser's log."""
+    """Open a page in the browser; return what it posts to /results, and the browser's log."""
     results = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):

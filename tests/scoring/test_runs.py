@@ -1,4 +1,4 @@
-"""The page that compares runs has the numbers of their reports, and it fetches and executes nothing."""
+"""The page that compares runs shows the numbers of their reports, and it fetches and executes nothing."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ WORDS = ["the", "old", "mill", "stood", "by", "the", "river", "and", "turned"]
 
 
 def write_run(folder, title: str, wrong: int, steps: int = 2000, count: int = 40):
-    """Write a decoded training whose first `wrong` utterances have one error each."""
+    """Write the report of a training run whose first `wrong` utterances have one error each."""
     rows = [
         Hypothesis(
             f"u-{n}",

@@ -1,4 +1,4 @@
-"""Parts of a decoding are joined only if all exist and belong together."""
+"""The parts of a decoding are joined only if all of them exist and belong together."""
 
 import json
 import subprocess
@@ -42,7 +42,10 @@ def model(tmp_path):
 
 @pytest.fixture
 def part_of(tmp_path):
-    """Write the record and hypotheses of work shard `number` of `of`; none if `of` is None, as before 0.2."""
+    """Return a function that writes the hypotheses and record of work shard `number` of `of`.
+
+    If `of` is None, the record names no work shard, as in version 0.1.0.
+    """
 
     def decode(number, of, rows, name="", nbest=(), **inputs):
         def work(folder):
@@ -78,7 +81,7 @@ def test_joined_parts_equal_an_undivided_decoding(tmp_path, model, part_of):
 
 
 def test_joined_nbest_lists_have_one_line_per_utterance(tmp_path, model, part_of):
-    """Some characters separate lines in a text, but may be in a string of JSON."""
+    """U+2028 and U+0085 separate lines for `str.splitlines`, but a JSON string may contain them."""
     lists = [{"key": key, "choices": [{"text": f"one\u2028two\x85{key}"}]} for key in "abc"]
     parts = [part_of(1, 2, ROWS[:4], nbest=[lists[2], lists[0]]), part_of(2, 2, ROWS[4:], nbest=[lists[1]])]
     joined = score(load_recipe("demo"), model, parts, str(tmp_path / "joined"))

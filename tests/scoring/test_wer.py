@@ -54,7 +54,7 @@ def test_the_rate_is_jiwers():
 def test_a_small_example_by_hand():
     rows = [Hypothesis("a", "the cat sat on the big red mat", "the cat sit on the red mat now")]
     errors = score(rows)
-    # sat → sit, "big" left out, "now" put in.
+    # Substitution: sat → sit. Deletion: big. Insertion: now.
     assert (errors.substitutions, errors.deletions, errors.insertions) == (1, 1, 1)
     assert errors.wer == pytest.approx(3 / 8)
 

@@ -25,16 +25,16 @@ class Server:
     process: subprocess.Popen
     url: str
     folder: Path
-    """Its folder for temporary files."""
+    """The server's folder for temporary files."""
     lines: list[str] = field(default_factory=list)
-    """What it has printed."""
+    """The lines that the server has printed."""
 
     def client(self, key: str = "none", **options) -> openai.OpenAI:
-        """OpenAI's client, which asks once."""
+        """Return OpenAI's client for this server. By default, it repeats no request."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, **options})
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a page."""
+        """Return the status and the body of a page."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return answer.status, answer.read().decode()
@@ -42,12 +42,12 @@ class Server:
             return error.code, error.read().decode()
 
     def metric(self, name: str) -> float:
-        """A number of /metrics, by its name and labels; 0 if it is not there."""
+        """Return a number of /metrics by its name and labels; 0 if /metrics does not have it."""
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def wait_for(self, name: str, value: float, seconds: float = 20) -> None:
-        """Wait until a metric has a value."""
+        """Wait until a metric has this value."""
         end = time.monotonic() + seconds
         while self.metric(name) != value:
             assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
@@ -56,7 +56,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
-    """Run a server until it is ready, and end it afterwards."""
+    """Start a server, yield it when it is ready, and kill it afterwards."""
     folder.mkdir(exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "slam_asr", "serve", model, "--port", "0", *options],
@@ -89,7 +89,7 @@ def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
 
 
 def post(server: Server, content: bytes, headers: dict[str, str] | None = None) -> socket.socket:
-    """Begin a request by hand: the form's end is sent by `finish`."""
+    """Send a request without the end of its form, which `finish` sends."""
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="../../a.wav"\r\n\r\n'
     length = len(head) + len(content) + len(b"\r\n--b--\r\n")
     lines = {
@@ -107,6 +107,6 @@ def post(server: Server, content: bytes, headers: dict[str, str] | None = None) 
 
 
 def finish(connection: socket.socket) -> str:
-    """Send the end of a form and read the answer."""
+    """Send the end of the form, and return the answer."""
     connection.sendall(b"\r\n--b--\r\n")
     return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()

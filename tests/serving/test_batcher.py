@@ -1,4 +1,4 @@
-"""Batches have pieces of all waiting requests in turn, as many as their LLM positions allow."""
+"""A batch takes a piece of each waiting request in turn, as many as the limit on LLM positions allows."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from slam_asr.serving.metrics import Metrics
 
 
 class Slow:
-    """A recognizer whose texts name the pieces, and which waits for permission before the first batch."""
+    """A recognizer that decodes nothing until `go` is set. A text contains the start of its piece."""
 
     def __init__(self, budget: int, beams: int = 1) -> None:
         self.options = Decoding(beams=beams, max_new_tokens=10, positions_per_batch=budget)
@@ -67,7 +67,7 @@ def sample(metrics: Metrics, name: str) -> float:
     return metrics.registry.get_sample_value(name)
 
 
-def test_a_long_recording_does_not_hold_up_short_ones_and_answers_keep_their_order():
+def test_a_long_recording_does_not_delay_short_ones_and_answers_stay_in_order():
     slow = Slow(budget=80)  # four pieces of 10 + 10 positions
 
     async def use(batcher):
@@ -103,8 +103,8 @@ def test_batches_are_limited_by_positions_with_padding_and_beams():
         await asyncio.gather(*map(texts, jobs))
 
     run(slow, use)
-    # Three of 50 · 2 positions fit exactly, because the first two are padded to the third. The fifth, of 510,
-    # is decoded alone.
+    # The first three pieces, padded to the 50 positions of the longest, fill the budget: 3 · 50 · 2 beams.
+    # The fifth piece has 510 positions, more than the budget, and is decoded alone.
     assert slow.batches == [[0], [1, 2, 3], [4], [5], [6]]
 
 
@@ -113,10 +113,10 @@ def test_a_batch_waits_for_more_requests_unless_it_is_full():
     slow.go.set()
 
     async def use(batcher):
-        late = batcher.submit(pieces(1))
+        first = batcher.submit(pieces(1))
         await asyncio.sleep(0.1)
-        others = [batcher.submit(pieces(n)) for n in (2, 3)]  # with these it is full, long before its time
-        await asyncio.wait_for(asyncio.gather(texts(late), *map(texts, others)), 1)
+        others = [batcher.submit(pieces(n)) for n in (2, 3)]  # these fill the batch long before its wait ends
+        await asyncio.wait_for(asyncio.gather(texts(first), *map(texts, others)), 1)
         started = asyncio.get_running_loop().time()
         await texts(batcher.submit(pieces(4)))
         assert asyncio.get_running_loop().time() - started > 1.4
@@ -140,7 +140,7 @@ def test_pieces_of_a_cancelled_request_are_not_decoded():
     assert slow.batches == [[0], [3]]
 
 
-def test_a_piece_on_which_the_model_fails_ends_its_own_request_only():
+def test_a_piece_on_which_the_model_fails_ends_only_its_own_request():
     slow = Slow(budget=1000)
 
     async def use(batcher):
@@ -152,7 +152,7 @@ def test_a_piece_on_which_the_model_fails_ends_its_own_request_only():
         with pytest.raises(DecodingError) as raised:
             await texts(bad)
         assert isinstance(raised.value.__cause__, MemoryError)
-        assert await texts(batcher.submit(pieces(8))) == ["text 8"], "the thread works on"
+        assert await texts(batcher.submit(pieces(8))) == ["text 8"], "the thread still works"
 
     metrics = run(slow, use)
     assert sample(metrics, "slam_asr_close_calls_total") == 1
@@ -164,7 +164,7 @@ def test_silence_is_answered_at_once():
 
     async def use(batcher):
         assert await texts(batcher.submit([])) == []
-        assert await texts(batcher.submit(pieces(1))) == ["text 1"], "the thread works on"
+        assert await texts(batcher.submit(pieces(1))) == ["text 1"], "the thread still works"
 
     run(slow, use)
     assert slow.batches == [[1]]

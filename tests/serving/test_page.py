@@ -30,16 +30,16 @@ KEY = "a-key-for-the-page"
 
 
 class Tab:
-    """A tab of a browser, by the Chrome DevTools Protocol."""
+    """A tab of a browser, controlled by the Chrome DevTools Protocol."""
 
     def __init__(self, address: str) -> None:
         self.socket = websocket.create_connection(address, timeout=120, suppress_origin=True)
         self.number, self.session = 0, ""
         self.problems: list[str] = []
-        """What the page wrote to the console, and exceptions."""
+        """Console messages and exceptions of the page, as JSON."""
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Run a command and return its result."""
+        """Run a command of the protocol and return its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
@@ -54,21 +54,21 @@ class Tab:
                     "Log.entryAdded",
                 )
                 and about.get("entry", {}).get("level") != "verbose"
-            ):  # advice, such as on forms
+            ):  # `verbose` entries are advice, such as on forms
                 self.problems.append(json.dumps(about))
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
 
     def run(self, script: str) -> Any:
-        """Evaluate JavaScript, as after a click of the user."""
+        """Evaluate JavaScript as if the user had clicked, and return its value."""
         result = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
         )
         return result["result"].get("value")
 
     def wait_for(self, script: str) -> Any:
-        """Wait until a script gives something true, and return it."""
+        """Wait until a script has a true value, and return that value."""
         end = time.monotonic() + 60
         while not (value := self.run(script)):
             assert time.monotonic() < end, (script, self.run("document.body.innerText"), self.problems)
@@ -76,7 +76,7 @@ class Tab:
         return value
 
     def choose(self, file: Path) -> None:
-        """Choose a file in the page's input."""
+        """Choose a file in the page's file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
@@ -84,7 +84,7 @@ class Tab:
 
 @contextlib.contextmanager
 def browser(url: str, folder: Path) -> Iterator[Tab]:
-    """A browser with a microphone that beeps, and a page in it."""
+    """Open a page in a browser whose fake microphone beeps; yield the page's tab."""
     process = subprocess.Popen(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"),
@@ -117,7 +117,7 @@ def browser(url: str, folder: Path) -> Iterator[Tab]:
         process.wait(60)
 
 
-def picture(tab: Tab, width: int) -> None:
+def check_width(tab: Tab, width: int) -> None:
     """Check that the page fits a width, and save a picture of it if SLAM_ASR_PICTURES names a folder."""
     tab.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     assert tab.run("document.documentElement.scrollWidth <= innerWidth")
@@ -136,7 +136,7 @@ def test_a_file_and_a_recording_become_text_with_times(model, tmp_path):
         serving(model, tmp_path / "t", *options) as server,
         browser(f"{server.url}/", tmp_path) as tab,
     ):
-        picture(tab, 360)
+        check_width(tab, 360)
         tab.choose(file)
         tab.wait_for("document.querySelector('#state.error')?.innerText.startsWith('The API key is missing')")
         # The browser itself logs that a request was refused.
@@ -152,7 +152,7 @@ def test_a_file_and_a_recording_become_text_with_times(model, tmp_path):
         assert [row[1] for row in rows] == [s.text + " …" * s.cut for s in expected.segments]
         assert [row[0] for row in rows] == ["0:00.0–0:03.2", "0:03.8–0:07.0"]
         for width in (360, 1200):
-            picture(tab, width)
+            check_width(tab, width)
         tab.run("document.getElementById('record').click()")
         tab.wait_for("document.getElementById('record').getAttribute('aria-pressed') === 'true'")
         time.sleep(2)

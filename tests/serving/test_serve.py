@@ -1,4 +1,4 @@
-"""`slam-asr serve`: OpenAI's own client works against a real server, unchanged."""
+"""OpenAI's own client works unchanged with a real `slam-asr serve`."""
 
 import re
 import urllib.error
@@ -23,7 +23,7 @@ LONG = np.concatenate([x for f in (300, 500, 800) for x in (make_tone(3, frequen
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """A server with usual limits, which divides recordings into segments of five seconds."""
+    """A server with the usual limits, which divides recordings into segments of at most five seconds."""
     with serving(
         model,
         tmp_path_factory.mktemp("t"),
@@ -105,7 +105,7 @@ def test_recordings_of_phones_and_browsers_and_silence_are_transcribed(server, a
 
 
 def test_requests_share_batches_and_each_gets_its_own_text(server, alone, tmp_path):
-    """The lengths show whose text it is, because the tiny model may write the same for all of them."""
+    """Durations identify the recordings, because the tiny model may write the same text for all of them."""
     files = [
         write_wav(tmp_path / f"{n}.wav", make_tone(1 + n / 8, frequency=200 + 90 * n)) for n in range(24)
     ]
@@ -156,13 +156,15 @@ def test_models_and_probes(server):
         ({"file": ("../b\n.wav", b"RIFF")}, openai.BadRequestError, r"^Error code.*b_0A\.wav (cannot|ends)"),
     ],
 )
-def test_what_has_no_meaning_or_is_broken_is_refused_in_a_sentence(server, tone, options, error, message):
+def test_unsupported_parameters_and_damaged_files_are_refused_in_a_sentence(
+    server, tone, options, error, message
+):
     with pytest.raises(error, match=message) as raised:
         server.client().audio.transcriptions.create(**({"file": tone, "model": "tiny"} | options))
     assert "Traceback" not in str(raised.value)
 
 
-def test_a_file_that_is_cut_is_refused_also_in_a_stream(server, long):
+def test_a_truncated_file_is_refused_with_and_without_streaming(server, long):
     content = long.read_bytes()[:-2000]
     for options in ({}, {"stream": True}):
         with pytest.raises(openai.APIError, match=r"is damaged|ends too early"):
@@ -178,7 +180,7 @@ def test_parameters_without_an_effect_are_named_in_a_header(server, tone):
     assert "x-ignored-parameters" not in made.headers
 
 
-def test_no_form_or_one_without_a_file_is_refused(server):
+def test_a_request_without_a_form_or_without_a_file_is_refused(server):
     for body, kind, message in (
         (b"{}", "application/json", "There is no file"),
         (b"junk", "multipart/form-data; boundary=b", "The form cannot be read"),

@@ -1,4 +1,8 @@
-"""`slam-asr serve` refuses what is too much, cancels what nobody waits for, asks for keys, and drains."""
+"""Limits, keys and the end of `slam-asr serve`.
+
+The server refuses requests beyond its limits and clients without a key, cancels the work for clients that
+have disconnected, and answers the requests in progress before it ends.
+"""
 
 import io
 import os
@@ -22,7 +26,7 @@ KEY = "a-key-that-is-long-enough"
 
 @pytest.fixture(scope="module")
 def strict(model, tmp_path_factory):
-    """A server for one small request at a time, whose batches start so late that each misses its deadline."""
+    """A server for one small request at a time. Its batches start too late for any request's deadline."""
     limits = {"requests": 1, "seconds": 3, "megabytes": 1.5, "deadline": 4, "wait": 10}
     options = [word for name, value in limits.items() for word in (f"--limits.{name}", str(value))]
     with serving(model, tmp_path_factory.mktemp("t"), "--host", "0.0.0.0", *options) as s:
@@ -37,7 +41,7 @@ def test_uploads_that_are_too_large_or_too_long_are_refused(strict, tmp_path):
     with pytest.raises(openai.APIStatusError, match=r"larger than 1\.5 MB") as raised:
         create(file=("a.wav", bytes(2_400_000)), model=strict_name(strict))
     assert raised.value.status_code == 413
-    # Without a length in the header, it is refused as soon as it has too many bytes.
+    # An upload without a length in its header is refused as soon as too many bytes have arrived.
     body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(3_000_000)
     request = urllib.request.Request(
         f"{strict.url}/v1/audio/transcriptions",
@@ -47,7 +51,7 @@ def test_uploads_that_are_too_large_or_too_long_are_refused(strict, tmp_path):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=20)
     assert error.value.code == 413
-    # One that announces far too much is refused before it is sent.
+    # An upload that announces far too many bytes is refused before it is sent.
     with post(strict, b"", {"Content-Length": str(10**10)}) as connection:
         answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
         assert answer.startswith("HTTP/1.1 413") and "file_too_large" in answer
@@ -63,19 +67,19 @@ def test_more_requests_than_permitted_are_refused_and_uploads_have_no_name_on_th
         strict.wait_for("slam_asr_requests_in_progress", 1)
         end = time.monotonic() + 10
         while not (unnamed := open_files_of(strict)):
-            assert time.monotonic() < end, "the upload is in a temporary file"
+            assert time.monotonic() < end, "the upload is in no temporary file"
         assert all(name.endswith("(deleted)") for name in unnamed) and not list(strict.folder.iterdir())
         with pytest.raises(openai.RateLimitError, match="1 requests are in progress") as raised:
             strict.client().audio.transcriptions.create(file=tone, model="any")
         assert raised.value.response.headers["retry-after"] == "1"
-        # With its usual patience, the client gets through once the other request has ended.
+        # The upload has only zeros, which are no audio.
         assert finish(uploading).startswith("HTTP/1.1 400")
     strict.wait_for("slam_asr_requests_in_progress", 0)
     assert open_files_of(strict) == [] and not list(strict.folder.iterdir())
 
 
 def open_files_of(server: Server) -> list[str]:
-    """Files that the server has open in its folder for temporary files, whether they have a name or not."""
+    """Return the files, named or not, that the server has open in its folder for temporary files."""
     port = int(server.url.rpartition(":")[2])
     (process,) = {
         c.pid for c in psutil.net_connections("tcp4") if c.laddr.port == port and c.status == "LISTEN"
@@ -103,25 +107,23 @@ def test_a_request_ends_at_its_deadline(strict, tone):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_work_for_a_client_that_goes_is_cancelled(strict, tone, stream):
-    gone = strict.metric('slam_asr_requests_total{status="499"}')
+def test_the_work_for_a_client_that_disconnects_is_cancelled(strict, tone, stream):
+    before = strict.metric('slam_asr_requests_total{status="499"}')
     field = b'\r\n--b\r\nContent-Disposition: form-data; name="stream"\r\n\r\ntrue' if stream else b""
     connection = post(strict, tone.read_bytes() + field)
     connection.sendall(b"\r\n--b--\r\n")
     strict.wait_for("slam_asr_segments_waiting", 1, seconds=4)
     connection.close()
-    strict.wait_for('slam_asr_requests_total{status="499"}', gone + 1, seconds=3)
+    strict.wait_for('slam_asr_requests_total{status="499"}', before + 1, seconds=3)
     assert strict.metric("slam_asr_segments_waiting") == strict.metric("slam_asr_requests_in_progress") == 0
-    # The end of an upload that never comes is noticed as well.
+    # A client that disconnects before the end of its upload is noticed as well.
     connection = post(strict, bytes(1000))
     strict.wait_for("slam_asr_requests_in_progress", 1)
     connection.close()
-    strict.wait_for('slam_asr_requests_total{status="499"}', gone + 2, seconds=3)
+    strict.wait_for('slam_asr_requests_total{status="499"}', before + 2, seconds=3)
 
 
-def test_only_clients_with_a_key_are_served_and_requests_in_progress_end_before_the_server(
-    model, tone, tmp_path
-):
+def test_clients_need_a_key_and_requests_in_progress_end_before_the_server(model, tone, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\nanother-key\n")
     with serving(model, tmp_path / "t", "--api-key-file", str(keys), "--limits.wait", "1.5") as server:
@@ -152,7 +154,7 @@ def test_only_clients_with_a_key_are_served_and_requests_in_progress_end_before_
         assert not any("warning" in line or KEY in line or "Traceback" in line for line in server.lines)
 
 
-def test_a_server_that_everyone_reaches_warns(strict):
+def test_a_server_without_keys_that_everyone_can_reach_logs_a_warning(strict):
     assert [line for line in strict.lines if line.startswith("warning")] == [
         "warning: everyone who reaches 0.0.0.0 may use this server, because it has no --api-key-file"
     ]

@@ -1,7 +1,8 @@
-"""Imports the libraries that the tests' programs need, then forks a process for each program.
+"""The fork server: it imports the libraries that the tests' programs need, then forks a process per program.
 
-The first program starts it (`sitecustomize.py`), and it ends with the test session. It runs no tensor
-operation and starts no thread: a forked process inherits locks but not threads, and could wait forever.
+The first program starts it (see `sitecustomize.py`), and it ends with the test session. It runs no tensor
+operation and starts no thread, because a forked process inherits locks but no threads, and could wait
+forever.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ IMPORTED = (
     "transformers.models.whisper.feature_extraction_whisper",
     "transformers.models.whisper.modeling_whisper",
 )
-"""What takes longest to import. Tests of other model families import the rest themselves."""
+"""Modules that take longest to import. Tests of other model families import theirs themselves."""
 
 
 def main() -> None:
@@ -66,7 +67,8 @@ def main() -> None:
 def serve(listening: socket.socket, owner: int) -> None:
     """Answer requests until the owner's process has ended.
 
-    Forks for each request, reports each exit status, and kills a process whose stand-in was killed.
+    For each request, this forks a process and reports its exit status. If a stand-in is killed, its process
+    is killed too.
     """
     # A signal's arrival wakes the loop; without a handler, SIGCHLD would not.
     awake, wake = os.pipe()
@@ -74,7 +76,7 @@ def serve(listening: socket.socket, owner: int) -> None:
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     stand_ins: dict[int, tuple[int, socket.socket]] = {}
-    """By the socket's number: the forked process, and the socket to its stand-in."""
+    """The id of each forked process and the socket to its stand-in, keyed by the socket's number."""
     while True:
         ready, _, _ = select.select([listening, awake, *stand_ins], [], [], 2.0)
         if not os.path.exists(f"/proc/{owner}"):
@@ -92,7 +94,7 @@ def serve(listening: socket.socket, owner: int) -> None:
         for descriptor in [r for r in ready if r in stand_ins]:
             number, connection = stand_ins[descriptor]
             if not connection.recv(1):
-                # The stand-in was killed, and what it stands for goes with it.
+                # The stand-in was killed, so its process must end too.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
                 connection.close()
@@ -116,7 +118,7 @@ def reap(stand_ins: dict[int, tuple[int, socket.socket]]) -> None:
 
 
 def answer(connection: socket.socket, ours: list[int]) -> int:
-    """Fork a process for one request → its process id, or 0 if the requester has ended."""
+    """Fork a process for a request; return the process's id, or 0 if the requester has ended."""
     try:
         message, streams, _, _ = socket.recv_fds(connection, 16, 6)
     except OSError:
@@ -139,7 +141,7 @@ def answer(connection: socket.socket, ours: list[int]) -> int:
 
 
 def become(streams: list[int], stand_in: socket.socket) -> None:
-    """Take over the request's streams, environment and folder, and run its program to its end."""
+    """Run the request's program to its end, with the request's streams, environment and folder."""
     for target, stream in enumerate(streams[:3]):
         os.dup2(stream, target)
     with open(streams[3], "rb") as content:
@@ -163,14 +165,14 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
     if threads:
         import torch
 
-        # OpenMP has read its variable when torch was imported.
+        # OpenMP read its variable when torch was imported.
         torch.set_num_threads(int(threads))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[1:1] = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
     sys.path[0] = request["folder"] if program[0][0] == "-" else os.path.dirname(os.path.abspath(program[0]))
     from slam_asr.runtime import worker as processes
 
-    # The parent of this process is the fork server; the one to end with is the stand-in's.
+    # The parent of this process is the fork server, but it must end with the parent of its stand-in.
     processes.die_with_parent = lambda: stand_in.send(b"die with parent")
     code = 0
     try:
@@ -179,7 +181,7 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         elif program[0] == "-c":
             sys.argv = ["-c"]
-            # The descriptors of its socket and pipe have other numbers here.
+            # The descriptors of multiprocessing's socket and pipe have other numbers in this process.
             start = re.sub(r"main\(\d+, \d+", "main({}, {}".format(*streams[4:]), program[1])
             exec(start, {"__name__": "__main__"})
         else:

@@ -1,12 +1,13 @@
-"""Python programs of the tests start warm: imports are done once, in a process that forks for each program.
+"""Python programs of the tests start warm: a process imports libraries once, then forks for each program.
 
 Importing torch, transformers, DeepSpeed and kfp takes up to eight seconds of a core, and a pipeline on tiny
-models starts a dozen programs that do. With this folder on PYTHONPATH, an interpreter that is about to run
-one of this project's programs passes its arguments, environment, folder and standard streams to the fork
-server (`fork_server.py`) and becomes a stand-in: it passes signals on, and ends as the forked process ended.
-If a stand-in is killed, its forked process is killed too, so tests can kill, count and signal what they see.
+models starts a dozen programs that import them. With this folder on PYTHONPATH, an interpreter that is about
+to run one of this project's programs passes its arguments, environment, folder and standard streams to the
+fork server (`fork_server.py`). The interpreter then becomes a stand-in: it passes signals on to the forked
+process, and ends as that process ends. If a stand-in is killed, its forked process is killed too, so tests
+can treat a stand-in as the program.
 
-All other interpreters start as usual. So do all of them where `SLAM_ASR_WARM` is not set.
+All other interpreters start as usual, and so do all interpreters if `SLAM_ASR_WARM` is not set.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ _FORK_SERVER = "from multiprocessing.forkserver import main; main("
 
 
 def _program(words: list[str]) -> list[str] | None:
-    """`-u -m slam_asr train` → `["-m", "slam_asr", "train"]`; None for a program that starts cold."""
+    """Return the words of a program: `["-m", "slam_asr", "train"]`; None if it starts cold."""
     words = [word for word in words[:2] if word != "-u"] + words[2:]
     if len(words) >= 2 and words[0] == "-m" and (words[1] in _MODULES or words[1].startswith("slam_asr.")):
         return words
@@ -31,7 +32,7 @@ def _program(words: list[str]) -> list[str] | None:
     if words[-2:-1] == ["-c"] and words[-1].startswith(_FORK_SERVER):
         return words[-2:]
     script = os.path.basename(words[0]) if words else ""
-    # A forked process shares the fork server's pages, so memory is measured in one that starts cold.
+    # A forked process shares memory pages with the fork server, so programs that measure memory start cold.
     if script.endswith("_program.py") and "memory" not in script:
         return words
     return None
@@ -59,7 +60,7 @@ def _connect(address: str) -> "socket.socket":
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fork_server.py")
                     with open(f"{address}.log", "w", encoding="utf-8") as log:
-                        # It inherits the lock, and holds it until it ends.
+                        # The fork server inherits the lock, and holds it until it ends.
                         subprocess.Popen(
                             [sys.executable, program, address],
                             stdin=subprocess.DEVNULL,
@@ -80,7 +81,8 @@ def _connect(address: str) -> "socket.socket":
 
 
 def _without_warmth(environment: "os._Environ[str]") -> dict[str, str]:
-    # One thread each, so that importing numpy starts none; `become` applies what a program asks for.
+    # With one thread per library, importing numpy starts no thread. `become` sets the number that a program
+    # needs.
     return {k: v for k, v in environment.items() if k != "SLAM_ASR_WARM"} | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -97,7 +99,7 @@ def _stand_in(address: str, program: list[str]) -> None:
 
     server = _connect(address)
     request = {"program": program, "environment": dict(os.environ), "folder": os.getcwd()}
-    # multiprocessing's fork server inherits its socket, and a pipe that ends with its owner.
+    # multiprocessing's own fork server inherits a socket, and a pipe that closes when its owner ends.
     numbers = program[1].removeprefix(_FORK_SERVER).split(",")[:2] if program[0] == "-c" else []
     inherited = [int(number) for number in numbers]
     # The request may be larger than a packet, so it travels in a file without a name.
@@ -108,14 +110,14 @@ def _stand_in(address: str, program: list[str]) -> None:
     process = int(server.recv(64))
 
     def pass_on(number: int, _: object) -> None:
-        # It may have ended just now; its exit status is on the way then.
+        # The process may have just ended; then its exit status will arrive.
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
 
     for known in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(known) is not signal.SIG_IGN:
             signal.signal(known, pass_on)
-    # Whoever reads the program's output sees its end when the forked process ends, not this one.
+    # Readers of the program's output must see its end when the forked process ends, not when this one does.
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2, *inherited):
         os.dup2(nothing, stream)

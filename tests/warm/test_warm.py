@@ -1,4 +1,4 @@
-"""A program that starts warm behaves like one that starts from nothing."""
+"""A program that starts warm behaves like one that starts cold."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ NAME = "this_program.py"
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a Python program from its source, with its output in pipes."""
+    """Return a function that starts a Python program from its source, with its output in pipes."""
 
     def start(source: str, *arguments: str, **environment: str) -> subprocess.Popen:
         file = tmp_path / NAME
@@ -40,7 +40,7 @@ def start(tmp_path):
 
 
 def run_both_ways(start, source: str, *arguments: str, **environment: str) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of a warm and of a cold start."""
+    """Return the exit code, stdout and stderr of a warm and of a cold start."""
     results = []
     for warmth in ({}, {"SLAM_ASR_WARM": ""}):
         process = start(source, *arguments, **environment, **warmth)
@@ -49,7 +49,7 @@ def run_both_ways(start, source: str, *arguments: str, **environment: str) -> li
     return results
 
 
-def test_the_program_is_really_forked_from_one_that_has_imported_torch(start):
+def test_a_warm_program_is_forked_from_a_process_that_has_imported_torch(start):
     warm, cold = run_both_ways(start, "import sys; print('torch' in sys.modules)")
     assert (warm[1], cold[1]) == ("True\n", "False\n")
 
@@ -91,7 +91,7 @@ def test_a_signal_reaches_the_program(start, number):
     assert (process.returncode, out) == (3, f"got {int(number)}")
 
 
-def test_killing_what_was_started_kills_the_program(start, tmp_path):
+def test_killing_the_stand_in_kills_the_program(start, tmp_path):
     process = start(
         "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)",
     )
@@ -101,7 +101,7 @@ def test_killing_what_was_started_kills_the_program(start, tmp_path):
     process.wait(timeout=30)
     deadline = time.monotonic() + 30
     while program.is_running() and program.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the forked process lives on"
+        assert time.monotonic() < deadline, "the forked process is still running"
         time.sleep(0.05)
 
 
