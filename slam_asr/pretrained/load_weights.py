@@ -45,14 +45,16 @@ def load_weights(
         folder: a folder with transformers' files.
         dtype: dtype of the weights.
         part: `encoder` or `LLM`, for error messages.
-        values: whether to read the values. If False, weights and buffers are on the meta device.
+        values: whether to read the values. If False, weights and buffers are on the meta device, and it is
+            not checked whether they are finite.
         trust_remote_code: whether code in the folder may run.
 
     Returns:
         The model, on the CPU unless `values` is False.
 
     Raises:
-        ModelError: weights are missing, damaged, of another shape, or not finite.
+        ModelError: weights are missing, damaged, of another shape, or not finite; or the folder's code would
+            have to run but is not trusted.
     """
     device = {}
     if not values:
