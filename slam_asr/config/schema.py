@@ -278,7 +278,10 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
-    """Refuse unknown keys, and values that jsonargparse would accept: null, or a section that is a value."""
+    """Refuse unknown keys, and two kinds of values that jsonargparse would accept.
+
+    These are null, and anything but keys for a section.
+    """
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():
         full = f"{prefix}{key}"

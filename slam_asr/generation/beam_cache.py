@@ -323,7 +323,7 @@ def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
     register_attention()
     # Parts of an LLM may have their own configurations, and each layer looks up its attention in its own.
-    # Several modules may share one configuration, so they are collected by id.
+    # Several modules may share a configuration, so configurations are collected by id.
     configs = {
         id(config): config
         for module in llm.modules()

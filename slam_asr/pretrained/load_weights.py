@@ -40,8 +40,8 @@ def load_weights(
     """Load a pretrained model with all its weights, frozen, in evaluation mode.
 
     Args:
-        kind: one of transformers' Auto classes. Its type is Any, because these classes share no base class
-            with `from_pretrained`.
+        kind: one of transformers' Auto classes, or a model class. The type is Any, because these classes
+            share no base class with `from_pretrained`.
         folder: a folder with transformers' files.
         dtype: dtype of the weights.
         part: `encoder` or `LLM`, for error messages.
