@@ -116,7 +116,7 @@ def pack(rows: list[Row]) -> Batch:
 
     The LLM must be one that `packed_attention.allow_packing` accepts.
     """
-    # Audio positions get token id 0, a valid index of the embedding. `Slam.embed` overwrites its embeddings.
+    # Audio positions get token id 0, a valid index. `Slam.embed` overwrites these positions' embeddings.
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]

@@ -14,8 +14,8 @@ def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None 
     """Copy models to object storage.
 
     Args:
-        to: an s3:// prefix. The path of a copy below it is the model's name on the hub, or the last component
-            of a folder's path.
+        to: an s3:// prefix. Below it, a copy has the model's name on the hub, or the last component of the
+            folder's path.
         recipe: a recipe whose encoder and LLM are copied.
         models: names on the hub, or folders. Models that are already in object storage are not copied.
 

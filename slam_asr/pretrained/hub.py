@@ -10,7 +10,7 @@ from slam_asr.pretrained.model_files import needed_files
 from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
-"""Seconds to wait for the hub's answer whether it has a model; few, because clusters often block the hub."""
+"""Seconds to wait for the hub to answer. The time is short, because clusters often block the hub."""
 FIRST_PAUSES = (1.0, 2.0)
 """Seconds before further attempts if the hub cannot be reached: a new pod's network may not be ready yet."""
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)

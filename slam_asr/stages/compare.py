@@ -31,7 +31,7 @@ def compare(
         seed: seed of the resampling and of the random exchanges.
 
     Returns:
-        One comparison per test subset, if the utterances come from several subsets, and at last one over all
+        One comparison per test subset, if the utterances come from several subsets, and finally one over all
         utterances.
 
     Raises:

@@ -1,6 +1,4 @@
-"""The base classes of speech encoders. An encoder turns each utterance's waveform into features.
-
-Features are a tensor [frames, width].
+"""The base classes of speech encoders, which turn each utterance's waveform into features [frames, width].
 
 All supported encoders compute 50 frames per second: one frame per 320 samples at 16 kHz. This module contains
 the code that they share. The modules `whisper` and `waveform` contain the two families of encoders, and
