@@ -86,12 +86,12 @@ def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def waveform_config(encoder: TensorDict, targets: bool, options: FairseqOptions) -> PretrainedConfig:
+def waveform_config(encoder: TensorDict, has_targets: bool, options: FairseqOptions) -> PretrainedConfig:
     """Choose transformers' configuration of WavLM, HuBERT or wav2vec 2.0, and fill it in.
 
     Args:
         encoder: the encoder's tensors, keyed by fairseq's names.
-        targets: whether the file has the embeddings of a pretrained HuBERT's targets. wav2vec 2.0 has none.
+        has_targets: whether the file has embeddings of HuBERT's targets; wav2vec 2.0 has no such targets.
         options: fairseq's configuration.
 
     Raises:
@@ -110,7 +110,7 @@ def waveform_config(encoder: TensorDict, targets: bool, options: FairseqOptions)
         # Fine-tuning removes the embeddings of HuBERT's targets. Only the name in the configuration then
         # distinguishes HuBERT from wav2vec 2.0.
         names = str([s.get("_name", s.get("arch", "")) for s in options.sections]).lower()
-        return (HubertConfig if targets or "hubert" in names else Wav2Vec2Config)(**sizes)
+        return (HubertConfig if has_targets or "hubert" in names else Wav2Vec2Config)(**sizes)
     except (
         LookupError,
         ValueError,

@@ -92,7 +92,7 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) -> T:
+def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[float]) -> T:
     """Call the hub, and repeat the call after failures that may be temporary.
 
     If the last attempt fails too, its exception is raised.
@@ -100,14 +100,14 @@ def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) ->
     Args:
         call: may be called many times.
         name: the model's name on the hub, for the log.
-        unreachable: seconds before each further attempt if the hub cannot be reached.
+        pauses_if_unreachable: seconds before each further attempt if the hub cannot be reached.
     """
     attempts = 0
     while True:
         try:
             return call()
         except Exception as error:
-            pauses = _pauses_after(error, unreachable)
+            pauses = _pauses_after(error, pauses_if_unreachable)
             if attempts >= len(pauses):
                 raise
             failure = type(error).__name__
@@ -116,10 +116,10 @@ def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) ->
         attempts += 1
 
 
-def _pauses_after(error: Exception, unreachable: Sequence[float]) -> Sequence[float]:
+def _pauses_after(error: Exception, pauses_if_unreachable: Sequence[float]) -> Sequence[float]:
     """Return the seconds before each further attempt after an error; empty if no attempt would help."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         return PAUSES if error.response.status_code in _TEMPORARY else ()
-    return unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()
+    return pauses_if_unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()
