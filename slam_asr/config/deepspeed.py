@@ -107,7 +107,7 @@ def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
     checked, passed_on, refused = known_keys().values()
     top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *COUNTERPARTS, "train_batch_size")})
     for key, value in settings.items():
-        # `auto` asks for nothing, so it does no harm in a key that is not supported.
+        # `auto` requests nothing, so it does no harm in a key that is not supported.
         if value == AUTO:
             continue
         if key in refused:

@@ -167,7 +167,7 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     """
     batch: list[int] = []
     for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
-        # Longest first, so a batch's first utterance determines the padded length.
+        # The order is longest first, so a batch's first utterance determines the padded length.
         longest = positions[batch[0] if batch else index] + max_new_tokens
         # Each beam counts with a copy of its audio and prompt. LLMs whose beams cannot share this prefix do
         # need the copies.

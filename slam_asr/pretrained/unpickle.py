@@ -70,7 +70,7 @@ class StandIn:
     state: Any
 
     def __new__(cls, *arguments: Any) -> "StandIn":
-        # Recorded here, because the opcode NEWOBJ creates objects without calling __init__.
+        # The arguments are recorded here, because the opcode NEWOBJ creates objects without calling __init__.
         stand_in = super().__new__(cls)
         stand_in.arguments, stand_in.state = arguments, None
         return stand_in

@@ -144,8 +144,8 @@ class MaskedGroupNorm(nn.Module):
         """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
-        # In fp32, because sums over thousands of frames would be inexact in half precision. Padding is set to
-        # 0 after the mean is subtracted, so that it adds nothing to the variance.
+        # The norm is computed in fp32, because sums over thousands of frames would be inexact in half
+        # precision. Padding is set to 0 after the mean is subtracted, so that it adds nothing to the variance.
         # https://github.com/facebookresearch/fairseq/issues/3227 shows the effect of padding that is not
         # excluded.
         x, count = hidden.float(), self.lengths[:, None, None]
