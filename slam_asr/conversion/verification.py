@@ -259,7 +259,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         return TrainedWeights(
             projector_from_weights(trained, recipe.projector, *widths, str(folder)), llm_weights
         )
-    # Without an adapter, the folder `llm/` holds a fully trained LLM. If it does not exist, the LLM is frozen.
+    # Without an adapter, `llm/` holds a fully trained LLM. If it does not exist, the LLM is frozen.
     return TrainedWeights(
         read_projector(folder, read_config(folder)),
         read_adapter(folder) or lazy_tensors(sorted((folder / LLM).glob("*.safetensors"))),

@@ -145,9 +145,8 @@ class MaskedGroupNorm(nn.Module):
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
         # The norm is computed in fp32, because sums over thousands of frames would be inexact in half
-        # precision. Padding is set to 0 after the mean is subtracted, so that it adds nothing to the variance.
-        # https://github.com/facebookresearch/fairseq/issues/3227 shows the effect of padding that is not
-        # excluded.
+        # precision. Padding is set to 0 after the mean is subtracted, so that it adds nothing to the
+        # variance. https://github.com/facebookresearch/fairseq/issues/3227 shows what padding does otherwise.
         x, count = hidden.float(), self.lengths[:, None, None]
         valid = torch.arange(x.shape[2], device=x.device) < count
         centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid
