@@ -1,8 +1,8 @@
 """The Kubeflow components of the steps, and the names of their images.
 
-A component declares a step's typed inputs, outputs and image, and contains no logic. kfp copies only
-the function's source into the container, so each body imports everything that it uses, then calls
-the same function as the command line.
+A component declares a step's typed inputs, outputs and image, and contains no logic. kfp copies only the
+function's source into the container. Each body therefore imports everything that it uses, and then calls the
+same function as the command line.
 
 Images are named at compile time. `SLAM_ASR_IMAGES` is a template such as
 `registry.example/team/{stage}:{version}`, or the file of digests that `make images` writes.
@@ -41,7 +41,7 @@ def component_of(step: str) -> "PythonComponent":
 
 
 def image(step: str) -> str:
-    """Return the image that a step runs in, named by the environment or the default template."""
+    """Return the image in which a step runs, named by the environment or the default template."""
     return images(os.environ.get(IMAGES_VARIABLE) or DEFAULT_IMAGES)[step]
 
 

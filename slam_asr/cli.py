@@ -86,8 +86,8 @@ EFFECTIVE_KEYS = {
     "score": ("decoding", "published_wer"),
     "publish": ("publish", "gate"),
 }
-"""By command, the keys of a recipe that have an effect on a model that is already trained. The recipe in the
-model decides all others."""
+"""By command, the keys of a recipe that have an effect on a model that is already trained. The model's own
+recipe decides all others."""
 
 
 def usage() -> str:
@@ -124,7 +124,7 @@ def run(command: str, arguments: list[str]) -> Any:
         What the command's function returns; for a stage, its record.
 
     Raises:
-        UserError: no such command, a wrong option, or a mistake that the command itself reports.
+        UserError: the command does not exist, an option is wrong, or the command itself reports a mistake.
     """
     command, arguments = resolve_command(command, arguments)
     if command not in COMMANDS:
@@ -193,10 +193,10 @@ def positionals_of(command: str) -> str:
 
 
 def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """Turn the arguments that a command takes by position into options.
+    """Turn arguments that a command takes by position into options.
 
     `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `FILE FILE …` becomes
-    `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first in every command.
+    `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first if a command has no such arguments.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
@@ -228,10 +228,7 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
 
 
 def _take_model(words: list[str]) -> str:
-    """Return the model of `transcribe`: the default one, or the first word if it is a model.
-
-    In earlier versions, the model always came first. It is removed from the words.
-    """
+    """Return the default model; or remove and return the first word if it is a model, as in old versions."""
     from slam_asr.artifacts.shipped import default_model, is_model
 
     if not words or not is_model(words[0]):
@@ -248,7 +245,7 @@ def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
     """Add `--recipe` to a parser, and an option for each key. The named recipe's values are the defaults.
 
     Raises:
-        UserError: there is no such recipe, or it is not valid.
+        UserError: the recipe does not exist, or is not valid.
     """
     shipped = ", ".join(shipped_recipes())
     # The help shows the default, and a model's recipe is the complete YAML.
@@ -279,7 +276,7 @@ def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
     is not the user's decision, so it never allows an LLM's own code.
 
     Returns:
-        The recipe; None if there is none, or if `convert-checkpoint` gets no option of a recipe.
+        The recipe; None if the command line names no model with a recipe, or if the command does not use it.
     """
     model = _value_of("--model", arguments) if command in EFFECTIVE_KEYS else None
     # These two take their settings from any recipe that is named.
@@ -316,7 +313,7 @@ def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
     """Refuse an option for a key of the recipe that has no effect on a model that is already trained.
 
     Raises:
-        ConfigurationError: there is such an option.
+        ConfigurationError: the command line has such an option.
     """
     effective = EFFECTIVE_KEYS[command]
     for key in given:

@@ -18,11 +18,11 @@ THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 """Environment variables that set the number of threads: that of torch and NumPy, and that of tokenizers."""
 
 LIMITED = "SLAM_ASR_LIMITED"
-"""Environment variable: the names in `THREADS` that `limit_threads` has set, rather than the user."""
+"""Environment variable with the names in `THREADS` that `limit_threads`, not the user, has set."""
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use: at least 1, at most its container's CPU limit.
+    """Return the number of cores that this process may use: at least 1, at most its container's CPU limit.
 
     A fraction of a core counts as a core, as in the runtimes of Go and Java.
     """
@@ -31,7 +31,7 @@ def usable_cores() -> int:
 
 
 def thread_limits(processes: int = 1) -> dict[str, str]:
-    """Environment variables that give each of several processes its share of the cores.
+    """Return environment variables that give each of several processes its share of the cores.
 
     Without them, each process would start threads for all cores. Variables that the user has set are not
     included.
@@ -57,7 +57,7 @@ def _cores() -> int:
 
 
 def _limit() -> float | None:
-    """The container's CPU limit in cores; None if it has none."""
+    """Return the container's CPU limit in cores; None if it has none."""
     for quota_and_period in (_words(CPU_MAX), _words(*CPU_CFS)):
         try:
             quota, period = map(float, quota_and_period)

@@ -88,7 +88,7 @@ class Stopped(KeyboardInterrupt):
 def exit_on_user_error() -> Iterator[None]:
     """Exit with one line on stderr, instead of a traceback, after an error that the user can resolve.
 
-    Every program begins with it, before it imports torch, so it also limits the threads.
+    Every program enters this context before it imports torch, so it also limits the threads.
 
     The exit code is 2 after a `UserError` and after the errors that `from_os_error` explains. After `Stopped`
     it is that exception's code, and after Ctrl-C it is 130.
@@ -103,7 +103,7 @@ def exit_on_user_error() -> Iterator[None]:
         if explained is None:
             raise
         _exit(str(explained), EXIT_CODE)
-    # `Stopped` is one too, with an exit code of its own.
+    # `Stopped` is a KeyboardInterrupt too, with an exit code of its own.
     except KeyboardInterrupt as interruption:
         _exit(
             str(interruption) or "interrupted; run the same command again to resume",
@@ -112,7 +112,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    # Otherwise, lines that were printed before the error could appear after it, where both go to one log.
+    # Otherwise, in a log of both streams, lines that were printed before the error could appear after it.
     sys.stdout.flush()
     print(f"{ERROR_PREFIX}{message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -30,7 +30,7 @@ class Command:
     function: str
     """`module:function` that the command runs."""
     positionals: str
-    """Parameters that it takes by position, in capitals; `…` follows the name of a list: `MODEL FILES…`."""
+    """Parameters that it takes by position, in capitals; `…` follows the name of a list: `FILES…`."""
     summary: str
     """What the command does, in half a line."""
     facts: str = ""
@@ -95,15 +95,15 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
 
 
 def option_name(parameter: str) -> str:
-    """`train_manifest` → `--train-manifest`."""
+    """Return the option of a parameter, such as `--train-manifest` for `train_manifest`."""
     return "--" + parameter.replace("_", "-")
 
 
 def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Parse options into typed values by name.
 
-    Names may mix dashes and underscores. Each outdated spelling is noted on stderr.
-    A list may be given as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
+    Names may mix dashes and underscores. A note on stderr reports each outdated spelling. A list may be given
+    as `--x a b`, as `--x a --x b`, or as `--x '[a, b]'`.
 
     Raises:
         UserError: an option is unknown (the message suggests the nearest one), missing, or of the wrong type,
@@ -131,7 +131,7 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
 
 
 def refuse_empty(options: Mapping[str, Any]) -> None:
-    """Refuse an empty option or an `s3://` address without a bucket: most often a shell variable is not set.
+    """Refuse empty options and `s3://` addresses without a bucket, which often come from unset variables.
 
     Args:
         options: values by name. Texts and lists of texts are checked, other values are not.
@@ -158,7 +158,7 @@ def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
 
 
 def _complete_usage(parser: ArgumentParser) -> None:
-    """Add the options to the usage line, but one placeholder for the recipe's keys, which fill a screen."""
+    """Add the options to the usage line, with one placeholder for the recipe's keys, which fill a screen."""
     usage = parser.usage or "%(prog)s"
     positionals = {word.strip("[]…").lower() for word in usage.split()}
     # jsonargparse puts the keys into groups of their own. Without a recipe, there may be none yet.
@@ -193,13 +193,13 @@ def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> t
 
 
 def _known_name(name: str, known: Mapping[str, Any]) -> str:
-    """The parser's spelling of an option, or the name unchanged if the parser does not know it."""
+    """Return the parser's spelling of an option, or the name unchanged if the parser does not know it."""
     if name in known:
         return name
     # Change only the part that is a key of the recipe. The rest may be the user's:
     # `--published_wer.test-clean`.
     parts = name.removeprefix("--").split(".")
-    # The longest key first: `--training` is an option too, so it would match `--training.max_steps`.
+    # The longest key is tried first: `--training` is an option too, so it would match `--training.max_steps`.
     for count in range(len(parts), 0, -1):
         key = "--" + ".".join(parts[:count]).replace("-", "_")
         if key in known:
@@ -224,7 +224,7 @@ def _show_lists(known: Mapping[str, Any]) -> None:
 
 
 def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """`--x a b` → `--x=[] --x+=a --x+=b`, the form in which jsonargparse accepts a list's values one by one.
+    """Turn `--x a b` into `--x=[] --x+=a --x+=b`, in which jsonargparse accepts a list's values one by one.
 
     The empty list replaces the option's default, so it precedes only the first occurrence. jsonargparse
     also reads YAML, so `--x+=[a, b]` appends two values. A shell splits an unquoted `[a, b]` at the space,
@@ -279,7 +279,7 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
         return f"{valueless[1]} lacks a value{help_hint}"
     missing = re.search(r"arguments are required: (.*)", text)
     if missing:
-        # What a command takes by position is named as its usage line does.
+        # Arguments by position are named as in the usage line.
         words = itertools.takewhile(lambda word: "-" not in word[:2], (parser.usage or "").split())
         shown = options | {w.strip("[]…").lower(): w.strip("[]") for w in words if w.strip("[]…").isupper()}
         names = [name.strip(" -") for name in missing[1].split(",")]

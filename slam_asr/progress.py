@@ -84,7 +84,7 @@ class Meter:
 
 
 def _bar(label: str, total: int | None, unit: str) -> tqdm | None:
-    """tqdm's bar if the output reaches a terminal, else None."""
+    """Return tqdm's bar if the output reaches a terminal, else None."""
     columns = os.environ.get(BAR_COLUMNS)
     if not columns and not sys.stderr.isatty():
         return None

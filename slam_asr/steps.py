@@ -37,14 +37,14 @@ class Step:
     torch: str = "none"
     """The build of torch in the step's own image: `cuda`, `cpu` or `none`. Steps with `cuda` get the GPUs."""
     processes: str = ""
-    """The recipe key with the number of its processes on one machine; each gets a GPU, where there are any.
+    """The recipe key with the number of its processes on one machine; each gets a GPU if the machine has any.
 
     Empty if it runs in one process.
     """
     settings_of: str = ""
     """The step whose settings in the cluster profile also apply to this one. Empty if it has its own."""
     positionals: str = ""
-    """The parameters that its command takes by position, in capitals. Empty: the recipe."""
+    """The parameters that its command takes by position, in capitals. If empty, it takes the recipe."""
     options: dict[str, str] = field(default_factory=dict)
     """The options of its command when it runs alone, with `--only`. Empty if it cannot run alone.
 
@@ -209,5 +209,5 @@ of torch in them, as in `Step.torch`."""
 
 
 def outputs_of(pipeline: str) -> dict[str, str]:
-    """The steps of a pipeline in their order, each with the output that points to its result."""
+    """Return the steps of a pipeline in their order, each with the output that points to its result."""
     return {name: step.output for name, step in STEPS.items() if pipeline in step.pipelines}

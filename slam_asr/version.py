@@ -1,4 +1,4 @@
-"""What exactly is installed: the line that `slam-asr --version` prints, and a digest of the code."""
+"""The installed version: the line that `slam-asr --version` prints, and a digest of the code."""
 
 import importlib.util
 import os
@@ -9,11 +9,11 @@ from slam_asr import __version__
 from slam_asr.storage import digest
 
 COMMIT = "SLAM_ASR_COMMIT"
-"""Environment variable of the images: the commit that they were built from; a + marks changed files."""
+"""Environment variable of the images with the commit that they were built from; a + marks changed files."""
 
 
 def describe_version() -> str:
-    """One line with the version, the commit if known, torch's and CUDA's versions, and the number of GPUs."""
+    """Return one line: version, commit if known, torch's and CUDA's versions, and the number of GPUs."""
     commit = os.environ.get(COMMIT) or _commit_of_checkout()
     line = f"slam-asr {__version__}" + (f" (commit {commit})" if commit else "")
     if importlib.util.find_spec("torch") is None:
@@ -38,7 +38,7 @@ def _commit_of_checkout() -> str:
 
 
 def source_digest() -> str:
-    """SHA-256 of all Python files of the installed package, by which two installations are compared.
+    """Return a SHA-256 of all Python files of the installed package, to compare two installations.
 
     `__version__` changes only with a release, and an image knows its commit only if `make images` built it.
     """

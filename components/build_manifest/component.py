@@ -22,8 +22,8 @@ def build_manifest(
         corpus: Folder, file or s3:// prefix of the corpus, as seen from the step's container.
         store: Folder or s3:// prefix for the results of all stages; results that exist already are reused.
         manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json. Like the
-            pointers of all later steps, it contains the resolved recipe, with every key spelt out.
-        statistics: Page with hours, durations and characters, and which utterances were rejected and why.
+            pointers of all later steps, it carries the resolved recipe, in which every key has a value.
+        statistics: Page with hours, durations, characters, and the rejected utterances with reasons.
         corpus_metrics: Utterances and hours, accepted and rejected.
         recipe_overrides: Changes to single keys of the recipe, by full name, such as {"training.epochs": 1}.
 

@@ -7,7 +7,7 @@ from components import image
 
 @dsl.component(base_image=image("notify"), install_kfp_package=False)
 def notify(store: str, form: str, api: str, dashboard: str, status: dsl.PipelineTaskFinalStatus) -> None:
-    """Send a message to a webhook that the run has ended, successfully or not.
+    """Send a message to a webhook after the end of the run, whether or not it was successful.
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.

@@ -18,9 +18,9 @@ def plan_sweep(
 
     Args:
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
-        variations: Name and changes of each, such as [{"name": "slow", "training.learning_rate": 0.0001}].
+        variations: Changes, each with a name, such as [{"name": "slow", "training.learning_rate": 0.0001}].
         store: Folder or s3:// prefix for the results of all stages.
-        planned: Pointer to the folder with variations.json, with the recipe that is varied.
+        planned: Pointer to the folder with variations.json; it carries the recipe that is varied.
         sweep_metrics: Number of variations.
         recipe_overrides: Changes to single keys of the recipe for all variations, by full name.
 

@@ -17,10 +17,10 @@ def vary_recipe(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        manifests: Pointer to the result folder of build-manifest, with the recipe that is varied.
+        manifests: Pointer to the result folder of build-manifest; it carries the recipe that is varied.
         variation: JSON with name and overrides, an element of plan-sweep's output.
         varied: Pointer to the folder with recipe.yaml.
-        varied_manifests: Pointer to the same manifests, with the variation's recipe for its later steps.
+        varied_manifests: Pointer to the same manifests; it carries the variation's recipe to later steps.
     """
     from slam_asr.errors import exit_on_user_error
 

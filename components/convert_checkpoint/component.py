@@ -12,14 +12,14 @@ def convert_checkpoint(
     model: dsl.Output[dsl.Model],
     model_metrics: dsl.Output[dsl.Metrics],
 ) -> list[str]:
-    """Convert a training checkpoint into the projector's weights and the model's configuration.
+    """Convert a training checkpoint into a model folder.
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        checkpoint: Pointer to the result folder of train, with the recipe; its decoding.checkpoint selects
-            the checkpoint, latest or best.
+        checkpoint: Pointer to the result folder of train; it carries the recipe, whose decoding.checkpoint
+            selects the checkpoint: latest, best or average.
         model: Pointer to the folder with projector.safetensors and config.json.
-        model_metrics: Number of the projector's parameters.
+        model_metrics: Number of trained parameters.
 
     Returns:
         The work shards of decode: 1/n, 2/n and so on.

@@ -18,7 +18,7 @@ def open_model(
 
     Args:
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
-        model: Folder or s3:// prefix of a model, or the name of a shipped one.
+        model: Folder or s3:// prefix of a model, or the name of a shipped model.
         store: Folder or s3:// prefix for the results of all stages.
         opened: Pointer to the model's folder.
         model_metrics: Metrics from the model's record.

@@ -20,7 +20,7 @@ def compare_runs(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        planned: Pointer to the result folder of plan-sweep, with the recipe that is varied.
+        planned: Pointer to the result folder of plan-sweep; it carries the recipe that is varied.
         variations: Name and overrides of each variation, the output of plan-sweep.
         scores: Pointers to the result folders of score.
         comparison: Pointer to the folder with runs.html, runs.md and runs.json.

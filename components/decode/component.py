@@ -18,7 +18,7 @@ def decode(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        manifests: Pointer to the result folder of build-manifest, with the recipe.
+        manifests: Pointer to the result folder of build-manifest; it carries the recipe.
         model: Pointer to the result folder of convert-checkpoint.
         shard: The work shard of this step, i/n.
         hypotheses: Pointer to the folder with hypotheses.jsonl.

@@ -17,7 +17,7 @@ def extract_features(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        manifests: Pointer to the result folder of build-manifest, with the recipe.
+        manifests: Pointer to the result folder of build-manifest; it carries the recipe.
         shard: The work shard of this step, i/n.
         features: Pointer to the record of this work shard in the feature store.
         extraction_metrics: Number of utterances, hours of audio, megabytes of features.

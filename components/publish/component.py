@@ -20,11 +20,11 @@ def publish(
     Args:
         store: Folder or s3:// prefix for the results of all stages.
         model: Pointer to the result folder of convert-checkpoint.
-        scores: Pointer to the result folder of score, with the recipe.
+        scores: Pointer to the result folder of score; it carries the recipe.
         publication: Pointer to the folder with decision.json.
-        decision: Whether the model was published, why, and as which version.
+        decision: Page that states whether the model was published, why, and as which version.
         publication_metrics: 1 if the model is published, else 0.
-        run: Id of the run, as a property of the registered version.
+        run: Id of the run, which becomes a property of the registered version.
     """
     from slam_asr.errors import exit_on_user_error
 

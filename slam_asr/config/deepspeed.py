@@ -1,7 +1,7 @@
 """Accepts DeepSpeed's own JSON as part of a recipe (`training.deepspeed`).
 
 Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
-moved into those keys. If the recipe sets such a key to another value, it is refused with a message that names
+moved into those keys. A recipe that sets such a key to another value is refused, with a message that names
 both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not
 know are refused, because DeepSpeed would silently ignore them. Settings for things that slam-asr does in
 its own way are refused too. `train_batch_size` is dropped: it is the product of the batch, the accumulation
@@ -28,12 +28,12 @@ AUTO = "auto"
 
 @functools.cache
 def known_keys() -> Any:
-    """DeepSpeed's keys: those that are `checked`, by section, and those that are `passed_on` or `refused`."""
+    """Return DeepSpeed's keys: the `checked` ones by section, then those `passed_on` and those `refused`."""
     return read_yaml(Path(__file__).with_name("deepspeed_keys.yaml").read_bytes(), "DeepSpeed's keys")
 
 
 def _offload(device: object) -> bool:
-    """Whether an offload device of DeepSpeed is the CPU rather than none."""
+    """Return whether DeepSpeed offloads to the CPU; raise ValueError for devices other than cpu and none."""
     if device not in ("cpu", "none", None):
         raise ValueError(f"must be cpu or none, not {device!r}")
     return device == "cpu"
@@ -48,7 +48,8 @@ COUNTERPARTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "train_micro_batch_size_per_gpu": ("utterances_per_batch", int),
     "gradient_accumulation_steps": ("accumulation", int),
 }
-"""DeepSpeed's keys that have a counterpart in a recipe's section `training`: its name and the conversion."""
+"""DeepSpeed's keys that have a counterpart in a recipe's section `training`: its name, and the conversion of
+the value."""
 
 
 def adopt(values: dict[str, Any], where: str) -> None:
@@ -78,7 +79,8 @@ def adopt(values: dict[str, Any], where: str) -> None:
     _take_counterparts(settings, training, named)
     _take_precision(settings, training, named)
     _take_optimizer(settings, named)
-    # DeepSpeed would compute a missing factor from the number of processes, which is not known here.
+    # DeepSpeed would compute a missing batch or accumulation from the number of processes, which is not known
+    # here.
     if settings.pop("train_batch_size", None) is not None and not (
         training.get("utterances_per_batch") and training.get("accumulation")
     ):
@@ -105,7 +107,7 @@ def _refuse_unknown(settings: dict[str, Any], named: str) -> None:
     checked, passed_on, refused = known_keys().values()
     top = sorted({key.partition(".")[0] for key in (*checked, *passed_on, *COUNTERPARTS, "train_batch_size")})
     for key, value in settings.items():
-        # `auto` asks for nothing, so it does no harm in a key that is not supported.
+        # `auto` requests nothing, so it does no harm in a key that is not supported.
         if value == AUTO:
             continue
         if key in refused:
@@ -169,7 +171,7 @@ def _take_counterparts(settings: dict[str, Any], training: dict[str, Any], named
 
 def _agree(training: dict[str, Any], ours: str, value: object, key: str, named: str) -> None:
     """Set the recipe's key `ours`, unless the recipe sets it to another value."""
-    # Compared with what the recipe sets itself: a default is no contradiction.
+    # Only a value that the recipe itself sets can contradict; a default cannot.
     if ours in training and training[ours] != value:
         raise ConfigurationError(
             f"{named}: {key} is {value}, but the recipe's training.{ours} is {training[ours]}: make them "

@@ -23,7 +23,7 @@ class Gate:
 
     @property
     def active(self) -> bool:
-        """Whether the gate refuses any model."""
+        """Whether the gate has a condition."""
         return self.max_wer is not None or self.better_than != "none"
 
 
@@ -38,7 +38,7 @@ class Publish:
     """Name of the registered model. Default: the recipe's name."""
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for a name that a registry refuses."""
+        """Yield a sentence if a registry would refuse the name."""
         if self.name and not valid_name(self.name):
             yield (
                 f"publish.name is {self.name!r}, but a registered model's name has only letters, digits, "

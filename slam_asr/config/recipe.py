@@ -1,10 +1,10 @@
 """Recipes: everything that decides what is trained and measured, typed and documented.
 
-A recipe is a YAML file. The ones that ship are in `slam_asr/recipes/` and are named by their file name
-without `.yaml`; any other is named by its path. The dataclasses of `sections`, `training` and `publication`
-are the schema, and the docstring below each field is its help text. An unknown key, a wrong value and a
-combination that cannot work are refused before any data or model is loaded, in a sentence that names the key.
-The command line can override every key: `--training.max_steps 200`.
+A recipe is a YAML file. Shipped recipes are in `slam_asr/recipes/` and are named by their file name without
+`.yaml`; any other recipe is named by its path. The dataclasses of `sections`, `training`, `decoding` and
+`publication` are the schema, and the docstring below each field is its help text. An unknown key, a wrong
+value and a combination that cannot work are refused before any data or model is loaded, in a sentence that
+names the key. The command line can override every key: `--training.max_steps 200`.
 """
 
 import math
@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from slam_asr.config.decoding import Decoding as Decoding
 from slam_asr.config.deepspeed import adopt
 from slam_asr.config.publication import Gate as Gate
 from slam_asr.config.publication import Publish as Publish
@@ -25,7 +26,6 @@ from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problem
 from slam_asr.config.sections import Beginning as Beginning
 from slam_asr.config.sections import Columns as Columns
 from slam_asr.config.sections import Data as Data
-from slam_asr.config.sections import Decoding as Decoding
 from slam_asr.config.sections import Encoder as Encoder
 from slam_asr.config.sections import Features as Features
 from slam_asr.config.sections import Llm as Llm
@@ -95,8 +95,8 @@ class Recipe:
         if self.publish.registry != "none" and not valid_name(self.registered_name):
             yield f"{self.name!r} cannot be the name of a registered model: set publish.name."
         # load_recipe() has already moved DeepSpeed's settings, from a file or from its `overrides`, into the
-        # recipe's own keys. An option on the command line does not go through load_recipe(): if adopt() would
-        # still move something here, it is refused.
+        # recipe's own keys. Options on the command line do not go through load_recipe(), so settings that
+        # adopt() would still move here are refused.
         remaining: dict[str, Any] = {"deepspeed": self.training.deepspeed}
         adopt({"training": remaining}, f"Recipe {self.name}")
         if remaining != {"deepspeed": self.training.deepspeed}:
@@ -107,12 +107,12 @@ class Recipe:
 
 
 def value_of(recipe: Recipe, key: str) -> Any:
-    """The value of a key by its full name, such as `training.max_steps`."""
+    """Return the value of a key by its full name, such as `training.max_steps`."""
     return operator.attrgetter(key)(recipe)
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Files of the recipes that come with the package, keyed by name."""
+    """Return the files of the recipes that come with the package, keyed by name."""
     return {file.stem: file for file in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
 
@@ -125,8 +125,8 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
         overrides: values by full key, such as `{"training.max_steps": 200}`.
 
     Raises:
-        UserError: no such recipe, an unknown key, a key given twice or without a value, a value of the wrong
-            type or out of bounds, or values that contradict each other.
+        UserError: the recipe does not exist; a key is unknown, given twice or without a value; or a value has
+            the wrong type, is out of bounds or contradicts another one.
     """
     values, where = _read(source)
     for key, value in (overrides or {}).items():
@@ -144,7 +144,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def recipe_values(source: str) -> dict[str, Any]:
-    """A recipe's values as nested dictionaries, after all checks; a command line has them as its defaults."""
+    """Return a recipe's values as nested dictionaries, after all checks: the defaults of a command line."""
     return asdict(load_recipe(source))
 
 
@@ -169,12 +169,12 @@ def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key, in the order of the dataclasses."""
+    """Return the resolved recipe as YAML: every key, in the order of the dataclasses."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
 def recipe_keys() -> list[str]:
-    """Full names of all sections and keys: `name`, `training`, `training.max_steps`, …"""
+    """Return the full names of all sections and keys: `name`, `training`, `training.max_steps`, …"""
     return keys_of(Recipe)
 
 

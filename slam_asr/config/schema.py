@@ -1,8 +1,8 @@
 """YAML files with typed, documented keys: recipes and cluster profiles are such files.
 
 A dataclass is the schema: its fields are the file's keys, and nested dataclasses are its sections. A number's
-bounds are next to its default, and a section's method `contradictions` names values that cannot go together.
-Whatever is wrong is refused in a sentence that gives the key's full name.
+bounds are next to its default, and a section's method `contradictions` names values that cannot be combined.
+Wrong values are refused in a sentence that gives the key's full name.
 """
 
 import difflib
@@ -33,13 +33,13 @@ def new_parser(**options: Any) -> ArgumentParser:
 
 
 _MAX_NODES = 100_000
-"""Largest number of values in a YAML text, with aliases written out: ten for each of 10,000 variations."""
+"""Largest number of values in a YAML text, with aliases written out: far more than a recipe or sweep has."""
 
 
 class _Loader(yaml.SafeLoader):
     """Reads YAML, and refuses a key that is given twice and a key without a value.
 
-    YAML's own loader takes the last of several values without a word, and reads an empty value as null.
+    PyYAML's own loader silently takes the last of several values, and reads an empty value as null.
     """
 
     def __init__(self, text: str | bytes, where: str) -> None:
@@ -82,10 +82,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, float]) -> float:
-    """Number of values of a YAML text if each alias is replaced by what it refers to.
+    """Return the number of values in a YAML text after each alias is replaced by the part that it refers to.
 
-    A few hundred bytes with aliases of aliases can stand for more values than fit in memory. An alias that
-    is within the part that it refers to stands for infinitely many.
+    A few hundred bytes with aliases of aliases can stand for more values than fit in memory. An alias within
+    the part that it refers to stands for infinitely many values.
     """
     if id(node) not in known:
         # Until its size is known, the node counts as infinite: a child that refers back to it is a cycle.
@@ -155,7 +155,7 @@ def bounded(
         above: the value must be larger than this, and finite.
 
     Returns:
-        The dataclass's field. By its type it is the default, as with `dataclasses.field`.
+        The dataclass's field. Its declared type is that of the default, as with `dataclasses.field`.
     """
     bounds = {"at least": at_least, "at most": at_most, "above": above}
     default_and_bounds: Any = field(
@@ -165,7 +165,7 @@ def bounded(
 
 
 def bounds_of(key: Field[Any]) -> str:
-    """A key's bounds in words: `at least 0.0 and at most 0.5`; empty if it has none."""
+    """Return a key's bounds in words: `at least 0.0 and at most 0.5`; empty if it has none."""
     return " and ".join(f"{words} {limit}" for words, limit in key.metadata.items())
 
 
@@ -236,7 +236,7 @@ def _parser_of(kind: type) -> ArgumentParser:
 
 
 def keys_of(section: type, prefix: str = "") -> list[str]:
-    """Full names of all sections and keys: `name`, `training`, `training.max_steps`, …"""
+    """Return the full names of all sections and keys: `name`, `training`, `training.max_steps`, …"""
     keys = []
     for f in fields(section):
         keys.append(prefix + f.name)
@@ -246,7 +246,7 @@ def keys_of(section: type, prefix: str = "") -> list[str]:
 
 
 def as_int(value: Any) -> Any:
-    """`2.0` → `2`, also within lists; anything else is returned unchanged.
+    """Return `2` for `2.0`, also within lists; anything else is returned unchanged.
 
     Kubeflow passes a pipeline's parameter that is a mapping as JSON, in which all numbers are floats.
     """
@@ -256,12 +256,13 @@ def as_int(value: Any) -> Any:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?` for the known word closest to a mistyped one, or an empty string.
+    """Return `; did you mean X?` for the known word closest to a mistyped one, or an empty string.
 
     An abbreviation by initials counts as close (`lr` for `learning_rate`), and so does a correct name
     without its section (`max_steps` for `training.max_steps`).
     """
-    # Initials first, because difflib finds too little similarity between `lr` and `learning_rate`.
+    # Initials are compared first, because difflib finds too little similarity between `lr` and
+    # `learning_rate`.
     section, _, last = word.rpartition(".")
     for candidate in known:
         candidate_section, _, candidate_last = candidate.rpartition(".")
@@ -270,14 +271,17 @@ def nearest(word: str, known: list[str]) -> str:
             return f"; did you mean {candidate}?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
-        # Of several keys with the same last part, the dictionary retains the last: the first one in `known`.
+        # Of several keys with the same last part, the first one in `known` remains in the dictionary.
         by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
         close = [by_last[c] for c in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
-    """Refuse unknown keys, and values that jsonargparse would let pass: null, or no section for a section."""
+    """Refuse unknown keys, and two kinds of values that jsonargparse would accept.
+
+    These are null, and anything but keys for a section.
+    """
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -293,7 +297,7 @@ def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, 
 
 
 def one_sentence(error: Exception) -> str:
-    """A library's complaint about a value, in one line and in plain words.
+    """Return a library's error message about a value as one line in plain words.
 
     The text is rewritten, because jsonargparse's errors have no attributes for expected type and value.
     """

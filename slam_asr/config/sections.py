@@ -1,4 +1,4 @@
-"""The sections of a recipe, except `training`: the data, the models, and decoding.
+"""The sections of a recipe for the data, the features and the models.
 
 Each dataclass is a section, and the docstring below each field is its help text.
 """
@@ -27,7 +27,7 @@ class Columns:
     speaker: str = ""
     """The speaker. Usual names: speaker, speaker_id, client_id and similar."""
     start: str = ""
-    """Seconds into the file where an utterance begins, for tables whose rows are segments of longer files.
+    """Start of an utterance within its file in seconds, for tables whose rows are segments of longer files.
     Used only if named here."""
     duration: str = ""
     """Length of a segment in seconds. If not named, a segment ends with its file."""
@@ -127,7 +127,7 @@ class Features:
     storage, but the encoder runs again in every epoch."""
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
     """Number format of cached features. bf16 needs half the space of fp32, and training computes in bf16
-    anyway. fp8, with one scale per frame, needs about half of that."""
+    anyway. fp8, with one scale per frame, needs about half the space of bf16."""
     shard_megabytes: int = bounded(512, at_least=1)
     """Maximum size of a shard. Smaller shards lose less work when extraction is interrupted; larger ones mean
     fewer objects in the store."""
@@ -135,8 +135,8 @@ class Features:
     """Number of shards whose utterances are shuffled together in training (a window of shards). More shards
     mix the utterances better but need more local disk, which must hold two such windows at once."""
     cache_gigabytes: float = bounded(50.0, at_least=0.0)
-    """Local disk on each machine for shards fetched from object storage; the least recently used are deleted
-    first."""
+    """Gigabytes of local disk on each machine for shards fetched from object storage. The least recently used
+    shards are deleted first."""
     parts: int = bounded(1, at_least=1)
     """Number of work shards into which the pipeline divides extraction. Each is a step that can run on any
     node. More work shards than feature shards bring no benefit."""
@@ -181,15 +181,15 @@ class Beginning:
     each validation (`training.validate_every`). 0: the beginning takes all of its steps."""
     learning_rate: float = bounded(1e-3, above=0)
     """Peak learning rate of the beginning. The rate rises over the first tenth of `steps`, and then falls to
-    zero as a cosine. With warm-up of its own, `training.learning_rate` applies after the beginning."""
+    zero as a cosine. After the beginning, `training.learning_rate` applies, with a warm-up of its own."""
     distance_weight: float = bounded(1.0, at_least=0.0)
     """Final weight of a second loss, which draws outputs to the embeddings of the tokens that they stand for.
     The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""
     dropout: float = bounded(0.2, at_least=0.0, at_most=0.9)
-    """Share of the encoder's values that is zeroed in the beginning."""
+    """Share of the features' values that are set to zero in the beginning."""
     keep_head: bool = False
-    """Record CTC's head in the model's config.json, as `ctc_head`: the token ids, the blank's first, and the
-    sharpness. With `projector.ctc_weight` above 0, it is always recorded."""
+    """Record CTC's head in the model's config.json, as `ctc_head`: its token ids, starting with the blank's,
+    and its sharpness. With `projector.ctc_weight` above 0, the head is always recorded."""
 
     @property
     def active(self) -> bool:
@@ -220,12 +220,13 @@ class Projector:
     Empty: random weights, drawn with the seed."""
     beginning: Beginning = field(default_factory=Beginning)
     dropout: float = bounded(0.0, at_least=0.0, at_most=0.9)
-    """Share of the encoder's values that is zeroed in training, except in the beginning, which has its own
-    (`beginning.dropout`). It makes up for some of the variety that a few hours of speech lack."""
+    """Share of the features' values that are set to zero in training, except in the beginning, which has its
+    own share (`beginning.dropout`). It makes up for some of the variety that a few hours of speech lack."""
     ctc_weight: float = bounded(0.0, at_least=0.0)
-    """Weight of CTC's loss beside the LLM's, after the beginning or without one. Above 0, the projector's
-    outputs also have to spell the transcript, as in `beginning`, and decoding can use what they spell
-    (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the publication."""
+    """Weight of CTC's loss, which is added to the LLM's loss after the beginning (or from the start, if there
+    is none). Above 0, the projector's outputs must also spell the transcript, and decoding can use this
+    spelling (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the
+    publication."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if CTC cannot train this kind of projector."""
@@ -269,12 +270,12 @@ class Llm:
     Empty: always `prompt`."""
     template: str = "USER: {}\n ASSISTANT:"
     """Template of the LLM's input. The prompt replaces `{}`. The audio replaces `{audio}`; without `{audio}`,
-    it comes before the text. `chat`: the model's own chat template, with the audio at the start of the user's
-    turn."""
+    the audio comes before the text. `chat`: the model's own chat template, with the audio at the start of the
+    user's turn."""
     answer_prefix: str = ""
-    """Text that training puts before each transcript. With a space, the first word has the same tokens as it
-    has within a sentence, which CTC's score needs (`decoding.ctc_weight`). Spaces at the start of a
-    hypothesis are removed, any other prefix is not."""
+    """Text that training puts before each transcript. With a space, the first word has the tokens that it has
+    within a sentence, with which CTC spells it (`decoding.ctc_weight`). Spaces at the start of a hypothesis
+    are removed; any other prefix remains."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the LLM may run in this program. Some models on the hub need their
     own code; transformers' own models do not. A model folder records the value but does not grant it to
@@ -295,58 +296,6 @@ class Llm:
             yield (
                 f"llm.template is {self.template!r} but must contain {{}} once, "
                 "for the prompt, and {audio} at most once; or be `chat`."
-            )
-
-
-@dataclass
-class Decoding:
-    """How test utterances are transcribed and scored."""
-
-    checkpoint: Literal["latest", "best", "average"] = "latest"
-    """Checkpoint that the pipeline converts to a model: the last (`latest`), the one with the lowest dev loss
-    (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints)."""
-    beams: int = bounded(4, at_least=1)
-    """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
-    better hypotheses but need more memory and time."""
-    nbest: int = bounded(1, at_least=1)
-    """Hypotheses per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
-    beams."""
-    max_new_tokens: int = bounded(200, at_least=1)
-    """Maximum number of tokens in a hypothesis; longer ones are cut."""
-    repetition_penalty: float = bounded(1.0, at_least=1e-06)
-    """Above 1, tokens that the hypothesis already contains become less likely, which prevents loops."""
-    length_penalty: float = 1.0
-    """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
-    ctc_weight: float = bounded(0.0, at_least=0.0, at_most=0.9)
-    """CTC's share of a hypothesis' score; the LLM has the rest. It makes loops and words that nobody said
-    rarer. It needs a model that was trained with `projector.ctc_weight` or
-    `projector.beginning.keep_head`."""
-    positions_per_batch: int = bounded(20_000, at_least=1)
-    """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
-    max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Number format of decoding."""
-    parts: int = bounded(1, at_least=1)
-    """Number of work shards into which the pipeline divides decoding. Each is a step that can run on any
-    node. The transcripts are the same for any number."""
-    processes: int = bounded(0, at_least=0)
-    """Processes that decode on one machine, one per GPU. 0: as many as there are GPUs, or one on a CPU. The
-    transcripts are the same for any number."""
-    shuffled_control: bool = False
-    """Also score every utterance with the hypothesis for another utterance's audio. A model that uses the
-    audio scores far worse on this control; a model that ignores it does not."""
-    seed: int = 0
-    """Seed of that shuffle."""
-    report_audio: float = bounded(0.0, at_least=0.0)
-    """Maximum megabytes of audio in the report, so that the worst utterances can be played on the page. 0: no
-    audio."""
-
-    def contradictions(self) -> Iterator[str]:
-        """Yield a sentence if more answers are requested than the search finds."""
-        if self.nbest > self.beams:
-            yield (
-                f"decoding.nbest is {self.nbest} but decoding.beams is {self.beams}: a search finds as many "
-                "answers as it has beams; lower nbest or raise beams."
             )
 
 

@@ -31,11 +31,11 @@ class Training:
     """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key, and all
     others are passed on to DeepSpeed; contradictions are refused."""
     offload_optimizer: bool = False
-    """Keep the optimiser's state (12 bytes per trained weight) in host memory and step there, which saves GPU
-    memory but is slower. Needs ZeRO stage 1, 2 or 3."""
+    """Keep the optimiser's state (12 bytes per trained weight) in host memory and compute its steps there,
+    which saves GPU memory but is slower. Needs ZeRO stage 1, 2 or 3."""
     gradient_checkpointing: bool = False
-    """Save only each LLM layer's input and recompute the layer in the backward pass: a fraction of the
-    memory, but a third more time."""
+    """Save only each LLM layer's input and recompute the layer in the backward pass. This needs a fraction of
+    the memory, but a third more time."""
     compile: bool = False
     """Let torch.compile fuse the operations of each LLM layer. Needs a C++ compiler on the training machine,
     and the first steps wait for compilation. Does not work with ZeRO stage 3."""
@@ -54,7 +54,8 @@ class Training:
     accumulated until the step is complete."""
     packing: bool = True
     """Put the utterances of a batch one after another in one row, so that nothing is padded, if the LLM can
-    keep them apart. With `false`, or if the LLM cannot, each utterance gets a row, padded to the longest."""
+    keep them apart. With `false`, or if the LLM cannot do this, each utterance gets a row, padded to the
+    longest one."""
     utterances_per_batch: int = bounded(0, at_least=0)
     """Utterances that one process puts through the LLM at once, as in the reference implementation, instead
     of batches by positions. A step then has utterances_per_batch × `accumulation` × processes utterances, so
@@ -77,7 +78,7 @@ class Training:
     """Dev utterances that each validation transcribes (greedily), always the same ones. They give an early
     word error rate, and texts to look at. 0: none."""
     trackers: list[str] = field(default_factory=list)
-    """Trackers that the numbers are sent to (mlflow, wandb), in addition to the log, curve.jsonl and
+    """Trackers to which the numbers are sent (mlflow, wandb), in addition to the log, curve.jsonl and
     TensorBoard's files. You provide their packages and accounts."""
     patience: int = bounded(0, at_least=0)
     """Validations without a lower dev loss after which training ends early; 0: never."""
@@ -88,11 +89,10 @@ class Training:
     """Steps between checkpoints; 0: by time alone. Training also saves one at its end and at each validation
     with the lowest dev loss so far."""
     checkpoint_minutes: float = bounded(10.0, at_least=0.0)
-    """Maximum minutes between checkpoints, which is the work that is lost when a cluster ends the pod: it
-    leaves too little time for a last one. 0: by steps alone."""
+    """Maximum minutes between checkpoints. This much work can be lost when a cluster ends the pod, because it
+    leaves too little time for a last checkpoint. 0: by steps alone."""
     checkpoints: int = bounded(2, at_least=1)
-    """Number of most recent checkpoints to retain. The one with the lowest dev loss is retained in addition.
-    """
+    """Number of most recent checkpoints to retain, in addition to the one with the lowest dev loss."""
     log_every: int = bounded(10, at_least=1)
     """Steps between two lines of the log."""
     seed: int = 0

@@ -1,6 +1,6 @@
 """The variations of a sweep: sets of changes to a recipe, all of which are checked before anything runs.
 
-They are written as a list, in which each entry gives its changes by full key:
+They are written as a list, in which each entry gives the changes of one variation by full key:
 
     - {training.learning_rate: 1e-4}
     - {name: two layers, projector.hidden: 4096}
@@ -54,11 +54,11 @@ class Variation:
         self.overrides = {key: as_int(value) for key, value in sorted(self.overrides.items())}
 
     def as_json(self) -> str:
-        """The variation as JSON, which the pipeline's steps pass on and `variation_of` reads."""
+        """Return the variation as JSON, which the pipeline's steps pass on and `variation_of` reads."""
         return json.dumps({"name": self.name, **self.overrides}, ensure_ascii=False)
 
     def describe(self) -> str:
-        """The changes in words: `training.learning_rate 0.0001, projector.layers 2`."""
+        """Return the changes in words: `training.learning_rate 0.0001, projector.layers 2`."""
         return (
             ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
             or "the recipe unchanged"
@@ -151,7 +151,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
 
 
 def variation_of(text: str) -> Variation:
-    """Parse a variation from the JSON in which the pipeline's steps pass it on, see `Variation.as_json`.
+    """Parse a variation from the JSON of `Variation.as_json`.
 
     Raises:
         ConfigurationError: the text is not a variation.
@@ -168,7 +168,7 @@ def variation_of(text: str) -> Variation:
 
 
 def varied(recipe: Recipe, variation: Variation) -> Recipe:
-    """The recipe of one variation, named after the variation.
+    """Return the recipe of one variation, named after the variation.
 
     Raises:
         UserError: an unknown key or a value that is not valid.
@@ -177,9 +177,7 @@ def varied(recipe: Recipe, variation: Variation) -> Recipe:
 
 
 def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
-    """Refuse variations that have the same training but would run at the same time.
-
-    They would write the same checkpoints.
+    """Refuse variations with the same training: run at the same time, they would write the same checkpoints.
 
     Raises:
         ConfigurationError: two variations have the same training. The message names both.
@@ -197,7 +195,7 @@ def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) 
 
 
 def _without(recipe: Recipe, *keys: str) -> str:
-    """A recipe without some of its keys and sections, as text to compare recipes by."""
+    """Return a recipe without some of its keys and sections, as a text for comparisons."""
     values = asdict(recipe)
     return json.dumps({key: values[key] for key in values.keys() - set(keys)}, sort_keys=True)
 

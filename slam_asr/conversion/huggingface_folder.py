@@ -113,8 +113,8 @@ def read_trained(folder: Path, tuning: str) -> tuple[Mapping[str, torch.Tensor],
         tuning: the recipe's `llm.tuning`.
 
     Returns:
-        Those of the projector, keyed by name in `SpeechProjector`; and those of the LLM, keyed by name in it:
-        an adapter's, or all, or none.
+        The projector's weights, keyed by name in `SpeechProjector`; and the LLM's trained weights, keyed by
+        name in the LLM: an adapter's, all or none.
     """
     tensors = lazy_tensors([folder / SAFE_WEIGHTS_NAME])
     projector = {n.removeprefix("projector."): n for n in tensors if n.startswith("projector.")}
@@ -132,7 +132,7 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
     """Write the encoder or the LLM into its subfolder if it belongs there.
 
     Returns:
-        None if it is in the subfolder; else its name.
+        The model's name; None if the model is in the subfolder.
     """
     recipe = parts.recipe
     if part == ENCODER and parts.encoder:
@@ -147,8 +147,8 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
         if local_path(name).exists() or name.startswith("s3://"):
             log_line(
                 f"config.json names the {part} by its place here, {name}: elsewhere, load the model with "
-                f"{part}_name=…, or write it with --{part}.name and its name on the hub, or with --complete "
-                "true"
+                f"{part}_name=…, or convert it again with --{part}.name and the name on the hub, or with "
+                "--complete true"
             )
         return name
     (folder / part).mkdir(exist_ok=True)
@@ -194,9 +194,9 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
 def _processor(
     spec: EncoderSpec, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, recipe: Recipe
 ) -> SlamAsrProcessor:
-    """Build the processor; the tokenizer becomes its own."""
+    """Build the processor. It takes over the tokenizer, which is changed."""
     audio, template = add_audio_token(tokenizer, prompt, recipe)
-    # The LLM's own template would be taken for the processor's, which is the only one that places the audio.
+    # Otherwise, transformers would use the LLM's own template, which does not place the audio.
     tokenizer.chat_template = None
     if isinstance(spec, WhisperSpec):
         extractor: Any = WhisperFeatureExtractor(
@@ -234,13 +234,13 @@ def add_audio_token(
     """Add a token for the audio to a tokenizer, and let it pad on the left.
 
     Args:
-        tokenizer: the LLM's.
-        prompt: tokenised with it.
+        tokenizer: the LLM's tokenizer.
+        prompt: the recipe's prompts, tokenised with `tokenizer`.
         recipe: contains the prompt and its template.
-        positions: how often the token is in the text.
-        bos: what the first piece of text begins with.
-        embeddings: number of embeddings, if the audio's token needs one. It is then a special token that the
-            prompt does not use, unless the LLM has an embedding to spare.
+        positions: number of times that the template writes the token.
+        bos: text that the template writes before the first piece of text.
+        embeddings: number of the LLM's embeddings, if the audio's token needs one. If none is free, the token
+            is a special token that the prompt does not use.
 
     Returns:
         The token; and a template in Jinja that writes a conversation of one turn as the text of training.
@@ -251,19 +251,45 @@ def add_audio_token(
     """
     audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
     if embeddings is not None and len(tokenizer) >= embeddings:
-        used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
         # A new token would need one more embedding than the LLM has, so an existing one takes its place.
-        spare = [
-            token.content
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special and i < embeddings and i not in used
-        ]
-        if not spare:
-            raise ModelError(
-                f"{recipe.llm.name} has no unused special token that could mark the audio's positions: use "
-                "--to huggingface."
-            )
-        audio = spare[0]
+        audio = _unused_token(tokenizer, prompt, recipe, embeddings)
+    before, after = _texts_in_jinja(prompt, recipe, bos)
+    if audio not in tokenizer.get_vocab():
+        tokenizer.add_tokens([audio], special_tokens=True)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
+    # An answer follows the last position, so padding on the right would be between prompt and answer.
+    tokenizer.padding_side = "left"
+    return audio, (
+        '{%- for message in messages if message.role == "user" -%}'
+        "{%- set prompt = message.content if message.content is string else message.content "
+        '| selectattr("type", "equalto", "text") | map(attribute="text") | join("") -%}'
+        f"{before}{{{{- {json.dumps(audio)} * {positions} -}}}}{after}"
+        "{%- endfor -%}"
+    )
+
+
+def _unused_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, recipe: Recipe, embeddings: int) -> str:
+    """Return a special token that has an embedding and that the prompt does not use.
+
+    Raises:
+        ModelError: the tokenizer has none.
+    """
+    used = {*prompt.main.before, *prompt.main.ids, *prompt.stops, tokenizer.bos_token_id}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special and i < embeddings and i not in used:
+            return token.content
+    raise ModelError(
+        f"{recipe.llm.name} has no unused special token that could mark the audio's positions: use "
+        "--to huggingface."
+    )
+
+
+def _texts_in_jinja(prompt: Prompt, recipe: Recipe, bos: str) -> tuple[str, str]:
+    """Return Jinja expressions for the texts before and after the audio; they read the variable `prompt`.
+
+    Raises:
+        ModelError: the LLM's chat template changes prompts in a way that is not known here.
+    """
     texts = prompt.texts_around_audio(_PROMPT, recipe.llm.template)
     expected = prompt.texts_around_audio(recipe.llm.prompt, recipe.llm.template)
     # Some chat templates strip the user's text.
@@ -275,30 +301,19 @@ def add_audio_token(
             "be written for the processor: leave out --to."
         )
     texts = (bos + texts[0], texts[1]) if texts[0] else ("", bos + texts[1])
-    # As JSON, quotes and line ends are escaped as Jinja reads them.
+    # JSON escapes quotes and line ends in the way that Jinja reads.
     before, after = (
         f"{{{{- {fitting[0]} -}}}}".join(f"{{{{- {json.dumps(t, ensure_ascii=False)} -}}}}" for t in pieces)
         for pieces in (text.split(_PROMPT) for text in texts)
     )
-    if audio not in tokenizer.get_vocab():
-        tokenizer.add_tokens([audio], special_tokens=True)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt.end)
-    # An answer follows the last position, so padding on the right would stand between prompt and answer.
-    tokenizer.padding_side = "left"
-    return audio, (
-        '{%- for message in messages if message.role == "user" -%}'
-        "{%- set prompt = message.content if message.content is string else message.content "
-        '| selectattr("type", "equalto", "text") | map(attribute="text") | join("") -%}'
-        f"{before}{{{{- {json.dumps(audio)} * {positions} -}}}}{after}"
-        "{%- endfor -%}"
-    )
+    return before, after
 
 
 def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe: Recipe) -> None:
     """Read the processor again, and require the token ids that the model was trained with.
 
     Raises:
-        ModelError: its token ids differ.
+        ModelError: the processor's token ids differ.
     """
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     samples = 16_000

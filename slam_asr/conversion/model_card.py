@@ -1,4 +1,4 @@
-"""Writes the model card of a folder for transformers, from the recipe, the training and a report."""
+"""The model card of a folder for transformers, composed from the recipe, the training and a report."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from slam_asr.storage import exists, fetch, join, sha256_of_file
 
 CARD = "README.md"
 NUMBERS_FILE = "wer.json"
-"""The file of a report that programs read; `score` writes it."""
+"""File of a report with the numbers for programs; `score` writes it."""
 LICENCES = {
     "openai/whisper-": "MIT",
     "facebook/hubert-": "Apache-2.0",
@@ -25,8 +25,9 @@ LICENCES = {
 }
 """Licences of base models, by the beginning of their names."""
 _AUTHOR = "for its author to choose; write it here"
-# The seconds, given to a tenth, distinguish trainings of the same recipe.
 _MATCHING_FACTS = ("recipe", "encoder", "llm", "steps", "seconds")
+"""Facts of a training that must be equal in report and model. The duration in seconds, with one decimal,
+distinguishes trainings of the same recipe."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,15 @@ def read_report(place: str) -> Report:
 
 
 def require_own_report(report: Report, training: dict[str, Any], where: str) -> None:
-    """Require that a report is that of the model.
+    """Require that a report was computed for a model.
+
+    Args:
+        report: the report.
+        training: the facts of the model's training.
+        where: the model, for error messages.
 
     Raises:
-        InputError: the report's training is another one.
+        InputError: the report is that of another training.
     """
     other = report.numbers["training"]
     for fact in _MATCHING_FACTS:
@@ -96,7 +102,7 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         "library_name": "transformers",
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["slam-asr"],
-        # The hub links these names, so a place of this machine must not be among them.
+        # The hub links these names, so paths and s3:// addresses are left out.
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
     if report:
@@ -150,7 +156,7 @@ def usage(names: dict[str, str | None]) -> str:
     """Return the section on how a folder with code of its own is used.
 
     Args:
-        names: names of encoder and LLM, None for those that the folder contains.
+        names: names of encoder and LLM; None for a model that the folder contains.
     """
     outside = [f"`{name}`" for name in names.values() if name]
     loaded = f"It loads {' and '.join(outside)} too. " if outside else ""

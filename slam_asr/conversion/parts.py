@@ -27,7 +27,7 @@ class Parts:
     encoder: Mapping[str, torch.Tensor]
     """Empty if the encoder was not trained."""
     widths: tuple[int, int]
-    """Values of encoder frames and of LLM positions."""
+    """Number of values per encoder frame and per LLM position."""
 
     @property
     def recipe(self) -> Recipe:
@@ -41,7 +41,7 @@ class Parts:
 
     @property
     def adapter(self) -> Mapping[str, torch.Tensor]:
-        """LoRA's weights; empty without LoRA."""
+        """The LoRA adapter's weights; empty without LoRA."""
         return self.llm if self.recipe.llm.tuning == "lora" else {}
 
 

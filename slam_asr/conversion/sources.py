@@ -1,4 +1,4 @@
-"""The kinds of checkpoints that can be converted: recognised by their content, and read to one form."""
+"""Recognises the kind of a checkpoint by its content, and opens checkpoints of all kinds in the same form."""
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -45,7 +45,7 @@ class Content:
     """What a checkpoint of any kind contains."""
 
     weights: Mapping[str, torch.Tensor]
-    """The names begin with `projector.`, `llm.` or `encoder.`; a tensor may be read when it is accessed."""
+    """The names begin with `projector.`, `llm.` or `encoder.`; a tensor may be read only on access."""
     recipe: Recipe
     """The recipe of the training."""
     bases: dict[str, Any]
@@ -61,7 +61,7 @@ class Source:
     """A checkpoint of a known kind."""
 
     inputs: dict[str, Any]
-    """What identifies its content, for the stage's fingerprint."""
+    """Digests and options that identify the content, for the stage's fingerprint."""
     read: Callable[[], Content]
     """Opens the content; not called if the stage has already converted it."""
 
@@ -81,8 +81,8 @@ def find_source(
     Args:
         checkpoint: folder, file or name; this and the other options are those of `convert_checkpoint`.
         which: which checkpoint of a training run is converted: `latest`, `best` or `average`.
-        recipe: for checkpoints that do not name their encoder and LLM; for others, it states where these
-            models are now.
+        recipe: names encoder and LLM for a checkpoint that does not name them; for other checkpoints, it
+            states where these models are now.
         adapter: folder of a LoRA adapter that is not in the checkpoint.
 
     Raises:
@@ -138,7 +138,7 @@ def _unfinished(folder: str, saved: Checkpoint) -> Record:
     """Describe a training run that has saved a checkpoint but has not finished.
 
     Raises:
-        ModelError: it is still in its beginning, in which the projector has not met the LLM yet.
+        ModelError: the run is still in its beginning, in which the projector is trained without the LLM.
     """
     if saved.phase != MAIN:
         raise ModelError(
@@ -158,7 +158,7 @@ def _recipe_of(trained: Record) -> Recipe:
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
     place = join(trained.folder, CHECKPOINTS)
-    # Checkpoints of the beginning have other weights, and are not averaged with those after it.
+    # Checkpoints of the beginning have other weights, and are not averaged with later ones.
     sources = (
         [saved for saved in all_complete(place) if saved.phase == MAIN]
         if which == "average"
@@ -180,7 +180,7 @@ def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
 
 
 def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where: str) -> Recipe:
-    """Return the recipe of a training run, with the user's names for its base models where they have moved.
+    """Return a training run's recipe, with the user's names for base models that have moved.
 
     Args:
         trained: the recipe of the training.
@@ -197,8 +197,8 @@ def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where
         folder = locate_base_model(name, key, where)
         if name == value_of(trained, key):
             continue
-        # An encoder is compared with its preprocessing, which its folder defines too; an LLM by its weights
-        # alone.
+        # An encoder's fingerprint includes its preprocessing, which its folder also defines. An LLM is
+        # compared by its weights alone.
         same = (
             describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
             if key == "encoder.name"
@@ -224,8 +224,8 @@ def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
     first, *others = (source.tensors("weights") for source in sources)
 
     def mean(name: str) -> torch.Tensor:
-        # m_n = m_(n-1) + (x_n - m_(n-1)) / n: a running mean needs two tensors in memory, however many
-        # checkpoints exist, and no large sum that would lose precision.
+        # m_n = m_(n-1) + (x_n - m_(n-1)) / n. However many checkpoints exist, a running mean needs only two
+        # tensors in memory, and it has no large sum that would lose precision.
         running = first[name]
         for count, other in enumerate(others, start=2):
             running = running + (other[name] - running) / count
@@ -272,7 +272,7 @@ def _from_deepspeed(folder: Path, recipe: Recipe | None, adapter: str | None) ->
         tensors = fp32_weights(folder)
         return from_slam_llm(tensors, str(folder)) if is_slam_llm(tensors) else tensors
 
-    # The optimiser's files too, because ZeRO keeps the fp32 weights in them.
+    # These include the optimiser's files, which contain ZeRO's fp32 weights.
     files = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.pt"))}
     return _of_slam_llm(weights, str(folder), {"files": files}, recipe, adapter)
 

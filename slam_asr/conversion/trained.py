@@ -38,7 +38,7 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
 
     Raises:
         ModelError: the folder holds no model.
-        ConfigurationError: the model was trained on other features, or the recipe names training subsets.
+        ConfigurationError: the model was trained on other features, or the recipe names train or dev subsets.
     """
     require_test_only(recipe)
     require_same_features(recipe, model, read_config(model))
@@ -55,7 +55,7 @@ def adopt_trained_model(recipe: Recipe, model: str, output: str) -> Record:
 
 
 def require_test_only(recipe: Recipe) -> None:
-    """Refuse a recipe that names training data: it would be read and encoded for nothing.
+    """Refuse a recipe that names train or dev subsets: they would be read and encoded for nothing.
 
     Raises:
         ConfigurationError: `data.train` or `data.dev` is not empty.

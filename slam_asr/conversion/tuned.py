@@ -98,8 +98,8 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     else:
         # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
         written, _ = describe_lazy_llm(base, dtype, trust)
-        # Layers are found by their weight's identity: inside peft's layer it has another name, but is the
-        # same object.
+        # Layers are found by their weight's identity: inside peft's layer, the weight has another name but is
+        # the same object.
         layers = {
             id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
         }
@@ -139,7 +139,8 @@ def _adapted(
 ) -> dict[str, _AdaptedLayer]:
     """Add an adapter to an LLM; return the layers that it adapts, keyed by name."""
     add_lora(llm, recipe.llm.lora, seed=0)
-    # Not strict, because the LLM has many other weights; `check_adapter` finds wrong or missing ones.
+    # `strict=False` is needed, because the LLM has many other weights; `check_adapter` finds wrong or missing
+    # ones.
     llm.load_state_dict(adapter, strict=False)
     return {
         name: cast(_AdaptedLayer, module)
@@ -161,8 +162,8 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     Args:
         folder: folder for config.json and model.safetensors.
         llm: on the meta device, in the dtype of the file.
-        weights: the values, keyed by name in the LLM; a tied weight under its first name, which is also the
-            only one that `named_parameters` lists.
+        weights: the values, keyed by name in the LLM. A tied weight has only its first name, as in
+            `named_parameters`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Unlike the weights, the buffers that a file needs already have their values.

@@ -2,9 +2,9 @@
 
 The weights from the checkpoint and those read back from the written model are put into the same LLM, one
 after the other. Both must give the same loss, bit for bit, on a probe of three utterances. The converter has
-no corpus, so the probe's encoder outputs are random numbers and its texts are made up. Its loss is therefore
-large and says nothing about the model's quality, but it depends on every trained weight of projector and
-LLM. A trained encoder does not take part in the probe; its weights are compared one by one.
+no corpus, so the probe's encoder outputs are random numbers and its texts are made up. The loss on the probe
+is therefore large and says nothing about the model's quality, but it depends on every trained weight of
+projector and LLM. A trained encoder does not take part in the probe; its weights are compared one by one.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
 """The utterances of the probe: for each, its number of encoder frames and its answer."""
 ON_PROBE = "on random audio"
-"""Qualifies the loss in summaries: random audio has a far higher loss than speech has in training."""
+"""Qualifies the loss in summaries: the loss on random audio is far higher than that on speech."""
 FP32_LLM_BYTES = 2e9
 """Bytes of an LLM's weight files below which its loss is computed in fp32; for larger LLMs, in bf16."""
 MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005}
@@ -118,7 +118,7 @@ def compare_written_loss(
     expected, actual = _probe_losses(
         recipe, llm_folder, encoder_width, [TrainedWeights(before.projector, llm), written]
     )
-    # The sums, not the means: a division could round two different losses to the same number.
+    # The sums are compared, not the means: a division could round two different losses to the same number.
     if expected.total != actual.total:
         raise ModelError(_difference(where, expected, actual))
     return f"loss {expected.mean:.4f} per token {ON_PROBE}, the same before and after"
@@ -127,14 +127,14 @@ def compare_written_loss(
 def compare_merged_loss(
     recipe: Recipe, llm_folder: Path, encoder_width: int, before: TrainedWeights, folder: Path
 ) -> str:
-    """Compare an LLM that was written by itself with the base LLM and the checkpoint's weights.
+    """Compare the loss of a written LLM with that of the base LLM and the checkpoint's weights.
 
     Args:
         recipe: the training's recipe.
         llm_folder: the base LLM's folder.
         encoder_width: values per frame.
         before: the checkpoint's weights.
-        folder: folder of the written LLM, with LoRA merged into it if the training had one.
+        folder: folder of the written LLM, with the LoRA adapter, if any, merged into it.
 
     Returns:
         A clause for the stage's summary that states what was compared.
@@ -209,9 +209,9 @@ def _probe_losses(
     batch = collate(rows)
     losses = []
     for model in models:
-        # All models have weights of the same names in the LLM, so each replaces those of the one before.
+        # All models have weights of the same names in the LLM, so each model replaces the previous weights.
         _overwrite(llm, model.llm)
-        # In evaluation mode, because an adapter's dropout would change the loss at random.
+        # `eval` is needed, because an adapter's dropout would change the loss at random.
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
         losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
         # `to` converted the caller's projector in place.
@@ -259,7 +259,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
         return TrainedWeights(
             projector_from_weights(trained, recipe.projector, *widths, str(folder)), llm_weights
         )
-    # Without an adapter, `llm/` holds a fully trained LLM; if it does not exist either, the LLM is frozen.
+    # Without an adapter, `llm/` holds a fully trained LLM. If it does not exist, the LLM is frozen.
     return TrainedWeights(
         read_projector(folder, read_config(folder)),
         read_adapter(folder) or lazy_tensors(sorted((folder / LLM).glob("*.safetensors"))),
@@ -275,7 +275,7 @@ def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
         recipe: the training's recipe.
 
     Raises:
-        ModelError: a weight differs, or only one of the two has it.
+        ModelError: a weight differs, or is missing in one of the two.
     """
     from slam_asr.models.encoders.registry import describe_encoder
 
@@ -309,5 +309,5 @@ def _fits_into_memory(llm_folder: Path) -> bool:
 
 
 def _weight_bytes(folder: Path) -> int:
-    """Return the size of an LLM's weight files in bytes, in whichever format they are."""
+    """Return the size of an LLM's weight files in bytes; they are safetensors or pickles."""
     return sum(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in folder.glob(kind))

@@ -1,10 +1,10 @@
 """Writes a model as transformers' own class Voxtral, so that its folder contains no code.
 
-Voxtral is a Whisper encoder, a projector and an LLM, but its projector has no biases, and its sizes follow
-from those of encoder and LLM. A linear projector is rewritten to that form without changing what it computes:
+Voxtral consists of a Whisper encoder, a projector without biases, and an LLM. The projector's sizes follow
+from the other two parts. A linear projector is rewritten to that form without changing what it computes:
 
 - Voxtral joins n frames per position if the encoder's feed-forward layers are n times as wide as a frame. So
-  these are padded from usually 4 to k times that width, with zeros on both sides of the activation.
+  these layers, usually 4 times as wide, are padded to k times, with zeros on both sides of the activation.
 - The encoder ends with a LayerNorm, y = γ · n + β, whose n has mean 0. Therefore Σ (yᵢ - βᵢ) / γᵢ = 0, and
   Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (c · γᵢ) give 1 for every frame, and these
   weights times the first layer's bias replace the bias.
@@ -47,7 +47,7 @@ from slam_asr.progress import log_line
 from slam_asr.storage import write_atomically
 
 TOLERANCE = 1e-4
-"""Difference of the logits that rounding may cause, as a share of the largest."""
+"""Difference of the logits that rounding may cause, as a share of the largest logit."""
 SMALLEST_CONSTANT = 1e-3
 """Share of Σ |βᵢ / γᵢ| below which c would be lost in rounding."""
 _TOWER, _LLM = "model.audio_tower.", "model.language_model."
@@ -57,7 +57,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     """Write the folder, with all weights in fp32, and compare its logits with those of the three parts.
 
     Args:
-        folder: an existing folder; if the logits differ, its config.json is removed: then it is no model.
+        folder: an existing folder. If the logits differ, its config.json is removed, so that it is no model.
         parts: the weights.
         report: the measured error rates, for the model card.
 
@@ -66,7 +66,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
 
     Raises:
         ConfigurationError: the model does not meet a condition; the message names it.
-        ModelError: the tokenizer gives the prompt other ids than in training, or the model other logits.
+        ModelError: the prompt's token ids differ from those in training, or the logits differ.
     """
     spec, recipe = _require_conditions(parts), parts.recipe
     tokenizer = load_tokenizer(locate_model(recipe.llm.name))
@@ -85,7 +85,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     _require_same_shapes(weights, config, recipe)
     expected = _logits(encoder, projector, llm, ids, audio_id)
     del llm
-    # Copies, because tied weights must not share memory in the file.
+    # The tensors are copied, because safetensors refuses tied weights that share memory.
     tensors = {name: tensor.detach().float().clone() for name, tensor in weights.items()}
     save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
     del weights, tensors
@@ -110,7 +110,7 @@ def _require_conditions(parts: Parts) -> WhisperSpec:
     """Return the encoder's description if the model can be rewritten.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the model does not meet a condition; the message names it.
     """
     recipe = parts.recipe
     spec, projector = describe_encoder(recipe.encoder), recipe.projector
@@ -151,9 +151,9 @@ def _prepare_tokenizer(
         Token ids of the prompt, and the audio's token id.
 
     Raises:
-        ModelError: the tokenizer divides the text in other places if the audio's tokens are in it.
+        ModelError: the tokenizer gives the text other token ids if the audio's tokens are in it.
     """
-    # `apply_chat_template` adds no bos, so the template writes it where the tokenizer adds it otherwise.
+    # `apply_chat_template` adds no bos, so the template must write it if the tokenizer would add it.
     adds_bos = not prompt.chat and tokenizer.encode("a")[0] == tokenizer.bos_token_id
     llm: Any = describe_llm(locate_model(recipe.llm.name))
     audio, template = add_audio_token(
@@ -214,7 +214,7 @@ def _rewrite_projector(
     """Return the weights of Voxtral's two layers, which have no biases.
 
     Args:
-        projector: from k frames of d values to h hidden values, and to LLM width D.
+        projector: maps k frames of d values to h hidden values, and these to LLM width D.
         norm: the encoder's last layer, which gives γ and β.
         parts: the model, for the error message.
 
@@ -277,7 +277,7 @@ def _require_same_shapes(weights: Mapping[str, torch.Tensor], config: VoxtralCon
     """Require that Voxtral with this LLM has weights of exactly these names and shapes.
 
     Raises:
-        ConfigurationError: it has others.
+        ConfigurationError: a name or a shape differs.
     """
     with torch.device("meta"):
         model = VoxtralForConditionalGeneration(config)
@@ -301,7 +301,7 @@ def _probe(config: Any) -> torch.Tensor:
 def _logits(
     encoder: Any, projector: LinearProjector, llm: PreTrainedModel, ids: list[int], audio_id: int
 ) -> torch.Tensor:
-    """Return the logits [vocabulary] of the first token of the answer to the probe, by the three parts."""
+    """Return the logits [vocabulary] that the three parts compute for the first answer token on the probe."""
     frames = encoder(_probe(encoder.config)).last_hidden_state[0]
     tokens = torch.tensor([ids])
     is_audio = tokens == audio_id
@@ -316,7 +316,7 @@ def _compare(folder: Path, config: Any, ids: list[int], expected: torch.Tensor) 
     """Load the written folder, and compare its logits with those of the three parts.
 
     Raises:
-        ModelError: they differ. The folder is then no model.
+        ModelError: the logits differ. The folder's config.json has been removed, so that it is no model.
     """
     model = load_weights(VoxtralForConditionalGeneration, folder, torch.float32, "LLM")
     output: Any = model(input_ids=torch.tensor([ids]), input_features=_probe(config))

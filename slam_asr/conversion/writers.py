@@ -38,9 +38,9 @@ from slam_asr.progress import log_line
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """The format of the result. Each field is the option of `convert_checkpoint` with the same name.
+    """The format of the result.
 
-    The report has been read.
+    Each field is the option of `convert_checkpoint` with the same name; `report` has been read already.
     """
 
     to: str
@@ -53,8 +53,8 @@ class TargetFormat:
     def inputs(self) -> dict[str, Any]:
         """The stage's inputs that describe these options.
 
-        Options other than `to` are left out if they have their default values: models converted before these
-        options existed still have the same fingerprint.
+        Options other than `to` are left out if they have their default values, so that models that were
+        converted before these options existed still have the same fingerprint.
         """
         return {
             "to": self.to,
@@ -74,12 +74,14 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         target: the format.
 
     Raises:
-        ModelError: the weights do not fit encoder or LLM, or the written ones differ from those read.
+        ModelError: the weights do not fit encoder or LLM, or the written weights differ from the
+            checkpoint's.
         ConfigurationError: the format cannot hold what was trained.
+        InputError: the report is that of another model.
     """
     if target.report:
         require_own_report(target.report, content.facts, content.where)
-    # What does not fit encoder, LLM or recipe is refused here, before anything is written.
+    # Weights that do not fit encoder, LLM or recipe are refused here, before anything is written.
     parts = divide(content)
     writers = {
         "llm": _write_llm,
@@ -161,7 +163,7 @@ def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
     recipe, widths = parts.recipe, parts.widths
 
     def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # Rounded as in the written file, so that the comparison can be exact.
+        # The weights are rounded as in the written file, so that the comparison can be exact.
         return {name: t.half().float() if target.half else t.float() for name, t in weights.items()}
 
     projector = projector_from_weights(rounded(parts.projector), recipe.projector, *widths, parts.where)

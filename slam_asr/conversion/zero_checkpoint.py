@@ -58,7 +58,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
     model = load_pickle(models[0])
     try:
         return _weights_of(folder, model)
-    # Only DeepSpeed's own files have all keys, in the types that are expected here.
+    # Files that DeepSpeed did not write lack keys, or have values of other types.
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{models[0]} and the optimiser's files next to it are not a checkpoint as DeepSpeed writes it: "
@@ -67,7 +67,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
 
 
 def _weights_of(folder: Path, model: dict[str, Any]) -> LazyTensors:
-    """Open the weights of a checkpoint whose file of the model is read."""
+    """Open a checkpoint's weights; `model` is the content of its first model file."""
     optimisers = _by_rank(folder, "*optim_states.pt")
     # Only ZeRO writes `param_shapes`. Its fp32 weights are in the optimiser's files alone.
     if not optimisers and not model.get("param_shapes"):
@@ -135,7 +135,7 @@ def _sizes(shape: Any) -> tuple[int, ...]:
     """Return a weight's shape as integers.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the shape is something else.
     """
     if not isinstance(shape, tuple | list) or not all(type(size) is int and size >= 0 for size in shape):
         raise TypeError(f"a shape is {shape}")
@@ -259,7 +259,7 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _require_values(found: int, needed: int) -> None:
-    # Padding may add values, but a complete checkpoint never has fewer than its weights.
+    # Padding may add values, but a complete checkpoint never has fewer values than its weights.
     if found < needed:
         raise ModelError(
             f"The checkpoint holds fewer values ({found:,}) than the {needed:,} of its weights: it is "

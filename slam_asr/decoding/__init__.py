@@ -1,1 +1,1 @@
-"""Decoding of test utterances: transcripts from a trained model, and their word error rate."""
+"""Transcripts that a trained model writes for test utterances and for recordings of any length."""

@@ -1,7 +1,7 @@
 """Runs test utterances through a model, in batches that do not depend on the number of processes.
 
-With several GPUs, each GPU has a process: `python -m slam_asr.decoding.decoder JOB`. It reads batches from
-standard input and writes answers to standard output, one JSON line each.
+If there are several processes, usually one per GPU, each runs `python -m slam_asr.decoding.decoder JOB`. It
+reads batches from standard input and writes answers to standard output, one JSON line each.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def _read_manifests(files: list[str]) -> list[Utterance]:
-    """Read all utterances of several manifests.
+    """Read the utterances of several manifests.
 
     Raises:
         InputError: two manifests have the same utterance, which would count twice in every rate.
@@ -65,7 +65,7 @@ class Decoder:
         model: a located model.
         files: paths of the manifests.
         feature_store: feature store that extract-features wrote; without one, audio is encoded on the fly.
-        quiet: whether to log nothing, because the stage that started this process has already done so.
+        quiet: whether to log nothing, because the stage that started this process has logged it already.
     """
 
     def __init__(
@@ -75,8 +75,7 @@ class Decoder:
         in_manifests = _read_manifests(files)
         self.utterances = fit_to_window(in_manifests, model.spec, quiet)
         self.audio_ids = [u.audio_id for u in self.utterances]
-        # The store has outputs of the frozen encoder. Those of an encoder that was trained as well are
-        # different.
+        # The store has outputs of the frozen encoder. An encoder that was trained has other outputs.
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
         self.feature_store = feature_store
@@ -96,7 +95,7 @@ class Decoder:
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """The indices of all utterances, in batches.
+        """The indices in `utterances` of each batch.
 
         Raises:
             ConfigurationError: an utterance leaves too few LLM positions for its answer.
@@ -141,7 +140,7 @@ class Decoder:
 
     @cached_property
     def _audio_positions(self) -> list[int]:
-        """LLM positions of each utterance's audio."""
+        """Number of LLM positions of each utterance's audio."""
         return [self.model.positions(self._reader.span(u)) for u in self.utterances]
 
     @cached_property
@@ -168,8 +167,9 @@ class DecodingJob(Job):
     model: str
     """The model's folder on local disk."""
     files: list[str]
-    """Manifests."""
+    """Paths of the manifests."""
     feature_store: str | None
+    """As for `Decoder`."""
 
 
 def decode_on_several(

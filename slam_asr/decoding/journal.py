@@ -57,7 +57,7 @@ class DecodeJournal:
         self._file.write(json.dumps({index: asdict(answer) for index, answer in answers.items()}) + "\n")
         self._file.flush()
         if self.remote and time.monotonic() - self._uploaded > UPLOADED_EVERY:
-            # The time is set before the upload, so that a failing one is retried after the same interval.
+            # The time is set before the upload, so that a failed upload is retried after the same interval.
             self._uploaded = time.monotonic()
             try:
                 upload(self.path, self.remote)

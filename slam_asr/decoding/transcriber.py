@@ -87,7 +87,7 @@ class Transcriber:
         prompt = model.prompt()
         self._prompt_positions = len(prompt.main.before) + len(prompt.main.ids)
         longest = model.positions(model.spec.span_of(round(self.max_segment_seconds * SAMPLE_RATE)))
-        # Before the weights are loaded below.
+        # This check comes before the weights are loaded.
         require_capacity(
             [longest + self._prompt_positions],
             lambda _: f"Audio of {self.max_segment_seconds:g} s",
@@ -134,7 +134,7 @@ class Transcriber:
         """
         if seconds is None:
             seconds = [count_samples(file) / SAMPLE_RATE for file in files]
-        # An hour of 16 kHz float32 takes 230 MB.
+        # An hour of audio at 16 kHz in float32 takes 230 MB.
         for group in _groups(seconds):
             recordings = []
             for file in (files[index] for index in group):
@@ -179,7 +179,7 @@ class Transcriber:
                 piece = pieces[i][1]
                 segments[i] = Segment(piece.start, piece.end, answer.text, answer.cut)
             if meter is not None:
-                # Once per batch: all of its segments are finished at the same time.
+                # The meter is updated once per batch: all of its segments are finished at the same time.
                 meter.update(round(sum(len(pieces[i][1].samples) for i in batch) / SAMPLE_RATE))
         for number, (name, samples) in enumerate(recordings):
             yield Transcript(
@@ -222,7 +222,7 @@ class Transcriber:
 
 
 def _read(file: str) -> "np.ndarray":
-    """Decode a recording, and log what its transcript depends on.
+    """Decode a recording; log if it has no signal, or if its channels are averaged.
 
     Raises:
         AudioError: as for `load_audio`.

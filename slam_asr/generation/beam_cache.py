@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 ATTENTION = "slam_asr_shared_prefix"
 """Name under which `attend` is registered with transformers."""
 _UPDATED: ContextVar["SharedLayer | None"] = ContextVar("updated layer", default=None)
-"""The cache's layer that this thread updated last. There `attend` finds the prefix."""
+"""The cache's layer that this thread updated last, in which `attend` finds the prefix."""
 
 
 class CannotShare(Exception):
@@ -62,8 +62,7 @@ def expand_for_beams(
         first = cache.layers[0]
         assert isinstance(first, DynamicLayer) and first.keys is not None, "only plain caches are shared"
         dtype = first.keys.dtype
-        # The lowest finite number gives probability 0, as -inf does, but no NaN in a row of nothing but
-        # padding.
+        # The lowest finite number gives probability 0, as -inf does, but no NaN in a row that is all padding.
         padding_bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
             mask == 0, torch.finfo(dtype).min
         )[:, None, None]
@@ -108,7 +107,8 @@ class BeamLayer(DynamicLayer):
         super().__init__()
         assert layer.keys is not None and layer.values is not None, "the LLM must process the prefix first"
         self.generated_from = layer.keys.shape[-2]
-        """Position in the buffers at which generated tokens begin. A `SharedLayer` has no prefix there: 0."""
+        """Position in the buffers at which generated tokens begin: 0 in a `SharedLayer`, whose buffers do not
+        contain the prefix."""
         self._keys, self._values = (
             _with_capacity(tensor, beams, max_new_tokens) for tensor in (layer.keys, layer.values)
         )
@@ -196,8 +196,8 @@ class SharedLayer(BeamLayer):
         """Keys and values of audio and prompt, each [utterances, key heads, positions, head width]."""
         self.padding_bias, self.beams = padding_bias, beams
         self.attend_calls = 0
-        """How often `attend` has read this layer. By this number, the search checks that the LLM really uses
-        `attend`."""
+        """Number of times that `attend` has read this layer. The search compares it with the number of steps
+        to check that the LLM really uses `attend`."""
         # `BeamLayer` gets tensors with no positions, so its buffers hold only generated tokens.
         layer.keys, layer.values = (tensor[:, :, :0] for tensor in (layer.keys, layer.values))
         super().__init__(layer, beams, max_new_tokens)
@@ -206,8 +206,8 @@ class SharedLayer(BeamLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
-        # transformers calls the attention next, but passes it only keys and values, not this layer. There,
-        # `attend` finds the layer in `_UPDATED`.
+        # transformers calls `attend` next, but passes it only keys and values. `attend` therefore finds this
+        # layer in `_UPDATED`.
         _UPDATED.set(self)
         return super().update(key_states, value_states)
 
@@ -322,8 +322,8 @@ def register_attention() -> None:
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
     register_attention()
-    # Parts of an LLM may have their own configurations, and each layer looks up its attention in the one that
-    # it has. A dictionary by id visits each of them once.
+    # Parts of an LLM may have their own configurations, and each layer looks up its attention in its own.
+    # Several modules may share a configuration, so configurations are collected by id.
     configs = {
         id(config): config
         for module in llm.modules()

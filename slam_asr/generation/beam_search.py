@@ -48,8 +48,8 @@ class Answers:
     ids: torch.Tensor
     """[utterances, answers per utterance, tokens] int64: token ids, best answer first, padded at the end."""
     scores: torch.Tensor
-    """[utterances, answers per utterance] float32: log probability after penalties, and with CTC's share,
-    divided by tokens ** length penalty."""
+    """[utterances, answers per utterance] float32: log probability after penalties, including CTC's share and
+    divided by tokens ** length_penalty."""
     nearly_tied: list[bool] | None
     """For each utterance, whether any decision was between two hypotheses whose scores differed by less than
     `NEARLY_TIED`. None if not known."""
@@ -72,8 +72,8 @@ def beam_search(
         mask: [utterances, positions] int64, 0 on padding and else 1.
         generation: number of beams and answers, penalties, max_new_tokens, and the tokens that end and pad an
             answer.
-        spelling: what CTC makes of the audio, if its scores count.
-        ctc_weight: CTC's share of the scores.
+        spelling: CTC's log probabilities; None for a search without CTC.
+        ctc_weight: CTC's share of the scores, from 0 to 1.
 
     Returns:
         The answers; None if the LLM's cache does not consist of keys and values per position, as in Mamba.
@@ -115,7 +115,7 @@ def _search(
     share = share and is_plain(cache)
     cache = expand_for_beams(cache, beams, max_new_tokens, mask if share else None)
     logits = logits.repeat_interleave(beams, 0)
-    # Columns for all tokens to come: each pass takes the columns up to its own token.
+    # The mask gets columns for all tokens to come. Each step uses the columns up to its own token.
     mask = torch.cat([mask, mask.new_ones(utterances, max_new_tokens)], 1).repeat_interleave(beams, 0)
     stops = torch.tensor(generation.eos_token_id, device=device)
     processors = penalties(generation)
@@ -144,19 +144,24 @@ def _search(
             tokens = state.ids[:, :, step].reshape(-1, 1)
             if scorer:
                 scorer.advance(continued_rows, tokens[:, 0])
-            logits, _ = forward(
-                llm,
-                # Position ids start at 0 with each utterance, so padding on the left is not counted.
-                (lengths + step).repeat_interleave(beams)[:, None],
-                mask[:, : width + step + 1],
-                input_ids=tokens,
-                past_key_values=cache,
-            )
-            # An LLM that ignored the registered attention would have seen the generated tokens without the
-            # prefix.
-            if share and any(cast(SharedLayer, layer).attend_calls != step + 1 for layer in cache.layers):
-                raise CannotShare
+            # Position ids start at 0 with each utterance, so padding on the left is not counted.
+            positions = (lengths + step).repeat_interleave(beams)[:, None]
+            step_mask = mask[:, : width + step + 1]
+            logits, _ = forward(llm, positions, step_mask, input_ids=tokens, past_key_values=cache)
+            if share:
+                _require_attended(cache, step + 1)
     return _answers(result, generation)
+
+
+def _require_attended(cache: DynamicCache, steps: int) -> None:
+    """Require that the LLM has called `attend` for every layer in each of `steps` steps.
+
+    Raises:
+        CannotShare: the LLM ignored the registered attention, so its generated tokens did not attend to the
+            prefix.
+    """
+    if any(cast(SharedLayer, layer).attend_calls != steps for layer in cache.layers):
+        raise CannotShare
 
 
 def _scores(
@@ -166,11 +171,10 @@ def _scores(
     processors: LogitsProcessorList,
     scorer: CtcScorer | None,
 ) -> torch.Tensor:
-    """Return the next token's scores [utterances, beams, vocabulary]: log probabilities, and CTC's share.
+    """Return the next token's scores [utterances, beams, vocabulary]: log probabilities with CTC's share.
 
-    The logits are [utterances · beams, vocabulary].
-
-    As in transformers, greedy search penalises logits, and beam search penalises log probabilities.
+    The logits are [utterances · beams, vocabulary]. As in transformers, greedy search penalises logits, and
+    beam search penalises log probabilities.
     """
     beams = state.ids.shape[1]
     generated = cast(torch.LongTensor, state.ids[:, :, :step].flatten(0, 1))
@@ -203,8 +207,8 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
     An answer would therefore depend on the other utterances of the batch.
     """
-    # Since https://github.com/huggingface/transformers/pull/45389, it does not apply one to embeddings at
-    # all.
+    # Since https://github.com/huggingface/transformers/pull/45389, `generate` applies no penalty at all if it
+    # gets embeddings.
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 

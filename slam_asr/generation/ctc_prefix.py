@@ -1,7 +1,7 @@
 """Scores of hypotheses by CTC, for a search that adds them to the LLM's.
 
-An LLM that recognises badly writes fluent sentences that nobody said, or repeats itself. CTC's score prevents
-both, because it depends on what is in the audio, in the audio's order. The probability that a transcript
+An LLM that recognises badly writes fluent sentences that nobody said, or repeats itself. CTC's score makes
+both rarer, because it depends on the content of the audio and on its order. The probability that a transcript
 begins with a prefix is the sum over all paths that spell the prefix first, whatever follows. Watanabe et al.
 (2017, "Hybrid CTC/attention architecture for end-to-end speech recognition", algorithm 2) compute it token by
 token. For a prefix g and the first t positions,
@@ -17,8 +17,8 @@ and for the token c after g,
     ψ(gc) = Σ φ(t-1) · p(c at t), the probability of all transcripts that begin with gc.
 
 Both recursions are linear, so their solutions are sums: with C(t) = Σ log p(c at s) over s ≤ t,
-log n(gc, t) = C(t) + logcumsumexp(log φ(t-1) - C(t-1)). This needs no loop over positions. C falls to some
-thousands below zero, so these sums are computed in float64.
+log n(gc, t) = C(t) + logcumsumexp(log φ(t-1) - C(t-1)). This needs no loop over positions. C falls to several
+thousand below zero, so these sums are computed in float64.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 _NEVER = -1.0e9
-"""Log probability of what cannot happen. -inf would become NaN in differences."""
+"""Log probability of impossible events. -inf would become NaN in differences."""
 _FLOOR = -20.0
 """Lowest log probability of a token at a position. Tokens that CTC does not know have it at every position,
 so they are unlikely, but not impossible."""
@@ -36,11 +36,11 @@ CANDIDATES = 20
 
 @dataclass
 class CtcSpelling:
-    """What CTC makes of a batch's audio."""
+    """CTC's log probabilities of a batch's audio, and their columns for the LLM's tokens."""
 
     log_probabilities: torch.Tensor
-    """[utterances, positions, 1 + tokens] float32, the blank's first; after an utterance's end, the blank has
-    probability 1."""
+    """[utterances, positions, 1 + tokens] float32; column 0 is the blank's. Beyond an utterance's end, the
+    blank has probability 1."""
     columns: torch.Tensor
     """[vocabulary] int64: the column of each of the LLM's tokens; -1 for tokens that CTC does not know."""
     first_columns: torch.Tensor
@@ -77,9 +77,9 @@ class CtcScorer:
     A row is a beam of an utterance, as in the search's cache.
 
     Args:
-        spelling: what CTC makes of the audio.
+        spelling: CTC's log probabilities of the audio.
         weight: CTC's share of the score, from 0 to 1. The LLM's share is the rest.
-        beams: beams of an utterance.
+        beams: number of beams per utterance.
         stops: [stops] int64, ids of the tokens that end an answer.
     """
 
@@ -90,7 +90,7 @@ class CtcScorer:
         """[rows] int64: index of each row's utterance in `spelling`."""
         blanks = self._blanks()
         rows = len(blanks)
-        # The empty prefix has only been spelled by blanks.
+        # Only paths of blanks spell the empty prefix.
         self._b = torch.cat([blanks.new_zeros(rows, 1), blanks], 1)
         """[rows, positions + 1] float64: log b of each row's hypothesis. Column 0 is before all positions."""
         self._n = torch.full_like(self._b, _NEVER)
@@ -138,7 +138,8 @@ class CtcScorer:
         token = self._of_tokens(tokens[:, None])[:, 0].cumsum(1)
         blank = self._blanks()
         start = token.new_zeros(len(token), 1)
-        # Sums over s ≤ t of what was there before position s, divided by the product of p up to s - 1.
+        # These are the sums of the module's docstring. `token` and `blank` are C(t) for the token and for the
+        # blank; with `start` before them, they are C(t-1).
         n = token + (phi[:, :-1] - torch.cat([start, token[:, :-1]], 1)).logcumsumexp(1)
         never = torch.full_like(start, _NEVER)
         self._n = torch.cat([never, n], 1)

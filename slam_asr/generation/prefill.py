@@ -38,9 +38,9 @@ def forward(
         **inputs,
         **{name: value for name, value in optional.items() if name in accepted},
     )
-    # In fp32: the search adds up log probabilities and compares sums that differ by 1e-4, far below the
-    # resolution of bf16. LLMs with recurrent layers return their state under another name, so their cache is
-    # None.
+    # The logits are in fp32, because the search compares sums of log probabilities that differ by 1e-4, far
+    # below the resolution of bf16. LLMs with recurrent layers return their state under another name, so their
+    # cache is None.
     return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 
@@ -71,7 +71,7 @@ def prefill(
     utterances, width = mask.shape
     if utterances * width <= PREFILL_POSITIONS:
         return run_group(slice(None), width)
-    # Longest first, so that the first utterance of a group gives the group's padded length, and the largest
+    # The order is longest first, so that a group's first utterance gives its padded length, and the largest
     # pass runs before the cache of all utterances is allocated.
     lengths, order = mask.sum(1).sort(descending=True)
     logits: list[torch.Tensor] = []
@@ -113,7 +113,8 @@ def _gather(
         keys, values = part.keys, part.values
         assert keys is not None and values is not None, "the forward pass has filled the cache"
         if first:
-            # Zeros, because masked positions still enter products: a NaN there would reach the output.
+            # The cache must not be uninitialised: masked positions still enter products, and a NaN there
+            # would reach the output.
             full.keys, full.values = (
                 t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
             )

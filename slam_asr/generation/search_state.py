@@ -116,7 +116,7 @@ def choose(
         nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])
     running_scores, order = best[:, :beams], order[:, :beams]
     finished_ids, finished_scores, finished_lengths = _finish(state, candidates, step, generation)
-    # A beam's number within its utterance, converted to the row in the cache.
+    # A beam's row in the cache is its number within the utterance, plus the utterance's first row.
     first_rows = torch.arange(utterances, device=scores.device)[:, None] * beams
     extended = SearchState(
         utterances=state.utterances,
@@ -166,7 +166,7 @@ def _finish(
 
 
 def _is_improvable(state: SearchState, step: int, generation: GenerationConfig) -> torch.Tensor:
-    """Return for which utterances [utterances] a running beam may still improve on the finished answers."""
+    """Return [utterances] bool: whether a running beam may still improve on the finished answers."""
     length_penalty, is_finished = generation.length_penalty, state.finished_lengths > 0
     best_running = state.scores[:, :1]
     # The first stop rule is that of transformers with early_stopping=False: stop when the best running beam,
@@ -195,7 +195,7 @@ def _gather_rows(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _is_near(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """Return for which utterances two scores [utterances] are nearly tied.
+    """Return [utterances] bool: whether two scores [utterances] are nearly tied.
 
     A hypothesis with a score near `_NEVER` must not be chosen, so it cannot tie with another one.
     """

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 IGNORED = -100
 """Label of a position without a target: the default `ignore_index` of torch's cross entropy."""
 CHUNK = 2**25
-"""Number of logits in memory at a time: 128 MiB in fp32. A smaller number saves memory, but makes the matrix
-products smaller."""
+"""Number of logits in memory at a time: 128 MiB in fp32. A smaller number saves memory, but gives smaller and
+slower matrix products."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ def score_in_chunks(
 
 def _sums(loss: torch.Tensor, correct: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack(
-        # Sums of an epoch are counts of many millions of tokens, and fp32 has every integer only up to 2**24.
+        # An epoch has many millions of tokens, and fp32 represents all integers only up to 2**24.
         [loss.detach().double(), correct.double(), torch.tensor(len(targets), device=loss.device).double()]
     )
 
@@ -111,8 +111,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # The saved gradient is that of the unscaled sum. By the chain rule, a caller's division by the number
-        # of tokens, or a loss scale, is a factor of it. Weight, bias and targets have no gradient.
+        # The saved gradient is that of the unscaled sum. `loss_gradient` is the factor by which the caller
+        # scaled this sum, such as 1 / tokens or a loss scale. Weight, bias and targets have no gradient.
         return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 
@@ -125,8 +125,8 @@ def allows_chunks(llm: PreTrainedModel) -> bool:
     is scaled and could underflow.
 
     Args:
-        llm: an LLM that can be called; if its weights are sharded, within `Slam.try_llm`. It may be left in
-            evaluation mode.
+        llm: an LLM that can be called. If its weights are sharded, call this function within `Slam.try_llm`.
+            The LLM may be left in evaluation mode.
     """
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype == torch.float16:
@@ -150,5 +150,6 @@ def gives_bare_logits(llm: PreTrainedModel) -> bool:
         hook.remove()
     if len(outputs) != 1 or outputs[0].shape != logits.shape:
         return False
-    # Tensors without values can only be the same object. Those with values may also have been cast.
+    # On the meta device there are no values to compare, so both must be the same tensor. Elsewhere, the
+    # logits may also be a cast copy of the outputs.
     return outputs[0] is logits or (not logits.is_meta and torch.equal(outputs[0].float(), logits.float()))

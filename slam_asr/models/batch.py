@@ -1,8 +1,8 @@
 """A batch: several utterances, each with its audio, prompt and answer, collated or packed for the LLM.
 
 A batch is either padded or packed. A padded batch has one row per utterance. Its rows are padded on the left
-to the longest audio and prompt, and on the right to the longest answer, so that all answers start in the same
-column. A packed batch is a single row without padding.
+so that all answers start in the same column, and on the right to the longest answer. A packed batch is a
+single row without padding.
 """
 
 from dataclasses import dataclass, replace
@@ -62,7 +62,7 @@ class Batch:
     """Number of positions of each utterance in a packed row; None for a padded batch."""
     spelled: list[torch.Tensor] | None = None
     """For CTC's loss: tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU.
-    None without that loss, as in validation and decoding."""
+    None if this loss is not computed, as in validation and decoding."""
 
     @property
     def filled(self) -> int:
@@ -75,7 +75,7 @@ class Batch:
         return self.mask.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on a device."""
+        """Return a copy of the batch on a device; `spelled` remains on the CPU."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
         return replace(self, audio=[a.to(device) for a in self.audio], **moved)
 
@@ -116,7 +116,7 @@ def pack(rows: list[Row]) -> Batch:
 
     The LLM must be one that `packed_attention.allow_packing` accepts.
     """
-    # Audio positions get token id 0, a valid index of the embedding. `embed` overwrites these embeddings.
+    # Audio positions get token id 0, a valid index. `Slam.embed` overwrites these positions' embeddings.
     ids, is_audio, labels = [], [], []
     for row in rows:
         ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]

@@ -1,16 +1,19 @@
-"""A projector that spells transcripts in the LLM's own token embeddings, without the LLM's layers.
+"""CTC on the projector's outputs: the projector learns to spell transcripts in the LLM's token embeddings.
 
-With random weights, a projector in front of a frozen LLM learns nothing for thousands of steps, because it
-has to discover which position of the audio belongs to which word of the answer. Connectionist temporal
-classification (CTC; Graves et al., 2006) learns this alignment at a hundredth of the cost. The logits for CTC
-are negative squared distances between the projector's outputs and the LLM's embeddings of the tokens that
-occur in the transcripts. CTC's blank is the embedding of a line break. Among the vectors that could be
-between words, this one disturbs the LLM least: in a comparison with one such vector between any two tokens
-of a text, SmolLM2-135M repeated 0.58 of the tokens with line breaks, 0.51 with commas and 0.21 with zeros.
+The LLM's layers are not run for this. A projector that starts from random weights in front of a frozen LLM
+learns nothing for thousands of steps, because it has to discover which position of the audio belongs to which
+word of the answer. Connectionist temporal classification (CTC; Graves et al., 2006) learns this alignment at
+a hundredth of the cost. The logits for CTC are negative squared distances between the projector's outputs and
+the LLM's embeddings of the tokens that occur in the transcripts.
+
+CTC's blank is the embedding of a line break, because this vector disturbs the LLM least between words. In a
+comparison, SmolLM2-135M had to repeat a text with one extra vector between every two tokens. It repeated 58 %
+of the tokens if this vector was the line break's, 51 % if it was the comma's, and 21 % if it was zero.
 
 CTC alone only needs outputs to be closer to the right token than to others; they may be anywhere, even where
-the LLM has never seen an embedding. A second loss therefore draws each output to its expected embedding, the
-mean weighted by the token probabilities. The LLM then sees outputs that resemble the transcript's own tokens.
+the LLM has never seen an embedding. A second loss therefore draws each output to its expected embedding: the
+mean of the token embeddings, weighted by the token probabilities. The LLM then sees outputs that resemble the
+transcript's own tokens.
 """
 
 import math
@@ -26,22 +29,22 @@ from slam_asr.models.encoders.frontend import Prepared
 BLANK = 0
 """Index of CTC's blank among the tokens."""
 INITIAL_SHARPNESS = 20.0
-"""Initial factor of the logits: a distance of one embedding's length lowers a logit by half of the factor."""
+"""Initial factor of the logits: a distance of one mean embedding length lowers a logit by half the factor."""
 
 
 @dataclass
 class CtcBatch:
-    """Utterances for CTC."""
+    """Utterances for a training phase that uses CTC without the LLM."""
 
     audio: list[torch.Tensor | Prepared]
     """One per utterance: features [frames, encoder width], or the encoder's input; all of one kind."""
     positions: list[int]
     """Number of LLM positions of each utterance's audio."""
     targets: list[torch.Tensor]
-    """Tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU. An
-    empty list for a batch whose utterance only occupies a process without work."""
+    """Tokens of each utterance, [tokens] int64, as indices of `CtcVocabulary`, on the CPU. The list is empty
+    if the batch only lets a process without work take part in the communication."""
     distance_weight: float = 0.0
-    """Weight of the distance from the expected embeddings."""
+    """Weight of the loss that draws outputs to their expected embeddings."""
 
     @property
     def filled(self) -> int:
@@ -50,11 +53,11 @@ class CtcBatch:
 
     @property
     def cells(self) -> int:
-        """The same number."""
+        """Number of LLM positions including padding, as in `Batch`: the same as `filled`."""
         return self.filled
 
     def to(self, device: torch.device | str) -> "CtcBatch":
-        """Return the batch on a device."""
+        """Return a copy of the batch on a device; `targets` remains on the CPU."""
         return replace(self, audio=[a.to(device) for a in self.audio])
 
 
@@ -62,16 +65,16 @@ class CtcHead(nn.Module):
     """Classifies the projector's outputs by their distances from token embeddings.
 
     Args:
-        embeddings: [1 + tokens, LLM width] float32: the blank's first.
+        embeddings: [1 + tokens, LLM width] float32; the blank's embedding comes first.
         dtype: dtype of the products of outputs and embeddings.
     """
 
     size: torch.Tensor
-    """Scalar: mean length of the embeddings, the unit of all distances."""
+    """Scalar: mean length (Euclidean norm) of the embeddings, the unit of all distances."""
     embeddings: torch.Tensor
-    """[1 + tokens, LLM width]: the embeddings in that unit."""
+    """[1 + tokens, LLM width]: the embeddings, divided by `size`."""
     half_squares: torch.Tensor
-    """[1 + tokens] float32: half of each embedding's squared length in that unit."""
+    """[1 + tokens] float32: half of the squared length of each of these embeddings."""
 
     def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -80,13 +83,13 @@ class CtcHead(nn.Module):
         self.register_buffer("size", size)
         self.register_buffer("embeddings", scaled.to(dtype))
         self.register_buffer("half_squares", scaled.square().sum(1) / 2)
-        # The logarithm is trained, not the factor: it stays positive whatever steps the optimiser takes.
+        # The factor's logarithm is trained, so that the factor stays positive whatever the optimiser does.
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(INITIAL_SHARPNESS)))
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [positions, 1 + tokens] in float32 for the projector's outputs [positions, width]."""
+        """Return logits [positions, 1 + tokens] in float32 for outputs [positions, LLM width]."""
         sharpness = self.log_sharpness.float().exp()
-        # The outputs are scaled, not the logits, of which there are many more.
+        # Scaling the outputs is cheaper than scaling the logits, which are many more.
         products = (outputs * (sharpness / self.size)).to(self.embeddings.dtype) @ self.embeddings.T
         # -|output - embedding|² / 2, without |output|², which is the same for all tokens.
         return products.float() - self.half_squares * sharpness
@@ -94,19 +97,23 @@ class CtcHead(nn.Module):
     def distances(self, outputs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the squared distance of each output from its expected embedding, [positions] float32.
 
-        The unit is the embeddings' mean length.
+        Distances are in units of the embeddings' mean length.
+
+        Args:
+            outputs: [positions, LLM width], the projector's.
+            logits: [positions, 1 + tokens], from `forward`.
         """
-        # Without a gradient, outputs are drawn to their expected embedding, but not the other way round.
+        # `no_grad` makes the expected embeddings constants: the loss moves only the outputs towards them.
         with torch.no_grad():
             expected = logits.softmax(1).to(self.embeddings.dtype) @ self.embeddings
         return (outputs.float() / self.size - expected.float()).square().sum(1)
 
 
 class AuxiliaryCtc:
-    """CTC's loss beside the LLM's: the projector's outputs must also spell the transcript.
+    """CTC's loss, which is added to the LLM's: the projector's outputs must also spell the transcript.
 
     Args:
-        head: classifies the outputs. Nothing of it is trained.
+        head: classifies the outputs; it is frozen here.
         weight: factor of the loss.
     """
 
@@ -125,7 +132,7 @@ class AuxiliaryCtc:
 
 
 class Speller:
-    """Gives a search what CTC makes of the projector's outputs.
+    """Computes CTC's log probabilities of the projector's outputs for a search.
 
     Args:
         head: classifies the outputs.
@@ -136,10 +143,10 @@ class Speller:
         self.head, self.columns = head, columns
 
     def spell(self, outputs: torch.Tensor, positions: list[int]) -> CtcSpelling:
-        """Return what CTC makes of outputs [positions of all utterances, LLM width].
+        """Return CTC's log probabilities of all utterances.
 
         Args:
-            outputs: the projector's, in any floating-point dtype.
+            outputs: [positions of all utterances, LLM width], the projector's, in any floating-point dtype.
             positions: number of positions of each utterance.
         """
         return CtcSpelling.of(self.head(outputs.float()), positions, *self.columns)
@@ -174,8 +181,8 @@ def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Ten
     padded = nn.utils.rnn.pad_sequence(
         [functional.pad(s, (0, longest - s.shape[1])) for s in scores], batch_first=True
     )
-    # On the CPU, because torch's gradient on a GPU adds in an order that varies: a resumed training would
-    # differ in the last bits. These scores are small.
+    # The loss is computed on the CPU, because torch's gradient on a GPU adds in an order that varies: a
+    # resumed training would differ in the last bits. These scores are small, so copying them is cheap.
     # See https://github.com/pytorch/pytorch/issues/17798.
     total_loss = functional.ctc_loss(
         # [utterances, columns, positions] → [positions, utterances, columns], the order that torch's CTC
@@ -186,7 +193,7 @@ def ctc_loss(logits: torch.Tensor, positions: list[int], targets: list[torch.Ten
         torch.tensor([len(t) for t in targets]),
         blank=0,
         reduction="sum",
-        # Without it, one utterance that is too short for its tokens would make the loss of the step infinite.
+        # Otherwise, an utterance that is too short for its tokens would make the step's loss infinite.
         zero_infinity=True,
     )
     return total_loss.to(logits.device)

@@ -1,4 +1,4 @@
-"""The LLM's tokens that a CTC head distinguishes, and transcripts spelled in them."""
+"""The LLM's tokens that a CTC head distinguishes, and the spelling of transcripts in these tokens."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ class CtcVocabulary:
 
     Args:
         tokenizer: the LLM's tokenizer.
-        token_ids: the tokens, from `choose_tokens`: the blank's first.
+        token_ids: ids of these tokens, from `choose_tokens`; the blank's id comes first.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> None:
@@ -35,8 +35,8 @@ class CtcVocabulary:
     def spell(self, text: str) -> list[int]:
         """Return a text's tokens as indices of `token_ids`; 0, the blank, is not among them.
 
-        A token that does not occur in the train transcripts is spelled by the fewest shorter ones. What no
-        token can spell is left out.
+        A token that does not occur in the train transcripts is replaced by the fewest shorter tokens that
+        spell it. Characters that no token spells are left out.
         """
         spelled: list[int] = []
         for token in self.tokenizer.encode(self._prefix + text, add_special_tokens=False):
@@ -53,16 +53,18 @@ class CtcVocabulary:
         return text.strip()
 
     def columns(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the index of each of the LLM's tokens, within an answer and as its first token.
+        """Return the index in `token_ids` of each of the LLM's tokens.
 
-        CTC spells a first word with a space before it, as it spells all others. The LLM's answer begins
-        without one, so the token of the same text with a space stands for it.
+        The index may be different for an answer's first token. CTC spells every word with a space before it,
+        including the first. The LLM's answer begins without this space, so its first token gets the index of
+        the same token with a space.
 
         Args:
             vocabulary: number of the LLM's tokens.
 
         Returns:
-            Two tensors [vocabulary] int64; -1 for a token that is not among `token_ids`, and for the blank.
+            The indices of tokens within an answer and those of an answer's first token, each [vocabulary]
+            int64; -1 for a token that is not among `token_ids`, and for the blank.
         """
         within = torch.full((vocabulary,), -1)
         within[list(self._index)] = torch.tensor(list(self._index.values()))
@@ -80,10 +82,10 @@ class CtcVocabulary:
 
     def _divide(self, string: str) -> list[int]:
         """Divide a token's string into the fewest tokens of the vocabulary; skip what none of them spells."""
-        # The string of such a token is `<0xE2>`, say. Dividing it would spell these six characters.
+        # A byte's token has a string such as `<0xE2>`. Dividing it would spell these six characters.
         if _BYTE.fullmatch(string):
             return []
-        # For each length, the division of the first characters that skips least and then has fewest tokens.
+        # `best[n]` divides the first n characters: number of skipped characters, number of tokens, indices.
         best: list[tuple[int, int, list[int]]] = [(0, 0, [])]
         for end in range(1, len(string) + 1):
             skipped, count, indices = best[end - 1]
@@ -99,9 +101,9 @@ class CtcVocabulary:
 
 
 def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
-    """Return the tokens that spell the transcripts of a training run: all that occur in them.
+    """Return the tokens that spell the transcripts of a training run: all tokens that occur in them.
 
-    A smaller vocabulary, in which rarer tokens are spelled by shorter ones, was measured to be worse
+    A smaller vocabulary, in which shorter tokens spell the rarer ones, gave more errors
     (docs/measurements/accuracy.md).
 
     Args:
@@ -115,13 +117,13 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> l
     while some := list(itertools.islice(remaining, _AT_ONCE)):
         for ids in tokenizer([prefix + text for text in some], add_special_tokens=False)["input_ids"]:
             occurring.update(ids)
-    # Some tokenizers put a token of its own before the line break.
+    # Some tokenizers put another token before the line break's.
     blank = tokenizer.encode(BLANK_TEXT, add_special_tokens=False)[-1]
     return [blank, *sorted(occurring - {blank})]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text after which a word has the same token at the start of a text as within it."""
+    """Return what must precede a text so that its first word is tokenised as within a text: "" or a space."""
     first = tokenizer.encode("a", add_special_tokens=False)
     return "" if tokenizer.encode("a a", add_special_tokens=False)[-len(first) :] == first else " "
 

@@ -44,7 +44,7 @@ def load_llm(
     Args:
         folder: contains the LLM's files in transformers' format.
         dtype: dtype of the weights.
-        device: device that the weights are moved to.
+        device: device to which the weights are moved.
         trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
@@ -133,7 +133,7 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config
     Raises:
         ModelError: the tokenizer belongs to another LLM.
     """
-    # Models that also read images keep the numbers of their LLM in a configuration within theirs.
+    # The configuration of a model that also reads images has a nested configuration for its LLM.
     embeddings = getattr(config.get_text_config(), "vocab_size", None)
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     unused = (unused | set(tokenizer.all_special_ids)) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -172,6 +172,10 @@ def require_usable_llm(folder: Path, options: Llm) -> PreTrainedTokenizerBase:
 def llm_positions(folder: Path, trust_remote_code: bool = False) -> int | None:
     """Return the maximum number of positions that the LLM's configuration allows; None if it sets no limit.
 
+    Args:
+        folder: contains the LLM's config.json.
+        trust_remote_code: whether the LLM's own Python code may run.
+
     Raises:
         ModelError: the folder has no readable config.json.
     """
@@ -187,7 +191,13 @@ def llm_width(llm: PreTrainedModel) -> int:
 
 
 def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
-    """Freeze the LLM, add adapters to it, or make all of it trainable, according to `options.tuning`."""
+    """Freeze the LLM, add adapters to it, or make all of it trainable, according to `options.tuning`.
+
+    Args:
+        llm: changed in place.
+        options: the recipe's `llm` section.
+        seed: determines the adapters' initial weights.
+    """
     # This call must come before adapters are added; otherwise it would freeze them too.
     llm.requires_grad_(options.tuning == "full")
     if options.tuning == "lora":
@@ -241,7 +251,7 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
             if isinstance(module, _linear_layers())
         }
     )
-    # peft raises only if no name at all matches, so a mistyped one among several would be ignored.
+    # peft raises only if none of the names matches, so it would ignore one mistyped name among several.
     absent = [t for t in options.targets if t not in linear]
     if absent:
         raise ConfigurationError(

@@ -1,11 +1,11 @@
 """Packing: several utterances in one row, each attending only to itself, without any padding.
 
 A packed row [1, positions] differs from a plain row in two ways. Its position ids start at 0 again with every
-utterance. And its attention mask is block-diagonal: causal within an utterance, and closed across utterances.
-This mask, whose size is the square of the positions, is never built. transformers' models look up their
-attention function by name, and this module registers one. It cuts the row at the utterances' bounds and gives
-each piece to a causal attention; on a GPU, it gives all pieces to torch's variable-length kernel together.
-All other layers work position by position and need no change.
+utterance. Its attention mask is block-diagonal: causal within an utterance, and closed between utterances.
+This mask of [positions, positions] is never built. transformers' models look up their attention function by
+name, and this module registers one. The function cuts the row at the utterances' bounds and computes causal
+attention for each piece; on a GPU, torch's variable-length kernel computes all pieces together. All other
+layers work position by position and need no change.
 
 Not every model passes on what the function needs, and some compute attention in a way of their own.
 `allow_packing` therefore runs a trial: two short texts in one row must get the logits that each gets alone. A
@@ -67,15 +67,15 @@ def allow_packing(llm: PreTrainedModel) -> bool:
     """Switch an LLM to the packing attention function, unless that changes the LLM's results.
 
     Args:
-        llm: an LLM that can be called; if its weights are sharded, within `Slam.try_llm`. It may be left in
-            evaluation mode.
+        llm: an LLM that can be called. If its weights are sharded, call this function within `Slam.try_llm`.
+            The LLM may be left in evaluation mode.
 
     Returns:
         Whether packed rows may be used. If not, the LLM has its former attention function.
     """
     former = llm.config._attn_implementation
-    # transformers chooses sdpa for every class that supports it. An LLM with another attention may compute
-    # something that torch's attention does not.
+    # transformers chooses sdpa, torch's attention, for every class that supports it. An LLM with another
+    # attention may compute something that sdpa cannot.
     if former != "sdpa":
         return False
     _register()
@@ -109,9 +109,9 @@ def _passes_trial(llm: PreTrainedModel) -> bool:
     pairs = list(zip(packed.float().split([6, 9], dim=1), (logits.float() for logits in alone), strict=True))
     if packed.dtype == torch.float32:
         return all((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() for ours, theirs in pairs)
-    # In half precision, a different rounding may change the logits of single positions a lot: those of a
-    # text's first positions, where models have huge activations. The median ignores these. It does not ignore
-    # an attention to the other text, which would change most logits of the second text.
+    # In half precision, a different rounding may change the logits of a text's first positions a lot, because
+    # models have huge activations there. The median ignores these positions, but it does detect attention to
+    # the other text, which would change most logits of the second text.
     return all((ours - theirs).abs().median() <= 0.1 * theirs.std() for ours, theirs in pairs)
 
 
@@ -124,9 +124,9 @@ def _attention(
     lengths: Lengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention with the signature that transformers expects, for packed and other batches.
+    """Compute the attention of packed and other batches, with the signature that transformers expects.
 
-    In a packed row, each utterance attends only to itself.
+    In a packed row, each utterance attends only to itself. The shapes below are those of a packed row.
 
     Args:
         module: the LLM's attention layer.
@@ -177,7 +177,8 @@ def _one_utterance(
     `dropout` exceeds 0 only if all of the LLM is trained.
     """
     positions = query.shape[2]
-    # Within the window's length, a sliding window is plain causal attention, for which faster kernels exist.
+    # For utterances within the window's length, a sliding window equals plain causal attention, for which
+    # faster kernels exist.
     band = _band(positions, window, query.device) if window and window < positions else None
     return functional.scaled_dot_product_attention(
         query,
@@ -225,7 +226,7 @@ def _variable_length(
         longest,
         longest,
         scale=scaling,
-        # Number of positions that are seen to the left and to the right. -1 means no limit.
+        # Number of positions to the left and to the right that a position attends to. -1 means no limit.
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=True,
     )
@@ -236,8 +237,7 @@ def _variable_length(
 def exclude_from_compilation() -> None:
     """Exclude the attention function from torch.compile.
 
-    The function's operations depend on the utterances' lengths, so it would be compiled again for many
-    batches.
+    The function's operations depend on the utterances' lengths, so torch would recompile it for many batches.
     """
     _register()
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))

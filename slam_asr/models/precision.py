@@ -28,7 +28,7 @@ def processes_here(key: str, requested: int) -> int:
     if gpus and requested > gpus:
         raise ConfigurationError(
             f"{key} is {requested} but this machine has {gpus} GPU{'s' * (gpus > 1)}: lower it, "
-            "or leave it at 0 to use them all."
+            "or set it to 0 to use them all."
         )
     return requested or max(1, gpus)
 
@@ -85,9 +85,9 @@ A key is a word of the device's name.
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return a GPU's nominal floating-point operations per second in half precision, or None if not known."""
+    """Return a GPU's nominal floating-point operations per second in half precision; None if not known."""
     if device.type != "cuda":
         return None
-    # Complete words, because L4 is also a part of L40S, and A10 of A100.
+    # Complete words are compared, because L4 is also a part of L40S, and A10 is a part of A100.
     words = re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(device))
     return next((1e12 * PEAKS[word] for word in words if word in PEAKS), None)

@@ -15,12 +15,12 @@ from slam_asr.config.recipe import Projector
 
 
 def positions_of(options: Projector, span: int) -> int:
-    """Return the number of LLM positions that an utterance of `span` encoder frames takes."""
+    """Return the number of LLM positions that an utterance takes; `span` is from `EncoderSpec.span_of`."""
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
 
 class SpeechProjector(nn.Module, ABC):
-    """Base class: projects utterances of unequal lengths and concatenates them without padding."""
+    """Base class of projectors: utterances of unequal lengths are projected, and joined without padding."""
 
     @abstractmethod
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ class QFormerProjector(SpeechProjector):
         self.norm = nn.LayerNorm(llm_width, eps=1e-5)
 
     def project(self, utterances: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Project all utterances at once. They are padded to the longest one, and the padding is masked."""
+        """Project all utterances at once, padded to the longest one; the padding is masked."""
         lengths = torch.tensor([len(u) for u in utterances], device=utterances[0].device)
         frames = pad_sequence(utterances, batch_first=True)
         mask = (torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]).long()

@@ -3,10 +3,10 @@
 By default the layout is SLAM-LLM's. `USER: {}\\n ASSISTANT:` and the answer, without a space between
 them, are tokenised as one string. The first ids are the prompt: as many as the prompt has when it is
 tokenised alone. The other ids, followed by eos, are the targets. The text comes after the audio. If the
-tokenizer adds bos, it is the text's first token.
+tokenizer adds bos, bos is the text's first token.
 
 A user's template may place the audio elsewhere. With the model's own chat template, the audio is at the start
-of the user's turn, and an answer ends with the token by which the template ends a turn.
+of the user's turn, and an answer ends with the template's end-of-turn token.
 """
 
 import random
@@ -21,8 +21,8 @@ from slam_asr.errors import ModelError
 
 AUDIO = "{audio}"
 _MARK = "\u241eaudio\u241e"
-"""Placeholder, for the audio or the answer, while a chat template is filled in. No template contains, strips
-or escapes it."""
+"""Placeholder for the audio or the answer while a chat template is filled in. No template contains, strips or
+escapes it."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Prompt:
         end of the prompt and the start of the answer. This is SLAM-LLM's rule.
 
         Returns:
-            Token ids of the prompt's text after the audio; and the targets, which are the token ids of the
-            answer and the end token.
+            Token ids of the prompt's text after the audio; and the targets, which are the answer's token ids
+            and the end token.
         """
         ids = self._encode(prompt.text + self.answer_prefix + answer, start=not prompt.before)
         prompt_length = len(prompt.ids)
@@ -146,7 +146,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
             add_generation_prompt=open_answer,
             # Otherwise, chat models such as Qwen3 would write down their thoughts before the transcript.
             enable_thinking=False,
-            # Some templates print the current date, but a prompt must be the same tomorrow.
+            # Some templates print the current date, but a prompt must be the same on every day.
             date_string="26 Jul 2024",
         )
     except (TemplateError, ValueError) as error:
@@ -159,7 +159,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the special token with which the chat template ends an answer; eos if it has none."""
+    """Return the id of the special token with which the chat template ends an answer; without one, eos."""
     # `tail` is the text that the template adds after an answer. Its first special token ends the turn.
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     tail = _chat(tokenizer, turns, False).partition(_MARK)[2]

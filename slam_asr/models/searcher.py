@@ -21,8 +21,7 @@ class Choice:
 
     text: str
     score: float
-    """Log probability of the text and its end token, computed after the repetition penalty and divided by
-    tokens ** `decoding.length_penalty`. Higher is better."""
+    """Score of the text and its end token, as in `Answers.scores`. Higher is better."""
 
 
 @dataclass
@@ -77,12 +76,12 @@ class Searcher:
 
     def __init__(self, model: Slam, prompt: Prompt, options: Decoding, inference_only: bool = True) -> None:
         self.model, self.prompt, self.inference_only = model, prompt, inference_only
-        # Samples during training are decoded by the LLM alone.
+        # The sample transcripts of a training run come from the LLM alone, without CTC's scores.
         self.ctc_weight = options.ctc_weight if inference_only else 0.0
         self.generation = generation_of(options, prompt)
         self.generation.num_return_sequences = options.nbest
-        # It also replaces the LLM's own, from which `generate` would fill in unset options: sampling options
-        # in the LLM's generation_config.json must not affect a measurement.
+        # This also replaces the LLM's own generation_config.json, from which `generate` would take unset
+        # options: its sampling options must not affect a measurement.
         model.llm.generation_config = self.generation
 
     def decode(self, audio: Sequence[torch.Tensor | Prepared], positions: Sequence[int]) -> list[Answer]:
@@ -102,8 +101,7 @@ class Searcher:
         with torch.inference_mode() if self.inference_only else torch.no_grad():
             # In training, processes with sharded weights must all run the LLM equally often, even if their
             # answers end at different steps. transformers' `generate` ensures this; our search does not.
-            # Samples during training are decoded greedily.
-            if self.inference_only or self.generation.num_beams > 1:
+            if self.inference_only:
                 found = self.model.search(batch, self.generation, self.ctc_weight)
                 if found is not None:
                     return self._from_search(found)
@@ -160,7 +158,7 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     Args:
         positions: number of LLM positions of each utterance's audio and prompt.
         max_new_tokens: positions reserved for the answer.
-        beams: hypotheses per utterance.
+        beams: number of beams per utterance.
         budget: maximum number of positions of a batch, including padding. Only a single utterance that is
             longer by itself may exceed it.
 
@@ -169,10 +167,10 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     """
     batch: list[int] = []
     for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
-        # Longest first, so a batch's first utterance determines the padded length.
+        # The order is longest first, so a batch's first utterance determines the padded length.
         longest = positions[batch[0] if batch else index] + max_new_tokens
-        # Each beam counts with its audio and prompt, as if it had a copy of them: that is so for the LLMs
-        # whose beams cannot share a prefix.
+        # Each beam counts with a copy of its audio and prompt. LLMs whose beams cannot share this prefix do
+        # need the copies.
         if batch and longest * beams * (len(batch) + 1) > budget:
             yield batch
             batch = []

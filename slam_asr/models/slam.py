@@ -27,7 +27,7 @@ ids [targets] to any tensors, such as a loss."""
 
 
 class Slam(nn.Module):
-    """The projector, the LLM and, if audio is not given as features, the encoder, joined into one model.
+    """Joins the projector and the LLM, and the encoder if audio does not come as features, into one model.
 
     Args:
         projector: always trained.
@@ -36,10 +36,10 @@ class Slam(nn.Module):
             it has its own precision, and no optimiser, checkpoint or sharding must include it.
         feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
             are the same whether or not they come from a feature store.
-        dropout: share of the encoder's values that is zeroed in training.
+        dropout: share of the features' values that are set to zero in training.
 
     Raises:
-        ModelError: the LLM has no output layer of its own.
+        ModelError: the LLM has no output layer that predicts tokens.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Slam(nn.Module):
             raise ModelError(
                 f"{type(llm).__name__} has no output layer that predicts tokens: choose a causal LM."
             )
-        # The hook only selects the layer's inputs. The LLM's own forward pass still calls the layer, so that
-        # whatever it does to the logits afterwards (scaling, capping) still happens. On a CPU, selecting rows
-        # first is also ten times faster than multiplying a slice row by row.
+        # The hook only selects the layer's inputs. The LLM's own forward pass still calls the layer, and may
+        # scale or cap the logits afterwards. On a CPU, one matrix product of the selected rows is also ten
+        # times faster than the product of a strided slice, which torch computes row by row.
         output_layer.register_forward_pre_hook(self._select_targets)
 
     def _select_targets(
@@ -86,14 +86,14 @@ class Slam(nn.Module):
     ) -> tuple[torch.Tensor, ...] | None:
         if self._is_target is None:  # `forward` is not running, so the layer gets all of its inputs
             return None
-        # Labels cover the last columns of the batch, and a token is predicted at the position before it: with
-        # n label columns, these are the last n + 1 columns without the very last.
+        # Labels cover the last n columns of the batch. Each token is predicted one position earlier, so the
+        # inputs start one column earlier and leave out the last column.
         self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]
         # A scorer applies the output layer itself, so the LLM's own forward pass gets no rows.
         return (self._target_inputs if self.scorer is None else self._target_inputs[:0],)
 
     def train(self, mode: bool = True) -> "Slam":
-        """Set training mode for the trained parts only: dropout in frozen parts would only add noise."""
+        """Set the mode. Frozen parts remain in evaluation mode: their dropout would only add noise."""
         super().train(mode)
         for part in (self.llm, self._modules.get("encoder")):
             if mode and part is not None and not all(p.requires_grad for p in part.parameters()):
@@ -154,11 +154,11 @@ class Slam(nn.Module):
             ctc_weight: CTC's share of the scores; above 0, the model must have a speller.
 
         Returns:
-            The best answers with their scores; None if the search is greedy and ours cannot run the LLM. Then
-            call `generate`.
+            The best answers with their scores. None if the search is greedy and ours cannot run the LLM; in
+            this case, call `generate`.
 
         Raises:
-            ConfigurationError: CTC's scores are asked for, but our search cannot run the LLM.
+            ConfigurationError: CTC's scores are requested, but our search cannot run the LLM.
         """
         embeddings, spelling = self.embed(batch), None
         if ctc_weight:
@@ -215,14 +215,14 @@ class Slam(nn.Module):
         Returns:
             Logits [targets, vocabulary] at the positions that predict targets, in the order of
             `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
-            logits are computed. With CTC's loss, the fields of `AnswerScores`, whose `loss` includes it.
+            logits are computed. If CTC's loss is added, the fields of `AnswerScores`, with it in `loss`.
         """
         arguments = {}
         if batch.lengths is not None:
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)
         elif batch.padded:
-            # Position ids start at 0 with each utterance, for LLMs with absolute positions. Padding before
-            # the utterance would get -1, which is not a valid index of an embedding.
+            # Position ids start at 0 with each utterance, for LLMs with absolute positions. `clamp` changes
+            # the padding before the utterance from -1, an invalid index of an embedding, to 0.
             arguments = {
                 "attention_mask": batch.mask,
                 "position_ids": (batch.mask.cumsum(1) - 1).clamp(min=0),
@@ -237,7 +237,7 @@ class Slam(nn.Module):
                 result = self.scorer(self._target_inputs, layer, batch.labels[self._is_target])
             return self._with_ctc(result, batch) if self.ctc is not None and batch.spelled else result
         finally:
-            # Otherwise, the hook would also select the inputs of a later `generate`.
+            # A remaining `_is_target` would make the hook select inputs in a later `generate` as well.
             self._is_target = self._target_inputs = self._projected = None
 
     def _with_ctc(

@@ -14,8 +14,8 @@ def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None 
     """Copy models to object storage.
 
     Args:
-        to: an s3:// prefix. A model from the hub is copied below it under its name on the hub, and a folder
-            under the last component of its path.
+        to: an s3:// prefix. Below it, a copy has the model's name on the hub, or the last component of the
+            folder's path.
         recipe: a recipe whose encoder and LLM are copied.
         models: names on the hub, or folders. Models that are already in object storage are not copied.
 
@@ -37,10 +37,11 @@ def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None 
 
 def _copy(name: str, to: str) -> str:
     parts = name.strip("/").split("/")
-    # Two components count as a name on the hub, such as `team/model`. Other paths keep only the last one.
+    # A path of two components, such as `team/model`, may be a name on the hub, so it is used completely. Of
+    # any other path, only the last component is used.
     target = join(to, *(parts if len(parts) == 2 and not name.startswith(("/", ".")) else parts[-1:]))
     if exists(join(target, LAST)):
-        log_line(f"{name}: there already ({target})")
+        log_line(f"{name}: already at {target}")
         return target
     log_line(f"{name}: copying to {target}")
     require_writable(target)  # before a model of many GB is downloaded

@@ -22,7 +22,7 @@ _NORMS = {"default": "group", "layer_norm": "layer"}
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
 """fairseq's `activation_fn` → transformers' `hidden_act`: the activation of the feed-forward layers."""
 _MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
-"""Limits on the text that describes the convolutions, with which a malicious file could exhaust memory."""
+"""Limits for the text that describes the convolutions: a malicious file could otherwise exhaust memory."""
 
 
 class FairseqOptions:
@@ -30,8 +30,8 @@ class FairseqOptions:
 
     Args:
         content: the configuration in the file, as nested dicts.
-        tuned: whether the model was fine-tuned. Then the options of its pretrained model, nested in
-            `w2v_args`, come first; in a pretrained model, `w2v_args` is ignored.
+        tuned: whether the model was fine-tuned. If so, the options of its pretrained model, which are nested
+            in `w2v_args`, come first. In a pretrained model, `w2v_args` is ignored.
         where: the file's name, for error messages.
     """
 
@@ -57,10 +57,10 @@ class FairseqOptions:
         return value
 
     def normalizes(self) -> bool:
-        """Whether the encoder needs normalised waveforms.
+        """Return whether the encoder needs normalised waveforms.
 
         Raises:
-            ModelError: the configuration does not say whether it does.
+            ModelError: the configuration does not state it.
         """
         candidates = (
             _dict(self._content, "task"),
@@ -86,12 +86,12 @@ def _dict(section: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def waveform_config(encoder: TensorDict, targets: bool, options: FairseqOptions) -> PretrainedConfig:
+def waveform_config(encoder: TensorDict, has_targets: bool, options: FairseqOptions) -> PretrainedConfig:
     """Choose transformers' configuration of WavLM, HuBERT or wav2vec 2.0, and fill it in.
 
     Args:
         encoder: the encoder's tensors, keyed by fairseq's names.
-        targets: whether the file has the embeddings of a pretrained HuBERT's targets. wav2vec 2.0 has none.
+        has_targets: whether the file has embeddings of HuBERT's targets; wav2vec 2.0 has no such targets.
         options: fairseq's configuration.
 
     Raises:
@@ -107,10 +107,10 @@ def waveform_config(encoder: TensorDict, targets: bool, options: FairseqOptions)
                 num_buckets=options.get("num_buckets", bias.shape[0]),
                 max_bucket_distance=options.get("max_distance"),
             )
-        # Fine-tuning removes the embeddings of HuBERT's targets, so that only the name in the configuration
-        # still distinguishes it from wav2vec 2.0.
+        # Fine-tuning removes the embeddings of HuBERT's targets. Only the name in the configuration then
+        # distinguishes HuBERT from wav2vec 2.0.
         names = str([s.get("_name", s.get("arch", "")) for s in options.sections]).lower()
-        return (HubertConfig if targets or "hubert" in names else Wav2Vec2Config)(**sizes)
+        return (HubertConfig if has_targets or "hubert" in names else Wav2Vec2Config)(**sizes)
     except (
         LookupError,
         ValueError,
@@ -132,7 +132,7 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
 
     Args:
         tensors: the encoder's tensors, keyed by fairseq's names.
-        options: fairseq's configuration. An option's default here is the size of a tensor.
+        options: fairseq's configuration. Most missing options are derived from the tensors' shapes.
 
     Raises:
         ValueError, LookupError, TypeError, SyntaxError: the configuration and the tensors contradict each
@@ -178,7 +178,7 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
         "num_feat_extract_layers": len(layout),
         "conv_bias": options.get("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
         "feat_extract_norm": _NORMS[mode],
-        # Where the norms are applied changes no tensor, so this option has no default.
+        # The place of the norms changes no tensor, so this option has no default.
         "do_stable_layer_norm": bool(options.get("layer_norm_first")),
         "num_conv_pos_embeddings": options.get("conv_pos", position[2]),
         "num_conv_pos_embedding_groups": options.get("conv_pos_groups", width // position[1]),
@@ -207,7 +207,7 @@ def _convolutions(text: Any) -> list[tuple[int, int, int]]:
                 return value(left) + value(right)
             case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
                 repeated = value(left)
-                # Checked before multiplying, because nested multiples grow exponentially.
+                # The limit is checked before multiplying, because nested multiples grow exponentially.
                 if not 0 <= times * len(repeated) <= _MAX_CONVOLUTIONS:
                     raise ValueError(f"{times} times {len(repeated)} convolutions")
                 return repeated * times

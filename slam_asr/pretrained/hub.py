@@ -10,11 +10,11 @@ from slam_asr.pretrained.model_files import needed_files
 from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
-"""Seconds to wait for the hub to answer whether it has a model. Short, because clusters often block it."""
+"""Seconds to wait for the hub to answer. The time is short, because clusters often block the hub."""
 FIRST_PAUSES = (1.0, 2.0)
-"""Seconds before further attempts to reach the hub, because a new pod's network may not be ready yet."""
+"""Seconds before further attempts if the hub cannot be reached: a new pod's network may not be ready yet."""
 PAUSES = (1.0, 5.0, 15.0, 30.0, 60.0)
-"""Seconds before further attempts when the hub answers that it is busy, or when a download breaks off."""
+"""Seconds before further attempts if the hub answers that it is busy, or if a download breaks off."""
 _TEMPORARY = (429, 500, 502, 503, 504)
 """HTTP's codes for an overloaded or restarting server."""
 
@@ -26,7 +26,7 @@ class Unavailable(Exception):
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, complete or not, or None if it has none."""
+    """Return the model's snapshot in `huggingface_hub`'s cache, complete or not; None without a snapshot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -67,7 +67,7 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
         def fetch() -> None:
             """Fetch the files that are missing, and continue with those that are incomplete."""
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
-            # If the hub does not answer, `snapshot_download` returns without an error what is in the folder.
+            # If the hub does not answer, `snapshot_download` returns the incomplete folder without an error.
             if not all((folder / file).is_file() for file in needed):
                 raise LocalEntryNotFoundError(name)
 
@@ -92,20 +92,22 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) -> T:
-    """Repeat a call of the hub after failures that may be temporary.
+def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[float]) -> T:
+    """Call the hub, and repeat the call after failures that may be temporary.
+
+    If the last attempt fails too, its exception is raised.
 
     Args:
         call: may be called many times.
         name: the model's name on the hub, for the log.
-        unreachable: seconds before each further attempt if the hub cannot be reached.
+        pauses_if_unreachable: seconds before each further attempt if the hub cannot be reached.
     """
     attempts = 0
     while True:
         try:
             return call()
         except Exception as error:
-            pauses = _pauses_after(error, unreachable)
+            pauses = _pauses_after(error, pauses_if_unreachable)
             if attempts >= len(pauses):
                 raise
             failure = type(error).__name__
@@ -114,10 +116,10 @@ def _repeated(call: Callable[[], T], name: str, unreachable: Sequence[float]) ->
         attempts += 1
 
 
-def _pauses_after(error: Exception, unreachable: Sequence[float]) -> Sequence[float]:
-    """Seconds before each further attempt after an error; empty if no attempt would help."""
+def _pauses_after(error: Exception, pauses_if_unreachable: Sequence[float]) -> Sequence[float]:
+    """Return the seconds before each further attempt after an error; empty if no attempt would help."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         return PAUSES if error.response.status_code in _TEMPORARY else ()
-    return unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()
+    return pauses_if_unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()

@@ -66,7 +66,7 @@ def lazy_tensors(files: Iterable[str | Path]) -> LazyTensors:
     """Open safetensors files without reading their tensors; the files are memory-mapped.
 
     Args:
-        files: paths of the files. If several have a tensor of one name, the last file's is used.
+        files: paths of the files. If several contain a tensor of the same name, the last file's is used.
 
     Returns:
         The tensors of all files by name, on the CPU, in the shapes and dtypes of the files.
@@ -83,10 +83,11 @@ def write_one_by_one(
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time.
 
-    The peak is twice the largest tensor. The libraries' writers cannot do this. safetensors' `save_file`
-    needs all tensors at once. So does huggingface_hub's `save_torch_state_dict`, for each of its shards; and
-    it takes tensors at the same address for one shared tensor. Given 16 weights of 64 MB that are made when
-    they are accessed, and thus reuse memory, it read each of them three times and wrote only four.
+    At most twice the size of the largest tensor is in memory. The libraries' writers cannot do this.
+    safetensors' `save_file` needs all tensors at once, and huggingface_hub's `save_torch_state_dict` needs
+    all tensors of a shard. The latter also considers tensors at the same address to be one shared tensor, and
+    lazy tensors reuse memory. Given 16 lazy tensors of 64 MB, it read each of them three times and wrote only
+    four.
 
     The file is written under a temporary name and renamed when it is complete. Format:
     https://huggingface.co/docs/safetensors.
@@ -123,7 +124,7 @@ def write_one_by_one(
                 tensor = tensors[name].to(like[name].dtype)
                 if tensor.shape != like[name].shape:
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like[name].shape)}")
-                # Viewed as bytes, because numpy has no bfloat16.
+                # The tensor is viewed as bytes, because numpy has no bfloat16.
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         temporary.rename(path)
     finally:
@@ -131,7 +132,7 @@ def write_one_by_one(
 
 
 def is_finite(weight: torch.Tensor) -> bool:
-    """Whether a tensor of any shape contains neither NaN nor infinity."""
+    """Return whether a tensor of any shape contains neither NaN nor infinity."""
     # A NaN becomes both the minimum and the maximum, and an infinity becomes one of them. Unlike
     # `isfinite().all()`, this copies nothing, and in half precision it takes a tenth of the time of a sum.
     return not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight))

@@ -40,19 +40,21 @@ def load_weights(
     """Load a pretrained model with all its weights, frozen, in evaluation mode.
 
     Args:
-        kind: one of transformers' Auto classes. Its type is Any, because these classes share no base class
-            with `from_pretrained`.
+        kind: one of transformers' Auto classes, or a model class. The type is Any, because these classes
+            share no base class with `from_pretrained`.
         folder: a folder with transformers' files.
         dtype: dtype of the weights.
         part: `encoder` or `LLM`, for error messages.
-        values: whether to read the values. If False, weights and buffers are on the meta device.
+        values: whether to read the values. If False, weights and buffers are on the meta device, and it is
+            not checked whether they are finite.
         trust_remote_code: whether code in the folder may run.
 
     Returns:
         The model, on the CPU unless `values` is False.
 
     Raises:
-        ModelError: weights are missing, damaged, of another shape, or not finite.
+        ModelError: weights are missing, damaged, of another shape, or not finite; or the folder's code would
+            have to run but is not trusted.
     """
     device = {}
     if not values:

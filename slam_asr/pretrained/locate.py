@@ -38,9 +38,10 @@ DEMO_MODELS = (
 _MEGABYTE = 1_000_000
 
 Source = Callable[[str, Path], None]
-"""Writes the files of the model with this name on the hub into this folder, or raises `Unavailable`.
+"""A function that takes a model's name on the hub and a folder.
 
-The function's `__name__` is part of the name of the temporary folder, which remains if the process is killed.
+It writes the model's files into the folder, or raises `Unavailable`. Its `__name__` is part of the temporary
+folder's name; this folder remains if the process is killed.
 """
 _further_sources: list[Source] = []
 
@@ -54,8 +55,8 @@ def add_source(source: Source) -> None:
 def locate_model(name: str) -> Path:
     """Return the folder with a model's files, fetching and converting them first if necessary.
 
-    The sources are tried in this order: a local folder of that name, this project's cache, the hub's own
-    cache, the hub if it answers within `HUB_TIMEOUT`, and those of `add_source`.
+    The sources are tried in this order: a local folder or file of that name, this project's cache, the hub's
+    own cache, the hub if it answers within `HUB_TIMEOUT`, and the sources that were added by `add_source`.
 
     Args:
         name: one of these: a name on the model hub, such as `openai/whisper-tiny.en`; a local folder; the
@@ -101,7 +102,7 @@ def locate_base_model(name: str, key: str, model: str) -> Path:
         model: the trained model or its checkpoint, for the error message.
 
     Raises:
-        ModelError: no source has it; the message names the option that states where it is now.
+        ModelError: no source has the model; the message names the option that states where it is now.
     """
     try:
         return locate_model(name)
@@ -161,7 +162,8 @@ def _in_hub_cache(name: str) -> Path | None:
 
 
 def _is_hub_name(name: str) -> bool:
-    # One or two parts. What begins with a dot is a path, and with a dash most likely an option.
+    # A name on the hub has one or two parts. A text that begins with a dot is a path, and one that begins
+    # with a dash is most likely an option.
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and name[0] not in ".-"
 
 
@@ -174,7 +176,7 @@ def _publish(
         cached: the folder.
         what: the model, for the log.
         make: writes the files to a temporary folder next to `cached`, and returns it.
-        exists: whether the folder is in the cache; by default, whether it is a complete model.
+        exists: checks whether the folder is in the cache; by default, whether it is a complete model.
 
     Returns:
         `cached`.
@@ -237,7 +239,8 @@ def _by_megabytes(meter: Meter) -> Callable[[int], None]:
     def report(size: int) -> None:
         nonlocal received
         with lock:
-            # The difference of two rounded totals, because rounding each piece would lose up to a megabyte.
+            # The meter gets the difference of two rounded totals: rounding each piece would lose up to a
+            # megabyte per piece.
             before, received = received, received + size
             meter.update(received // _MEGABYTE - before // _MEGABYTE)
 
@@ -327,8 +330,8 @@ def main(program: str = "slam_asr.pretrained.locate", without_hub: str = "") -> 
     """Fetch the models named on the command line, and print the folder of each.
 
     Args:
-        program: name of the module that is the program.
-        without_hub: for the help, the names that it can fetch without the hub.
+        program: name of the module that is the program, for the help.
+        without_hub: names of models that the program can fetch without the hub, for the help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description="Fetch pretrained models ahead of time."

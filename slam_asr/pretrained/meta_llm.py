@@ -39,13 +39,14 @@ class LazyWeight:
     """
 
     name: str
-    """Its name in the LLM."""
+    """The weight's name in the LLM."""
     places: list[tuple[nn.Module, str]]
-    """Each module that owns it, with the name of the module's attribute. A tied weight has several owners."""
+    """Each module that owns the weight, with the name of its attribute. A tied weight has several owners."""
     folder: Path
+    """The LLM's folder, for error messages."""
     file: Path
     key: str
-    """Its name in the file."""
+    """The weight's name in the file."""
 
     @property
     def parameter(self) -> nn.Parameter:

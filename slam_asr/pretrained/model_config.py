@@ -54,12 +54,12 @@ def read_model_config(folder: Path, part: str, trust_remote_code: bool = False) 
 
 
 def own_code_refused(folder: Path, part: str, error: Exception) -> ModelError | None:
-    """Return the error for a model that needs code of its own, if transformers refused it for that reason.
+    """Return the error for a model that needs code of its own; None if transformers had another reason.
 
     Args:
         folder: the model's folder.
         part: `encoder` or `LLM`.
-        error: raised by transformers, called with `trust_remote_code=False`.
+        error: the exception of a call of transformers with `trust_remote_code=False`.
     """
     # transformers has no exception of its own for this.
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
@@ -104,7 +104,7 @@ def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
 
 
 def _method(found: Any) -> str | None:
-    """Return a quantiser's name for its method, if it states one."""
+    """Return the method's name in a quantiser's configuration, if it states one."""
     values = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     method = values.get("quant_method")
     return str(getattr(method, "value", method)) if method else None

@@ -33,7 +33,7 @@ def needed_files(files: list[str], weights: bool = True) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has a configuration, all weights, and a tokenizer or preprocessor."""
+    """Return whether a folder has a configuration, all weights, and a tokenizer or preprocessor."""
     try:
         has_weights = bool(weight_files(folder))
     except ModelError:
@@ -127,7 +127,7 @@ def weights_sha256(folder: Path) -> str:
             return cached["sha256"]
     except (OSError, ValueError, TypeError, KeyError):
         pass
-    # Sorted by digest, not by name, so renamed files are still the same weights.
+    # The order is that of the digests, not of the names, so renaming the files does not change the result.
     each = sorted(sha256_of_file(f) for f in files)
     sha256 = each[0] if len(each) == 1 else digest(each)
     # The folder may be read-only. Then the digest is computed each time.

@@ -1,9 +1,9 @@
 """Converts the original checkpoint files of speech encoders to folders that transformers loads.
 
-It supports OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0, the last two either
-pretrained or fine-tuned with CTC. It does not need fairseq, and runs no code from the file. The model's sizes
-come from the configuration in the file, so a missing layer is noticed. Every tensor is accounted for: it is
-renamed, or dropped because no encoder needs it, or causes an error.
+The supported models are OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0; the last
+two may be pretrained or fine-tuned with CTC. fairseq is not needed, and no code from the file is run. The
+model's sizes come from the configuration in the file, so a missing layer is noticed. Every tensor is renamed,
+or dropped because no encoder needs it, or causes an error.
 """
 
 import re

@@ -43,7 +43,8 @@ _TORCHS_OWN = re.compile(
 """Names that need no stand-in, because `torch.load` itself allows or refuses them."""
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
-"""Pickles up to the object in torch's format before 1.6: magic number, protocol, sizes of types, object."""
+"""Number of pickles that are read from a file in torch's format before 1.6: magic number, protocol, sizes of
+types, object."""
 _DAMAGED = (
     UnpicklingError,
     RuntimeError,
@@ -61,7 +62,7 @@ _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
 
 class StandIn:
-    """Replaces a class or function that the file names. It records arguments and state, and does nothing."""
+    """Replaces a class or function that the file names. It only records its arguments and state."""
 
     full_name = ""
     """The full name of the class or function that it replaces."""
@@ -69,7 +70,7 @@ class StandIn:
     state: Any
 
     def __new__(cls, *arguments: Any) -> "StandIn":
-        # Recorded here, because the opcode NEWOBJ creates objects without calling __init__.
+        # The arguments are recorded here, because the opcode NEWOBJ creates objects without calling __init__.
         stand_in = super().__new__(cls)
         stand_in.arguments, stand_in.state = arguments, None
         return stand_in
@@ -123,8 +124,8 @@ def plain(value: Any) -> Any:
 
     Namespaces and omegaconf's containers become dicts and lists; omegaconf's nodes become their values;
     members of enumerations become their values, or their names if only the names are pickled; numpy's scalars
-    become numbers; other objects become dicts of their attributes. Tensors remain unchanged. A reference
-    from an object to another that contains it becomes None.
+    become numbers; other objects become dicts of their attributes. Tensors remain unchanged. An object's
+    reference to an object that contains it, such as its parent, becomes None.
     """
     return _plain(value, ())
 
@@ -200,7 +201,7 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
     if value.full_name.startswith("omegaconf.") and isinstance(state, dict):
         # Containers have `_content` and nodes `_val`. The rest of the state describes parents and types.
         return _plain(state.get("_content", state.get("_val")), within)
-    # A member of an enumeration: getattr(class, name).
+    # A member of an enumeration is pickled as getattr(class, name).
     if value.full_name == "builtins.getattr":
         return _plain(arguments[-1], within)
     if isinstance(state, dict):

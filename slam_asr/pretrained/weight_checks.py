@@ -43,7 +43,7 @@ def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) ->
 
     Args:
         folder: a folder with transformers' files.
-        part: `encoder` or `LLM`, for error messages.
+        part: what the folder contains, such as `encoder`, for error messages.
         may_be_absent: whether the folder may have no weights at all, only the configuration.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The stages of a pipeline, one file each.
+"""The stages of the pipelines and the other commands, one file each.
 
-A stage checks its inputs, computes their digest, has the work done, and writes a record of the result.
+A stage checks its inputs, computes their digest, calls the functions that do the work, and writes a record.
 """

@@ -39,8 +39,8 @@ def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = F
     Raises:
         InputError: the corpus does not exist, is of an unknown kind or has no audio or no transcripts; an
             utterance is in two splits, too many utterances are rejected, or a split has none left.
-        ConfigurationError: no subset matches the recipe's patterns for a split, a subset matches those of two
-            splits, or `output` holds files that would be replaced.
+        ConfigurationError: no subset matches the recipe's patterns for a split, a subset matches the patterns
+            of two splits, or `output` holds files that would be replaced.
     """
     reader = open_corpus(corpus, recipe.data)
     if FINGERPRINT not in output and _is_corpus_folder(output, reader.root):
@@ -64,7 +64,7 @@ def _is_corpus_folder(output: str, root: str) -> bool:
 
 
 def _listing(reader: CorpusReader, subsets: dict[str, list[str]]) -> str:
-    """Return a digest of the names, sizes and modification times of all files that the subsets depend on."""
+    """Return a digest of the names, sizes and modification times of the subsets' files."""
     listing = hashlib.sha256()
     for subset in sorted(subset for names in subsets.values() for subset in names):
         for line in ([subset], *reader.stamps(subset)):

@@ -1,7 +1,7 @@
-"""Check from inside a pod what a step needs: image, host names, storage, model volume, GPUs, other nodes.
+"""Checks from inside a pod what a step needs: image, host names, storage, model volume, GPUs, other nodes.
 
-`python -m pipelines doctor --run` starts this in a small pod for each kind of step, with that step's image,
-account, secrets and node. By hand, in a container of one of the images:
+`python -m pipelines doctor --run` starts this program in a small pod for each kind of step, with that step's
+image, account, secrets and node. In a container of one of the images, it can also be started by hand:
 
     python -m slam_asr.stages.check_pod '{"step": "train", "store": "s3://bucket/runs", "gpus": 1}'
 """
@@ -26,7 +26,7 @@ from slam_asr.version import source_digest
 _STORAGE_PATIENCE = "20"
 """Seconds for which the store may fail here. A stage tries for longer, but a check must end soon."""
 _JOIN_TIMEOUT = timedelta(minutes=5)
-"""How long a node waits for the others, which may still be pulling their image."""
+"""Time for which a node waits for the others, which may still be pulling their image."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PodCheck:
     nodes: int = 1
     """Number of pods of the TrainJob."""
     trainjob: str = ""
-    """`Placement` (JSON) of the pods of a TrainJob, which this pod starts."""
+    """`Placement`, in JSON, of the TrainJob that this pod starts."""
     in_trainjob: bool = False
     """Whether this pod is one of the TrainJob's."""
 
@@ -70,7 +70,7 @@ def check_pod(request: str) -> list[Finding]:
         raise ConfigurationError(
             f"The request is not the JSON of a PodCheck ({error}): see slam_asr/stages/check_pod.py."
         ) from None
-    # Only a default: the profile's environment may set another time.
+    # This is only a default: the profile's environment may set another time.
     os.environ.setdefault(PATIENCE, _STORAGE_PATIENCE)
     findings = []
     for finding in examine(check):
@@ -80,7 +80,7 @@ def check_pod(request: str) -> list[Finding]:
 
 
 def examine(check: PodCheck) -> Iterator[Finding]:
-    """Yield the finding of each check that the request asks for."""
+    """Yield the finding of each requested check."""
     if check.version:
         yield _check_version(check)
     if check.store:
@@ -126,7 +126,7 @@ def _check_store(check: PodCheck) -> Iterator[Finding]:
     if is_s3(check.store) and (address := storage_address()):
         name = check_name(address, "object storage", "correct storage.endpoint in the profile")
         yield name
-        # Without its address, every request would fail as well, after all of its retries.
+        # If the host name has no address, every request would fail as well, after all of its retries.
         if name.sign == BAD:
             return
     create = (
@@ -142,7 +142,7 @@ def _check_store(check: PodCheck) -> Iterator[Finding]:
 
 
 def _check_trainjob(check: PodCheck) -> Finding:
-    """Start a TrainJob whose pods run this program too, and then meet each other."""
+    """Start a TrainJob whose pods run this program too, and connect to each other."""
     from slam_asr.trainjob.nodes_check import run_on_nodes
     from slam_asr.trainjob.placement import Placement
     from slam_asr.trainjob.train import in_this_namespace

@@ -19,7 +19,7 @@ def compare(
 ) -> list[Compared]:
     """Compare the word error rates of two recognisers on the same utterances, by matched pairs.
 
-    Where words are not separated, as in Chinese, the character error rates are compared.
+    If the references do not separate words, as in Chinese, the character error rates are compared.
 
     Args:
         first: output of the first recogniser: the folder that decode or score wrote, the hypotheses.jsonl in
@@ -31,7 +31,8 @@ def compare(
         seed: seed of the resampling and of the random exchanges.
 
     Returns:
-        One comparison per test subset, if the utterances come from several, and a last one over all of them.
+        One comparison per test subset, if the utterances come from several subsets, and finally one over all
+        utterances.
 
     Raises:
         InputError: an utterance is in only one output or has different references in the two, or no

@@ -39,8 +39,8 @@ def compare_runs(
     _check(runs)
     known = [variation_of(text) for text in variations or []]
     files = {folder: (fetch(join(folder, NUMBERS_FILE)), fetch(join(folder, HYPOTHESES))) for folder in runs}
-    # Sorted, because the pipeline's loop may pass its results in any order, and that order must not change
-    # the fingerprint.
+    # The digests are sorted, because the pipeline's loop may pass its results in any order, and that order
+    # must not change the fingerprint.
     inputs = {
         "runs": sorted([sha256_of_file(file) for file in pair] for pair in files.values()),
         "title": title,

@@ -1,8 +1,7 @@
 """The stage `convert-checkpoint`: converts a checkpoint of any kind to a model folder or another format.
 
 It recognises the kind of the checkpoint by its content: the folder of a training run, SLAM-LLM's `model.pt`,
-a folder that DeepSpeed wrote, the original file of a speech encoder, or a model folder that is to be written
-in another format.
+a folder that DeepSpeed wrote, the original file of a speech encoder, or a model folder.
 """
 
 from pathlib import Path
@@ -37,38 +36,53 @@ def convert_checkpoint(
             wav2vec 2.0; or a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
         to: `model` writes this project's model folder; `huggingface` writes a folder that transformers loads
-            by itself, on machines without slam-asr; `voxtral` does so as a Voxtral, which is a class of
-            transformers' own, so that no code of the folder runs; `slam-llm` writes SLAM-LLM's model.pt;
-            `llm` writes only the trained LLM, as transformers does, with LoRA merged into it.
+            by itself, on machines without slam-asr; `voxtral` writes a folder for transformers' own class
+            Voxtral, so that the folder contains no code; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
+            only the trained LLM, as transformers does, with LoRA merged into it.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
-            `llm.trust_remote_code` count: where the base models are now, and whether the LLM's code may run.
+            `llm.trust_remote_code` are used: where the models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints).
         half: save projector and LoRA adapter in fp16, which halves their size; computations use the recipe's
             precision anyway.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
-        complete: with `--to huggingface`, copy encoder and LLM into the folder; by default it contains only
-            what was trained, and names them.
-        report: with `--to huggingface` or `voxtral`, folder that score wrote for this model: its error rates
+        complete: with `--to huggingface`, copy encoder and LLM into the folder; by default, it contains only
+            the trained weights, and the names of encoder and LLM.
+        report: with `--to huggingface` or `voxtral`, folder that score wrote for this model; its error rates
             become part of the model card.
         verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a
-            probe of a few utterances with random audio.
+            few utterances of random audio.
         overwrite: replace a model that was made from another checkpoint.
 
     Returns:
         The stage's record; its folder holds projector.safetensors and config.json, or the requested format.
 
     Raises:
-        ModelError: the checkpoint is missing, incomplete or damaged, or does not fit its encoder or LLM.
+        ModelError: the checkpoint is missing or damaged, or does not fit its encoder or LLM.
         ConfigurationError: the options contradict each other or the checkpoint's kind.
+        InputError: the report is missing or damaged, or is that of another model.
     """
-    # Imported here, because torch takes seconds to load and `--help` does without it.
-    from slam_asr.conversion.model_card import read_report
+    _check(to, half, complete, report, verify)
+    from slam_asr.conversion.model_card import read_report  # imported here, as torch takes seconds to load
     from slam_asr.conversion.sources import OriginalEncoder, find_source
     from slam_asr.conversion.writers import TargetFormat, write
 
+    target = TargetFormat(to, half, verify, complete, read_report(report) if report else None)
+    source = find_source(checkpoint, which, recipe, adapter)
+    if isinstance(source, OriginalEncoder):
+        return _convert_encoder(source.file, output, target.inputs, overwrite)
+    inputs = {**source.inputs, **target.inputs}
+    return run_stage(STAGE, output, inputs, lambda folder: write(folder, source.read(), target), overwrite)
+
+
+def _check(to: str, half: bool, complete: bool, report: str | None, verify: bool) -> None:
+    """Refuse options that do not fit the format `to`.
+
+    Raises:
+        ConfigurationError: an option is not for this format.
+    """
     if half and to != "model":
         raise ConfigurationError(
             "--half true is only for --to model; the other formats have their own precision: leave it out."
@@ -81,15 +95,6 @@ def convert_checkpoint(
         raise ConfigurationError(
             "--to voxtral is always verified, as it rewrites weights: leave out --verify."
         )
-    target = TargetFormat(to, half, verify, complete, read_report(report) if report else None)
-    source = find_source(checkpoint, which, recipe, adapter)
-    if isinstance(source, OriginalEncoder):
-        return _convert_encoder(source.file, output, target.inputs, overwrite)
-
-    def work(folder: Path) -> Outcome:
-        return write(folder, source.read(), target)
-
-    return run_stage(STAGE, output, {**source.inputs, **target.inputs}, work, overwrite)
 
 
 def _convert_encoder(file: Path, output: str, options: dict[str, object], overwrite: bool) -> Record:

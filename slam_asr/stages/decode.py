@@ -59,21 +59,20 @@ def decode(
 
     Raises:
         ModelError: a base model is not the one that the model was trained with.
-        UserError: the model or a base model does not exist, or the features are another encoder's.
+        UserError: the model or a base model does not exist, or the features come from another encoder.
     """
     from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
     shard = parse_work_shard(work_shard)
-    # Raises if this machine cannot compute in the requested precision.
-    explain_precision(recipe.decoding.precision, pick_device())
+    explain_precision(recipe.decoding.precision, pick_device())  # raises if it cannot be used
     processes = processes_here("decoding.processes", recipe.decoding.processes)
     files = manifest_files(manifests, ("test.jsonl",))
     opened = open_model(model, recipe)
     opened.require_ctc_head(recipe.decoding)
     decoder = Decoder(recipe, opened, files, feature_store)
     inputs = _inputs(decoder, shard)
-    # A journal may be resumed with or without the audio, which only affects the report.
+    # The journal's digest leaves out the report's audio, which does not change the answers.
     decoding_digest = digest({"version": __version__} | inputs)
     if recipe.decoding.report_audio:
         inputs["audio of the worst"] = recipe.decoding.report_audio
@@ -87,18 +86,25 @@ def decode(
         journal.discard()
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
-        part = f" of {len(decoder.utterances)} utterances, work shard {shard}"
-        summary = f"{len(decoded)}{part if shard.total > 1 else ' utterances'}"
+        summary = _summary(len(decoded), len(decoder.utterances), shard)
         return Outcome(summary, _rates(facts), facts, processes if pick_device().type == "cuda" else 0)
 
     return run_stage("decode", output, inputs, work, overwrite)
+
+
+def _summary(decoded: int, utterances: int, shard: WorkShard) -> str:
+    return (
+        f"{decoded} of {utterances} utterances, work shard {shard}"
+        if shard.total > 1
+        else f"{decoded} utterances"
+    )
 
 
 def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
     """Return a run's recipe with the base models of a model that the run only evaluates.
 
     The recipes of run and model may name different encoders and LLMs. The run's name is used only if it ends
-    in the same path component as the model's, and so is likely another place of the same base model.
+    in the same path component as the model's: then it is most likely another place of the same base model.
 
     Args:
         recipe: the run's recipe.
@@ -119,7 +125,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
 
 
 def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
-    """Everything that determines the transcripts, for the fingerprint."""
+    """Return everything that determines the transcripts, for the fingerprint."""
     return {
         "model": model_digests(decoder.model.folder),
         "manifests": [sha256_of_file(fetch(file)) for file in decoder.files],
@@ -139,7 +145,7 @@ def _decode(
         Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
     """
     # Batches are planned over all utterances, so they do not depend on the number of work shards and
-    # processes. The rounding errors of an utterance, which depend on the others in its batch, do not either.
+    # processes. Nor do an utterance's rounding errors, which depend on the other utterances in its batch.
     batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
     in_shard = sorted(index for batch in batches for index in batch)
     remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
@@ -147,7 +153,7 @@ def _decode(
     hours = _hours(decoder, in_shard)
     _log(decoder, len(in_shard), hours, processes)
     if processes == 1:
-        # Before the clock starts, so that the reported speed is that of decoding alone.
+        # The weights are loaded before the clock starts, so that the reported speed is that of decoding.
         decoder.load()
     started = time.monotonic()
     with Meter("decode", total=sum(map(len, remaining)), unit="utt") as meter:
@@ -172,7 +178,8 @@ def _decode(
         "answers_cut": sum(answer.cut for _, answer in decoded),
         "empty_answers": sum(not answer.text for _, answer in decoded),
     }
-    # Counted only if every answer has them: a sum over some would look like a measurement of all.
+    # Close calls are reported only if they are known for every answer: a sum over some of the answers would
+    # look like one over all.
     close_calls = [answer.close for _, answer in decoded if answer.close is not None]
     if len(close_calls) == len(decoded):
         facts["close_calls"] = sum(close_calls)
@@ -208,8 +215,8 @@ def _log(decoder: Decoder, utterances: int, hours: float, processes: int) -> Non
 def _write(
     folder: Path, options: Decoding, decoded: Sequence[Decoded], utterances: Sequence[Utterance]
 ) -> None:
-    """Write the hypotheses and, if the recipe asks for them, n-best lists and audio of the worst."""
-    # In the manifest's order, whatever the batches and processes were.
+    """Write the hypotheses and, if the recipe requests them, n-best lists and the worst utterances' audio."""
+    # The rows are in the manifest's order, whatever the batches and processes were.
     rows = [row for row, _ in decoded]
     write_hypotheses(folder / HYPOTHESES, rows)
     if options.nbest > 1:
@@ -229,7 +236,7 @@ def _write(
 
 
 def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
-    """The options that can change the transcripts."""
+    """Return the options that can change the transcripts."""
     return {
         key: value
         for key, value in asdict(decoding).items()
@@ -238,9 +245,9 @@ def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
 
 
 def _rates(facts: dict[str, Any]) -> dict[str, float]:
-    """Numbers for the dashboard: how much was decoded, and how fast.
+    """Return numbers for the dashboard: how much was decoded, and how fast.
 
-    A decoding whose journal was already complete has no speed.
+    The speed is missing if the journal was already complete.
     """
     hours, seconds = facts["hours_decoded"], facts["seconds"]
     return {

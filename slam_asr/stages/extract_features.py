@@ -11,7 +11,7 @@ from slam_asr.storage import join
 def extract_features(recipe: Recipe, manifests: list[str], output: str, work_shard: str = "1/1") -> Record:
     """Encode every utterance once and save the result in a feature store.
 
-    Features that the feature store already has, from whatever manifest, are not computed again. If the recipe
+    Features that the feature store already has, from any manifest, are not computed again. If the recipe
     trains the encoder too, or has `features.cache: none`, nothing is saved.
 
     Args:

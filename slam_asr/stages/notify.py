@@ -1,6 +1,6 @@
 """The last task of a run in a cluster: sends a notice that the run has ended.
 
-The task runs in a pod of the run, after a failure too. Kubeflow passes it the state of the steps; the reason
+The task runs in a pod of the run, also after a failure. Kubeflow passes it the state of the steps; the reason
 for a failure comes from the API of Kubeflow Pipelines, if that answers.
 """
 
@@ -21,11 +21,11 @@ from slam_asr.notices.workflow import workflow_of
 from slam_asr.progress import log_line
 
 TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-"""File in which a Kubeflow for several users mounts a token for its API into pods that ask for it."""
+"""File with a token for Kubeflow's API, which a multi-user Kubeflow mounts into pods that request it."""
 PAUSES = (2.0, 5.0, 10.0)
 """Seconds between requests for the reason: Kubeflow copies the workflow's state a few seconds late."""
 RESULTS = ("compare-runs", "score")
-"""The stages whose result is the run's, the last one of the pipeline first."""
+"""The stages whose summary is the run's result, if they have run; the last stage comes first."""
 
 
 def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
@@ -58,18 +58,19 @@ def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
 
 @dataclass
 class _Seen:
-    """What the API says about the run; all are empty if it does not answer."""
+    """The API's answer about the run; all fields are empty if it does not answer."""
 
     name: str = ""
     phase: str = ""
     """Argo's phase of all steps together."""
     step: str = ""
-    """The step that failed."""
+    """The step that failed; empty if none did."""
     reason: str = ""
+    """The reason for that failure."""
 
 
 def _from_api(api: str, run_id: str, state: str) -> _Seen:
-    """Ask until the API shows how the steps ended, a few times at most."""
+    """Ask the API about the run, a few times if it does not show yet how the steps ended."""
     seen = _Seen()
     for pause in (*PAUSES, None):
         answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
@@ -97,7 +98,7 @@ def _state(state: str, seen: _Seen) -> str:
 
 
 def _ask(address: str) -> dict[str, Any]:
-    """Send one request, and return the answer; empty if there is none, or if it is refused."""
+    """Send one request and return the answer; empty if the API does not answer or refuses."""
     try:
         headers = {"Authorization": f"Bearer {TOKEN.read_text(encoding='utf-8').strip()}"}
     except OSError:

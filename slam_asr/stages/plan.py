@@ -49,7 +49,7 @@ def plan(
         ("gpu-tflops", gpu_tflops),
         ("gpu-bandwidth", gpu_bandwidth),
     ):
-        # Not `value <= 0`, which is false for NaN.
+        # `value <= 0` would accept NaN.
         if not value > 0:
             raise ConfigurationError(f"--{name} is {value} but must be above 0.")
     shapes = describe(recipe)
@@ -116,8 +116,7 @@ def _print_work(result: Plan, gpus: Gpus) -> None:
             f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} "
             f"{'GPU' if gpus.number else 'CPU'}{'s' * (stage.gpus > 1)}"
         )
-    # The stages run on different numbers of GPUs, so the sum of their durations would say nothing of the
-    # cost.
+    # The stages run on different numbers of GPUs, so the sum of their durations would not show the cost.
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
     log_line(f"  {'GPU-hours' if gpus.number else 'hours':<18}{total:12,.1f}")
     if result.proposal:

@@ -44,24 +44,24 @@ def publish(
 ) -> Record:
     """Register a model in a model registry, if its error rate passes the gate.
 
-    Publishing a model again changes nothing: it keeps its version. A model that does not pass is no failure:
-    the result says why it was not published.
+    Publishing a model again changes nothing: the model keeps its version. A model that does not pass the gate
+    is not an error: the result states why it was not published.
 
     Args:
-        recipe: `publish` names the registry, and `gate` the condition;
-            on the command line, the recipe that the model was trained with unless another is named.
+        recipe: `publish` names the registry, and `gate` the condition; on the command line, the recipe that
+            the model was trained with, unless another is named.
         model: folder that convert-checkpoint wrote.
         report: folder that score wrote for this model.
         output: folder for the decision; {fingerprint} in it is replaced by a digest of the inputs.
-        run: id of the run, as a property of the registered version.
+        run: id of the pipeline run, which becomes a property of the registered version.
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
         The stage's record; its folder contains decision.json and decision.md.
 
     Raises:
-        InputError: the model or the report is missing, or the report is another model's.
-        ClusterError: the registry does not answer, or refuses; this is tried first.
+        InputError: the model or the report is missing, or the report is that of another model.
+        ClusterError: the registry does not answer or refuses; it is asked before anything else.
     """
     registry = open_registry(recipe.publish.registry, recipe.registered_name)
     model_record, config = _read_model(model)
@@ -72,18 +72,13 @@ def publish(
     properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint}
     properties |= {"run": run} if run else {}
     # The run's id is left out: the same model in another run is the same version.
-    inputs = _place(registry) | {
-        "model": fingerprint,
-        "scores": scores.inputs,
-        "gate": asdict(recipe.gate),
-    }
+    inputs = _place(registry) | {"model": fingerprint, "scores": scores.inputs, "gate": asdict(recipe.gate)}
 
     def work(folder: Path) -> Outcome:
         verdicts = _verdicts(recipe, registry, fingerprint, scores)
-        reason = "; ".join(verdict.reason for verdict in verdicts if not verdict.passed)
         version = None
-        if reason:
-            summary = f"not published: {reason}"
+        if failed := [verdict.reason for verdict in verdicts if not verdict.passed]:
+            summary = f"not published: {'; '.join(failed)}"
         else:
             reason = ", and ".join(verdict.reason for verdict in verdicts)
             version = registry.register(fingerprint, model_record.folder, reason, properties)
@@ -143,7 +138,7 @@ def _verdicts(recipe: Recipe, registry: Registry, fingerprint: str, scores: Reco
 
 
 def _rate(scores: Record) -> tuple[str, float, tuple[float, float] | None]:
-    """Name of the error rate, the rate, and its 95 % interval, both in percent."""
+    """Return the error rate's name (wer or cer), the rate, and its 95 % interval, both in percent."""
     short = "wer" if "wer" in scores.metrics else "cer"
     ends = [scores.metrics.get(f"{short} 95 % {end}") for end in ("low", "high")]
     low, high = ends
@@ -151,7 +146,7 @@ def _rate(scores: Record) -> tuple[str, float, tuple[float, float] | None]:
 
 
 def _properties(model: Record, config: Mapping[str, Any], scores: Record) -> dict[str, str | int | float]:
-    """Facts that a registered version shows, and that the next model is compared by."""
+    """Return facts that a registered version shows; the next model is compared by some of them."""
     short, rate, interval = _rate(scores)
     manifests = model.inputs.get("training", {}).get("manifests", {})
     return {
@@ -171,7 +166,7 @@ def _properties(model: Record, config: Mapping[str, Any], scores: Record) -> dic
 
 
 def _page(facts: Mapping[str, Any]) -> str:
-    """The decision in Markdown, for the dashboard."""
+    """Return the decision in Markdown, for the dashboard."""
     place = {key: facts[key] for key in ("registry", "name", "version", "model") if facts[key]}
     lines = [f"- {key}: `{value}`" for key, value in (place | facts["properties"]).items()]
     decision: str = facts["decision"]

@@ -40,10 +40,10 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     """Join the work shards of a decoding, compute the word error rate, and write the report.
 
     Args:
-        recipe: published word error rates to show, and which controls to score;
-            on the command line, the recipe that the model was trained with unless another is named.
+        recipe: published word error rates to show, and which controls to score; on the command line, the
+            recipe that the model was trained with, unless another is named.
         model: folder that convert-checkpoint wrote; the report shows how it was trained.
-        parts: folder that decode wrote; for `decode --work-shard i/n`, all n of them.
+        parts: folder that decode wrote; after `decode --work-shard i/n`, all n folders.
         output: folder for the report; {fingerprint} in it is replaced by a digest of the inputs.
         overwrite: replace results of other inputs instead of refusing.
 
@@ -51,14 +51,15 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html and report.md.
 
     Raises:
-        InputError: parts that are missing, or that come from different models, manifests or options.
+        InputError: parts are missing, or come from different models, manifests or options.
     """
     config = read_config(str(fetch_folder(model)))
     records = _complete_parts([require_record(part, "decode") for part in parts])
     files = [record.file(HYPOTHESES) for record in records]
     rows = [row for file in files for row in read_hypotheses(file)]
     inputs: dict[str, Any] = {
-        # By content, so that parts decoded again with the same texts need no new report.
+        # These are digests of the content, so that parts decoded again with the same texts need no new
+        # report.
         "parts": [sha256_of_file(file) for file in files],
         "title": recipe.name,
         "training": config.training,
@@ -69,21 +70,22 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     if not separates_words(row.reference for row in rows):
         inputs["unit"] = "characters"  # reports of version 0.1.0 count words in any language
     for name in (NBEST, AUDIO):
-        # Left out if no part has such a file: reports without them have the same fingerprint as before.
+        # The key is left out if no part has such a file: reports without them have the same fingerprint as
+        # before.
         if of_parts := _files_named(records, name):
             inputs[name] = [sha256_of_file(file) for file in of_parts]
 
     def work(folder: Path) -> Outcome:
         write_hypotheses(folder / HYPOTHESES, rows)
         if nbest := _files_named(records, NBEST):
-            # Not splitlines(), which also splits at U+2028 and similar characters within a JSON string.
+            # splitlines() would also split at U+2028 and similar characters within a JSON string.
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
             # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
         outcome = _report(
             folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
         )
-        # For `publish`; the report has no place for digests.
+        # `publish` needs these digests, which the report does not show.
         outcome.facts["manifests"] = records[0].inputs.get("manifests", [])
         return outcome
 
@@ -91,7 +93,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
 
 
 def _files_named(records: Sequence[Record], name: str) -> list[Path]:
-    """The file of that name in each part that has one."""
+    """Return the file of this name in each part that has one."""
     return [record.file(name) for record in records if exists(join(record.folder, name))]
 
 
@@ -103,7 +105,7 @@ def _report(
     facts: dict[str, Any],
     audio: dict[Name, str],
 ) -> Outcome:
-    """Write the report of all utterances, with the controls that the recipe asks for.
+    """Write the report of all utterances, with the controls that the recipe requests.
 
     The order of `rows` does not matter.
     """
@@ -119,7 +121,7 @@ def _report(
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
-    """The facts of all parts together: sums of those in `_SUMMED`, and the first part's for all others."""
+    """Return the facts of all parts together: sums for `_SUMMED`, and the first part's values for others."""
     facts = dict(records[0].facts)
     return facts | {
         key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
@@ -130,7 +132,7 @@ def _complete_parts(records: list[Record]) -> list[Record]:
     """Check that the parts make up one complete decoding, and sort them by number.
 
     Raises:
-        InputError: no part, a missing or repeated one, or parts of different decodings.
+        InputError: no part is given, a part is missing or repeated, or parts are of different decodings.
     """
     if not records:
         raise InputError("There is nothing to score: --parts names no folder that `slam-asr decode` wrote.")
@@ -164,6 +166,6 @@ def _complete_parts(records: list[Record]) -> list[Record]:
 
 
 def _numbers(record: Record) -> tuple[int, int]:
-    """A record's work shard i/n as (i, n). Version 0.1.0 wrote none for a decoding in one part."""
+    """Return a record's work shard i/n as (i, n). Version 0.1.0 wrote none for a decoding in one part."""
     number, total = record.inputs.get("part", "1-of-1").split("-of-")
     return int(number), int(total)

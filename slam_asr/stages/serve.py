@@ -38,9 +38,9 @@ def serve(
             `llm.name`); by default, the recipe that the model was trained with.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
-        host: address to listen on; 0.0.0.0 for all of this machine.
-        port: port to listen on; 0 for any free one.
-        names: names that clients may give for the model, such as whisper-1; by default, that of its folder.
+        host: address to listen on; 0.0.0.0 for all addresses of this machine.
+        port: port to listen on; 0 for any free port.
+        names: names that clients may give for the model, such as whisper-1; by default, its folder's name.
         api_key_file: text file with the keys that clients must send, one per line. Without it, everyone who
             reaches the address may use the server.
         limits: how much the server accepts.
@@ -88,7 +88,7 @@ def _check(limits: Limits) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"slam-asr serve needs {', '.join(missing)}, and that is not installed: run "
+            f"slam-asr serve needs packages that are not installed ({', '.join(missing)}): run "
             "`pip install 'slam-asr[serve]'`."
         )
     for problem in problems(limits, "limits."):
@@ -103,7 +103,7 @@ def _load(model: "Model", recipe: Recipe, limits: Limits) -> "Transcriber":
     from slam_asr.decoding.transcriber import Transcriber
 
     transcriber = Transcriber(model, recipe, limits.segment)
-    # Noise, because silence has no pieces to decode.
+    # Silence would have no pieces to decode.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE).astype(np.float32)
     transcriber.decode(transcriber.pieces(noise))
     return transcriber

@@ -33,13 +33,12 @@ def transcribe(
         files: audio files or videos of any usual format, local or s3://, of any length and sample rate.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
-        format: a line of text, a line of JSON with the times of segments, or subtitles as SubRip
-            or WebVTT.
+        format: a line of text, a line of JSON with the times of segments, or subtitles as SubRip or WebVTT.
         output: folder for the transcripts, one file per recording and named after it. If not given, they are
             printed.
         longest: maximum length of a segment in seconds. Longer segments give the LLM more context, but models
-            work best at the lengths that they were trained on. A segment is never longer
-            than the encoder's window, if it has one.
+            work best at the lengths that they were trained on. The encoder's window, if it has one, is
+            another limit.
 
     Returns:
         The transcripts, in the order of the files.
@@ -54,7 +53,7 @@ def transcribe(
     """
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
-    # Reads the header of every file before a model is loaded, so that a missing file is reported at once.
+    # The header of every file is read before a model is loaded, so that a missing file is reported at once.
     seconds = [_seconds(file) for file in files]
     printed = sys.stdout
     transcripts: list[Transcript] = []
@@ -76,11 +75,13 @@ def transcribe(
                 else:
                     print(text, end="", file=printed, flush=True)
     if damaged:
-        others = "; the others are transcribed" if transcripts else ""
-        raise InputError(
-            f"{len(damaged)} of {len(files)} files could not be read, first {damaged[0]}{others}."
-        )
+        raise _unreadable(damaged, len(files))
     return transcripts
+
+
+def _unreadable(damaged: list[str], files: int) -> InputError:
+    others = "; the others are transcribed" if len(damaged) < files else ""
+    return InputError(f"{len(damaged)} of {files} files could not be read, first {damaged[0]}{others}.")
 
 
 def _seconds(file: str) -> float:
@@ -89,7 +90,7 @@ def _seconds(file: str) -> float:
     except AudioError as error:
         if error.reason != MISSING:
             raise
-        # The error's own sentence says to build the manifest again, but there is none here.
+        # The error's own sentence says to build the manifest again, but this command has no manifest.
         if not is_s3(file) and local_path(file).is_dir():
             raise InputError(
                 f"{file} is a folder and holds no model (no config.json): name audio files."

@@ -68,7 +68,7 @@ class SampleTranscriber:
 
     def __init__(self, reader: BatchReader, recipe: Recipe) -> None:
         self.reader, self.prompt = reader, reader.examples.recipe_prompts
-        self.options = replace(recipe.decoding, beams=1)
+        self.options = replace(recipe.decoding, beams=1, nbest=1)
         count = len(reader.examples)
         # The utterances are the same on every process, at every validation and after a restart, so that
         # transcripts of different steps can be compared.

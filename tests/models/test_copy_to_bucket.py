@@ -21,7 +21,7 @@ def test_copied_models_are_the_same_and_copied_once(bucket, tiny_recipe, capsys)
     before = {f.name: f for f in walk("s3://bucket/models")}
     assert any(name.endswith("config.json") for name in before)
     assert copy_models("s3://bucket/models", recipe) == [encoder, llm]
-    assert capsys.readouterr().out.count("there already") == 2
+    assert capsys.readouterr().out.count("already at") == 2
 
 
 def test_an_interrupted_copy_is_repeated(bucket, tiny_recipe):

@@ -43,7 +43,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(model, capsy
     with pytest.raises(SystemExit):
         main(["serve", model])
     assert (
-        "needs fastapi, and that is not installed: run `pip install 'slam-asr[serve]'`"
+        "needs packages that are not installed (fastapi): run `pip install 'slam-asr[serve]'`"
         in capsys.readouterr().err
     )
 

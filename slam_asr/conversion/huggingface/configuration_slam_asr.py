@@ -6,16 +6,16 @@ from transformers import PreTrainedConfig
 
 
 class SlamAsrConfig(PreTrainedConfig):
-    """What joins the three parts.
+    """The configuration of the joined model.
 
     Args:
         encoder_name: the encoder's name on the hub, or its folder; None if it is in the subfolder `encoder`.
-        llm_name: the same for the LLM; None if it is in the subfolder `llm`.
+        llm_name: the LLM's name on the hub, or its folder; None if it is in the subfolder `llm`.
         encoder_dtype: dtype in which the encoder computes. `dtype` is that of projector and LLM.
         encoder_width: values per encoder frame.
         llm_width: values per LLM position.
         projector: `kind` (linear, cov1d-linear or q-former), `downsampling`, `hidden`, `queries`, `layers`.
-        frames: for Whisper, `all` frames of its window or only those of the `speech`.
+        frames: for Whisper, whether `all` frames of its window are used or only those of the `speech`.
         long_audio: for Whisper, whether audio beyond its window is `cut`, or `split` into several windows.
         feature_dtype: bf16, fp16, fp32 or fp8: the encoder's outputs are rounded to it, as in training.
         lora_scale: factor of the LoRA adapter's output, alpha / rank; None without an adapter.

@@ -1,8 +1,8 @@
 """A speech encoder, a projector and an LLM, joined to transcribe speech.
 
-This file needs only torch and transformers. The folder that contains it holds the weights that were trained,
-in `model.safetensors`: the projector, and a LoRA adapter if the LLM has one. Encoder and LLM are loaded from
-where `config.json` names them, or from the subfolders `encoder` and `llm` if the folder is complete.
+This file needs only torch and transformers. The folder that contains it holds the trained weights in
+`model.safetensors`: the projector, and a LoRA adapter if the LLM has one. Encoder and LLM are loaded from the
+places that `config.json` names, or from the subfolders `encoder` and `llm` if the folder is complete.
 """
 
 import copy
@@ -41,7 +41,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Transcribes speech; `from_pretrained` builds it.
 
     Args:
-        config: what joins the three parts.
+        config: the names, sizes and options of the three parts.
         encoder: Whisper, WavLM, HuBERT or wav2vec 2.0, as `AutoModel` loads it.
         llm: any causal LM.
     """
@@ -76,15 +76,17 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: the folder, or its name on the hub.
             args: not used.
-            kwargs: arguments of transformers' `from_pretrained`; of these, `dtype`, `device_map`,
-                `attn_implementation`, `quantization_config` (for the LLM) and those about the hub count. And
-                `encoder_name`, `llm_name` and `encoder_dtype`, which replace those in config.json.
+            kwargs: arguments of transformers' `from_pretrained`: `config`, `dtype`, `device_map`,
+                `attn_implementation`, `quantization_config` (for the LLM) and the hub's options. In addition,
+                `encoder_name`, `llm_name` and `encoder_dtype` replace the entries of config.json. All other
+                arguments are ignored.
         """
         place = str(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         here = {**hub, "revision": kwargs.get("revision")}
         config = kwargs.get("config")
-        # Not SlamAsrConfig: transformers may have imported this folder's files more than once.
+        # An object of SlamAsrConfig may fail a check for this class, because transformers may have imported
+        # this folder's files more than once.
         if not isinstance(config, PreTrainedConfig):
             config = SlamAsrConfig.from_pretrained(place, **here, trust_remote_code=False)
         for name in _ELSEWHERE:
@@ -135,10 +137,11 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save config.json and what was trained: the projector and the adapter.
+        """Save the configuration and the trained weights, those of the projector and the adapter.
 
         Raises:
-            ValueError: encoder and LLM are in this model's own folder, which the saved one would lack.
+            ValueError: the encoder or the LLM is in this model's own folder, so the saved folder would lack
+                it.
         """
         if self.config.encoder_name is None or self.config.llm_name is None:
             raise ValueError("This model's folder contains its encoder and LLM: name others to save it.")
@@ -167,10 +170,10 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Encode and project audio.
 
         Args:
-            input_features: for Whisper, log-mel spectrograms [windows, bins, columns]; for the others,
-                waveforms [utterances, samples], padded on the right.
+            input_features: for Whisper, log-mel spectrograms [windows, bins, columns]; for other encoders,
+                waveforms [utterances, samples] at 16 kHz, padded on the right.
             audio_lengths: [utterances], in samples at 16 kHz.
-            positions: LLM positions of each utterance; by default, as many as its frames fill.
+            positions: number of LLM positions of each utterance; by default, as many as its frames fill.
             kwargs: not used.
 
         Returns:
@@ -258,8 +261,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         embeddings = self._embed(input_ids, input_features, audio_lengths)
         if attention_mask is not None and "position_ids" in inspect.signature(self.llm.forward).parameters:
-            # Position ids start at 0 with each row's first token. Padding before it would get -1, which is no
-            # valid index.
+            # Position ids start at 0 with each row's first token. `clamp` changes the padding before it from
+            # -1, an invalid index, to 0.
             kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
         return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
@@ -284,17 +287,19 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs: options that replace those of `generation_config`, and further arguments of `generate`.
 
         Returns:
-            Token ids [rows · answers, positions]: the input, and then the answer. The repetition penalty
-            counts the answer's tokens only.
+            Token ids [rows · answers, positions]: the input, followed by the answer. The repetition penalty
+            applies to the answer's tokens only.
         """
         config = copy.deepcopy(generation_config or self.generation_config)
         arguments = config.update(**kwargs)
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
         if config.repetition_penalty not in (None, 1.0):
-            # `generate` would skip as many of the answer's tokens as there is padding before the utterance.
+            # `generate` itself would ignore as many of the answer's tokens as there are padding positions
+            # before the utterance.
             processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
             config.repetition_penalty = 1.0
-        self.llm.generation_config = config  # from its own, `generate` would fill in options that are not set
+        # From the LLM's own configuration, `generate` would take options that are not set here.
+        self.llm.generation_config = config
         output = self.llm.generate(
             inputs_embeds=self._embed(input_ids, input_features, audio_lengths),
             attention_mask=attention_mask,
@@ -303,8 +308,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **arguments,
         )
         answers = output if isinstance(output, torch.Tensor) else output.sequences
-        # Given embeddings, the LLM's `generate` returns the answer alone, several for a row if more were
-        # requested.
+        # If `generate` gets embeddings, it returns only the answers, several per row if requested.
         heads = input_ids.repeat_interleave(len(answers) // len(input_ids), 0)
         sequences = torch.cat([heads, answers.to(heads.device)], 1)
         if isinstance(output, torch.Tensor):

@@ -39,8 +39,9 @@ class SlamAsrProjector(nn.Module):
 
         Args:
             utterances: features, each [frames, encoder width].
-            positions: LLM positions of each utterance. Those that its frames do not fill become zeros, and
-                surplus outputs are dropped. If None, as many as its frames fill.
+            positions: number of LLM positions of each utterance. Positions that its frames do not fill become
+                zeros, and surplus outputs are dropped. If None, each utterance has as many positions as its
+                frames fill.
 
         Returns:
             [sum of positions, LLM width], one utterance after another.
@@ -75,7 +76,7 @@ class SlamAsrProjector(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with a low-rank adapter (LoRA) whose output is added to the layer's."""
+    """A linear layer with a low-rank adapter (LoRA). The adapter's output is added to the layer's."""
 
     def __init__(self, base: nn.Module, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> None:
         super().__init__()
@@ -89,16 +90,16 @@ class LoraLinear(nn.Module):
 
 
 class MaskedGroupNorm(nn.Module):
-    """A group norm over time, with one channel per group, whose statistics exclude padding.
+    """A group norm over time with one channel per group. Its statistics exclude padding.
 
-    Without it, the padding of a batch would change the frames of a WavLM, HuBERT or wav2vec 2.0 base model.
+    Otherwise, a batch's padding would change the frames of a WavLM, HuBERT or wav2vec 2.0 base model.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.lengths: torch.Tensor | None = None
-        """[utterances]: each one's frames after the first convolution; None in a batch without padding."""
+        """[utterances]: number of frames after the first convolution; None in a batch without padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.lengths is None:

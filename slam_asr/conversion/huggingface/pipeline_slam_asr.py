@@ -1,6 +1,6 @@
 """transformers' pipeline for this model. This file needs only torch and transformers.
 
-The pipeline that transformers would choose takes every model that it does not know for a CTC model.
+transformers' own pipeline for speech recognition treats every model that it does not know as a CTC model.
 """
 
 import base64
@@ -33,7 +33,8 @@ class SlamAsrPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # With both, transformers requires the same padding side of them to put recordings into a batch.
+        # If a pipeline has both a processor and a feature extractor, transformers only builds batches if both
+        # pad on the same side.
         self.feature_extractor = None
 
     def _sanitize_parameters(
@@ -59,7 +60,7 @@ class SlamAsrPipeline(Pipeline):
             recording = load_audio(recording, sampling_rate=target)
         samples = np.asarray(recording, dtype=np.float32)
         if samples.ndim > 1:
-            # The shorter side is that of the channels.
+            # The shorter dimension is that of the channels.
             samples = samples.mean(axis=int(np.argmin(samples.shape)))
         if rate != target:
             import soxr  # transformers' own `load_audio` resamples with it

@@ -77,7 +77,8 @@ class SlamAsrProcessor(ProcessorMixin):
             `audio_lengths` [utterances] in samples.
 
         Raises:
-            ValueError: a text does not have one place for audio, or the numbers of texts and audios differ.
+            ValueError: a text does not contain `audio_token` exactly once, the numbers of texts and audios
+                differ, or an audio has another sampling rate or several channels.
         """
         rate = self.feature_extractor.sampling_rate
         if kwargs.get("sampling_rate") not in (None, rate):
@@ -92,7 +93,7 @@ class SlamAsrProcessor(ProcessorMixin):
         if len(texts) != len(waves) or any(t.count(self.audio_token) != 1 for t in texts):
             raise ValueError(f"Give one text with one {self.audio_token} for each audio.")
         if any(wave.ndim != 1 for wave in waves):
-            raise ValueError("Audio must have one channel: average the others.")
+            raise ValueError("Audio must have one channel: average its channels.")
         lengths = [len(wave) for wave in waves]
         rows = [self._token_ids(t, self._positions_of(n)) for t, n in zip(texts, lengths, strict=True)]
         ids = [torch.tensor(row) for row in rows]
@@ -113,7 +114,7 @@ class SlamAsrProcessor(ProcessorMixin):
         return [*before_ids, *[self.audio_token_id] * positions, *self._encode(after, start=not before_ids)]
 
     def _encode(self, text: str, start: bool) -> list[int]:
-        # Only once per answer: a bos token after the audio would begin a new text.
+        # Only the first piece of text gets a bos token: after the audio, it would begin a new text.
         special = start and self.add_special_tokens
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         # Some tokenizers append eos to every text, but an answer must follow here.
@@ -125,8 +126,8 @@ class SlamAsrProcessor(ProcessorMixin):
         if options["queries"]:
             return options["queries"]
         if window is None:
-            # As in training. The encoder may give one frame less, and the model fills a missing position with
-            # zeros.
+            # Training reserves this number of positions. The encoder may give one frame less, and the model
+            # fills a missing position with zeros.
             return samples // SAMPLES_PER_FRAME // options["downsampling"]
         frames = self._windows_of(samples) * window // SAMPLES_PER_FRAME
         if options["frames"] == "speech":
@@ -168,14 +169,14 @@ class SlamAsrProcessor(ProcessorMixin):
         Args:
             audio: one utterance or several: samples at 16 kHz, paths or URLs.
             prompt: another prompt, or one for each utterance.
-            tokenize: False returns the prompts' texts instead.
+            tokenize: if False, the prompts' texts are returned instead.
             kwargs: further arguments of `apply_chat_template`.
 
         Returns:
             The inputs of the model's `generate`.
 
         Raises:
-            ValueError: there is no audio, or the number of prompts differs from that of utterances.
+            ValueError: no audio is given, or the number of prompts differs from that of utterances.
         """
         items = [
             item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else item

@@ -1,4 +1,4 @@
-"""The base classes of speech encoders, which turn each utterance's waveform into a tensor [frames, width].
+"""The base classes of speech encoders, which turn each utterance's waveform into features [frames, width].
 
 All supported encoders compute 50 frames per second: one frame per 320 samples at 16 kHz. This module contains
 the code that they share. The modules `whisper` and `waveform` contain the two families of encoders, and
@@ -51,19 +51,19 @@ class EncoderSpec(ABC):
         """Return the number of frames of an utterance of `samples` samples at 16 kHz."""
 
     def span_of(self, samples: int) -> int:
-        """Return an utterance's length in frames, from which its number of LLM positions is computed.
+        """Return the length in frames from which an utterance's number of LLM positions is computed.
 
-        The length equals `frames_of`, or is one more if the encoder's last frame would need samples beyond
-        the end: the reference implementation counts this frame when it reserves positions.
+        The length equals `frames_of`, or is one more if a last frame would need samples beyond the end: the
+        reference implementation counts this frame when it reserves positions.
         """
         return self.frames_of(samples)
 
     def seconds_of(self, samples: int) -> float:
-        """Return the seconds of input, with padded windows, that the encoder processes for an utterance."""
+        """Return how many seconds of input the encoder processes for an utterance, with padded windows."""
         return samples / SAMPLE_RATE
 
     def is_too_long(self, samples: int) -> bool:
-        """Return whether an utterance of `samples` samples at 16 kHz is longer than the window."""
+        """Return whether an utterance of `samples` samples at 16 kHz is longer than the window, if any."""
         return self.window_samples is not None and samples > self.window_samples
 
     def count_parameters(self) -> int:
@@ -87,7 +87,7 @@ class EncoderSpec(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that determines the output: weights, preprocessing, and which frames are used."""
-        # Of the weights' content, not their path: a copy elsewhere finds the features that exist.
+        # The digest is of the weights' content, not of their path: a copy elsewhere finds the same features.
         return {"weights_sha256": weights_sha256(self.folder), **self.preprocessing()}
 
     @abstractmethod
@@ -165,8 +165,7 @@ def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0.0
     for index, length in enumerate(seconds):
-        # With this utterance, the batch may be padded further than before, and that counts for all of its
-        # utterances.
+        # A longer utterance also increases the padding of all others in its batch.
         longest = max(longest, length)
         if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
@@ -181,12 +180,12 @@ def encode_audio(
     """Encode utterances; features are returned unchanged.
 
     Args:
-        encoder: not needed for features.
+        encoder: may be None if `audio` holds features.
         audio: one entry per utterance, features [frames, encoder width] or the encoder's input; all of one
             kind.
-        saved_as: dtype of saved features, to which a frozen encoder's outputs are rounded, so that they equal
-            those read from a feature store. None for a trained encoder: its outputs need gradients and are
-            never saved.
+        saved_as: dtype of saved features. A frozen encoder's outputs are rounded to it, so that they equal
+            features read from a feature store. None for a trained encoder, whose outputs need gradients and
+            are never saved.
 
     Returns:
         Features, each [frames, encoder width], in the same order.

@@ -28,7 +28,7 @@ class Prepared:
     """Length of the utterance in samples at 16 kHz."""
 
     def to(self, device: torch.device | str) -> "Prepared":
-        """Copy the inputs to a device."""
+        """Return a copy with the inputs on a device."""
         return Prepared([i.to(device, non_blocking=True) for i in self.inputs], self.samples)
 
 
@@ -36,7 +36,7 @@ class Prepared:
 class LogMel:
     """Computes Whisper's log-mel spectrograms as transformers' `WhisperFeatureExtractor` does.
 
-    Of the silence after the audio, only one column is computed, because all columns of silence are equal.
+    Only one column of the silence after the audio is computed, because all columns of silence are equal.
     """
 
     mel_bins: int

@@ -2,7 +2,7 @@
 
 In a batch of unequal lengths, each utterance gets the same frames as when it is encoded alone. To achieve
 this, padding is masked in the attention. The base models also normalise their first convolution's output over
-time, and padding must not enter the statistics: otherwise the error would be as large as the output itself.
+time. If padding entered these statistics, the error would be as large as the output itself.
 """
 
 import json
@@ -86,7 +86,7 @@ class WaveformEncoder(SpeechEncoder):
             first.layer_norm = MaskedGroupNorm(first.layer_norm)
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """Pad the waveforms with zeros to the longest, mask the padding, and encode them in one batch.
+        """Encode all utterances in one batch: pad their waveforms with zeros, and mask the padding.
 
         Returns:
             A tensor [frames, width] per utterance. It has 0 frames if the utterance has fewer than 400
@@ -105,7 +105,7 @@ class WaveformEncoder(SpeechEncoder):
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
         self._set_group_norm_lengths(None if mask is None else lengths)
-        # An utterance that is too short for a frame was not in the batch. Each of the others takes the next
+        # Utterances that are too short for a frame were not in the batch. Each other one takes the next
         # output.
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
@@ -131,7 +131,7 @@ class WaveformEncoder(SpeechEncoder):
 
 
 class MaskedGroupNorm(nn.Module):
-    """A group norm with one channel per group whose statistics exclude padding."""
+    """A group norm with one channel per group. Its statistics exclude padding."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -144,9 +144,9 @@ class MaskedGroupNorm(nn.Module):
         """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
-        # In fp32, because sums over thousands of frames would be inexact in half precision. Padding is set to
-        # 0 after the mean is subtracted, so that it adds nothing to the variance.
-        # What padding does otherwise: https://github.com/facebookresearch/fairseq/issues/3227.
+        # The norm is computed in fp32, because sums over thousands of frames would be inexact in half
+        # precision. Padding is set to 0 after the mean is subtracted, so that it adds nothing to the
+        # variance. https://github.com/facebookresearch/fairseq/issues/3227 shows what padding does otherwise.
         x, count = hidden.float(), self.lengths[:, None, None]
         valid = torch.arange(x.shape[2], device=x.device) < count
         centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid
