@@ -226,6 +226,10 @@ class Projector:
     """Weight of CTC's loss beside the LLM's, after the beginning or without one. Above 0, the projector's
     outputs also have to spell the transcript, as in `beginning`, and decoding can use what they spell
     (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the publication."""
+    drop_blanks: float = bounded(0.0, at_least=0.0, at_most=1.0)
+    """Remove a position before the LLM if CTC gives the blank at least this probability there. The LLM then
+    reads little more than one position per token, which is cheaper and easier to learn. Needs `ctc_weight`.
+    0: the LLM reads every position, as in the publication."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if CTC cannot train this kind of projector."""
@@ -234,6 +238,11 @@ class Projector:
                 "CTC cannot train a q-former, whose positions do not follow the order of the audio: choose "
                 "another projector.kind, or set projector.beginning.kind to none and projector.ctc_weight "
                 "to 0."
+            )
+        if self.drop_blanks and not self.ctc_weight:
+            yield (
+                "projector.drop_blanks needs CTC's loss for as long as the projector learns: set "
+                "projector.ctc_weight above 0 (0.5 is usual), or projector.drop_blanks to 0."
             )
 
     @property

@@ -104,8 +104,13 @@ class Model:
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
-        if options.ctc_weight:
+        threshold = self.trained.projector.drop_blanks
+        if options.ctc_weight or threshold:
             slam.speller = self._speller(slam, device)
+        if threshold and slam.speller:
+            from slam_asr.models.ctc import BlankFilter
+
+            slam.blanks = BlankFilter(slam.speller.head, threshold)
         return slam.eval().requires_grad_(False)
 
     def require_ctc_head(self, options: Decoding) -> None:
