@@ -71,8 +71,10 @@ class Model:
 
         Raises:
             ConfigurationError: the options ask for CTC's scores, but the model has no CTC head.
-            ModelError: weights are missing or damaged, or do not fit.
+            ModelError: weights are missing or damaged, or do not fit; or the CTC head is missing that finds
+                the blanks.
         """
+        from slam_asr.models.ctc import BlankFilter
         from slam_asr.models.llm import add_lora, load_llm
         from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
         from slam_asr.models.slam import Slam
@@ -108,9 +110,7 @@ class Model:
         if options.ctc_weight or threshold:
             slam.speller = self._speller(slam, device)
         if threshold and slam.speller:
-            from slam_asr.models.ctc import BlankFilter
-
-            slam.blanks = BlankFilter(slam.speller.head, threshold)
+            slam.blank_filter = BlankFilter(slam.speller.head, threshold)
         return slam.eval().requires_grad_(False)
 
     def require_ctc_head(self, options: Decoding) -> None:
@@ -118,8 +118,16 @@ class Model:
 
         Raises:
             ConfigurationError: the search is to add CTC's scores, but the model records no CTC head.
+            ModelError: the model was trained without CTC's blanks, but records no CTC head that finds them.
         """
-        if options.ctc_weight and CTC_HEAD not in self.config.training:
+        if CTC_HEAD in self.config.training:
+            return
+        if self.trained.projector.drop_blanks:
+            raise ModelError(
+                f"{self.folder} was trained with projector.drop_blanks, but its config.json has no CTC head: "
+                "convert a checkpoint of the finished training run again."
+            )
+        if options.ctc_weight:
             raise ConfigurationError(
                 f"decoding.ctc_weight is {options.ctc_weight}, but {self.folder} has no CTC head: set it to "
                 "0, or train a model with projector.ctc_weight."

@@ -65,8 +65,8 @@ class Slam(nn.Module):
         """If set, its loss is added for batches that have `spelled`."""
         self.speller: Speller | None = None
         """If set, a search can add CTC's scores."""
-        self.blanks: BlankFilter | None = None
-        """If set, positions without speech are removed before the LLM."""
+        self.blank_filter: BlankFilter | None = None
+        """If set, the LLM does not read the positions that this filter finds."""
         self._projected: torch.Tensor | None = None
         """[positions of all utterances, LLM width]: the projector's last outputs. `embed` sets them."""
         self._is_target: torch.Tensor | None = None
@@ -119,12 +119,8 @@ class Slam(nn.Module):
         trained = "encoder" in self._modules
         return encode_audio(self.encoder, audio, None if trained else self.feature_dtype)
 
-    def embed(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """Return the LLM's input [rows, L, LLM width]: token embeddings and projected audio.
-
-        The first value is the batch that belongs to it: the given one, or one without the positions that
-        CTC takes for blanks.
-        """
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Return the embeddings of all positions [rows, L, LLM width]: of tokens and of projected audio."""
         # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
@@ -134,10 +130,14 @@ class Slam(nn.Module):
         self._projected = self.projector(features, batch.positions)
         audio = self._projected.to(embeddings.dtype)
         # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
-        embeddings = embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
-        if self.blanks is None:
+        return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
+
+    def prepare(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """Return what the LLM reads: the batch and its embeddings, without the blanks if there is a filter."""
+        embeddings = self.embed(batch)
+        if self.blank_filter is None or self._projected is None:
             return batch, embeddings
-        return remove_positions(batch, embeddings, self.blanks.find(self._projected))
+        return remove_positions(batch, embeddings, self.blank_filter.find(self._projected))
 
     def generate(
         self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
@@ -170,7 +170,7 @@ class Slam(nn.Module):
             ConfigurationError: CTC's scores are asked for, but our search cannot run the LLM.
         """
         given, spelling = batch, None
-        batch, embeddings = self.embed(given)
+        batch, embeddings = self.prepare(given)
         if ctc_weight:
             assert self.speller is not None and self._projected is not None, "the model was loaded with it"
             spelling = self.speller.spell(self._projected, given.positions)
@@ -201,7 +201,7 @@ class Slam(nn.Module):
         processors = penalties(generation)
         if watch:
             processors.append(watch)
-        batch, embeddings = self.embed(batch)
+        batch, embeddings = self.prepare(batch)
         return cast(Any, self.llm).generate(
             inputs_embeds=embeddings,
             attention_mask=batch.mask,
@@ -228,7 +228,7 @@ class Slam(nn.Module):
             `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
             logits are computed. With CTC's loss, the fields of `AnswerScores`, whose `loss` includes it.
         """
-        batch, embeddings = self.embed(batch)
+        batch, embeddings = self.prepare(batch)
         arguments = {}
         if batch.lengths is not None:
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)

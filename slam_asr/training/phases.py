@@ -111,7 +111,7 @@ def enter_main(
         head = build_head(parts.job, recipe, sharpness).to(parts.device)
         model.ctc = AuxiliaryCtc(head, recipe.projector.ctc_weight)
         if recipe.projector.drop_blanks:
-            model.blanks = BlankFilter(head, recipe.projector.drop_blanks)
+            model.blank_filter = BlankFilter(head, recipe.projector.drop_blanks)
     # Counted before the engine shards the model.
     parameters = count_parameters(model, parts.job.encoder_parameters)
     rates = {"llm": recipe.llm.learning_rate, "encoder": recipe.encoder.learning_rate}
