@@ -86,7 +86,7 @@ class NegativeFirstValue:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_without_blanks_the_llm_reads_what_it_would_if_they_had_never_been_there(joined, packed):
-    model, prompt, frames = joined
+    model = joined[0]
     rows = rows_of(joined, [0, 1, 2])
     batch = pack(rows) if packed else collate(rows)
     assert not packed or allow_packing(model.llm)

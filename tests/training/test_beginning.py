@@ -49,7 +49,8 @@ LORA = {
     "llm.lora.dropout": 0.2,
     "projector.dropout": 0.1,
     "projector.ctc_weight": 0.5,
-    "projector.drop_blanks": 0.5,
+    # So tiny a model hardly ever believes in a blank.
+    "projector.drop_blanks": 1e-26,
 }
 
 
@@ -230,7 +231,7 @@ def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepare
         "projector.beginning.dropout": 0.0,
         "training.learning_rate": 1e-4,
         "projector.ctc_weight": 0.5,
-        "projector.drop_blanks": 0.5,
+        "projector.drop_blanks": LORA["projector.drop_blanks"],
     }
     runs: dict[str, dict] = {
         "one": {},
