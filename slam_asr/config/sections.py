@@ -227,6 +227,10 @@ class Projector:
     is none). Above 0, the projector's outputs must also spell the transcript, and decoding can use this
     spelling (`decoding.ctc_weight`). 0: the projector learns from the LLM's loss alone, as in the
     publication."""
+    drop_blanks: float = bounded(0.0, at_least=0.0, at_most=1.0)
+    """If above 0, positions at which CTC gives the blank at least this probability are removed before the
+    LLM. The LLM then reads little more than one position per token, which takes less time. It needs a
+    `ctc_weight` above 0. 0: the LLM reads every position, as in the publication."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if CTC cannot train this kind of projector."""
@@ -235,6 +239,11 @@ class Projector:
                 "CTC cannot train a q-former, whose positions do not follow the order of the audio: choose "
                 "another projector.kind, or set projector.beginning.kind to none and projector.ctc_weight "
                 "to 0."
+            )
+        if self.drop_blanks and not self.ctc_weight:
+            yield (
+                "projector.drop_blanks needs CTC's loss for as long as the projector learns: set "
+                "projector.ctc_weight above 0 (0.5 is usual), or projector.drop_blanks to 0."
             )
 
     @property

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.artifacts.model_folder import ENCODER, LLM
+from slam_asr.artifacts.model_folder import CTC_HEAD, ENCODER, LLM
 from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.huggingface.configuration_slam_asr import SlamAsrConfig
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
@@ -173,6 +173,7 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
     frozen = recipe.encoder.tuning == "frozen"
     lora = recipe.llm.lora
     keys = ("kind", "downsampling", "hidden", "queries", "layers")
+    head = parts.content.facts[CTC_HEAD] if recipe.projector.drop_blanks else {}
     return SlamAsrConfig(
         encoder_name=names["encoder"],
         llm_name=names["llm"],
@@ -184,6 +185,9 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
         feature_dtype=recipe.features.dtype if frozen else "fp32",
         lora_scale=lora.alpha / lora.rank if parts.adapter else None,
         audio_token_id=audio_token_id,
+        drop_blanks=recipe.projector.drop_blanks,
+        ctc_tokens=head.get("tokens"),
+        ctc_sharpness=head.get("sharpness", 1.0),
         dtype=DTYPES[recipe.decoding.precision],
         architectures=["SlamAsrForConditionalGeneration"],
         auto_map=AUTO_MAP,

@@ -123,6 +123,9 @@ def _require_conditions(parts: Parts) -> WhisperSpec:
         f"at least 4 frames per position (projector.downsampling is {k})": k >= 4,
         f"a hidden width of the projector (projector.hidden, {projector.hidden}) below the LLM's "
         f"({parts.widths[1]})": projector.hidden < parts.widths[1],
+        f"every position of the audio (projector.drop_blanks is {projector.drop_blanks})": (
+            not projector.drop_blanks
+        ),
         "no Python code of the LLM (llm.trust_remote_code is true)": not recipe.llm.trust_remote_code,
     }
     if isinstance(spec, WhisperSpec):

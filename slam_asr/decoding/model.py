@@ -71,8 +71,10 @@ class Model:
 
         Raises:
             ConfigurationError: the options request CTC's scores, but the model has no CTC head.
-            ModelError: weights are missing or damaged, or do not fit.
+            ModelError: weights are missing or damaged, or do not fit; or the model needs a CTC head to find
+                blanks, and has none.
         """
+        from slam_asr.models.ctc import BlankFilter
         from slam_asr.models.llm import add_lora, load_llm
         from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
         from slam_asr.models.slam import Slam
@@ -104,17 +106,28 @@ class Model:
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
-        if options.ctc_weight:
+        threshold = self.trained.projector.drop_blanks
+        if options.ctc_weight or threshold:
             slam.speller = self._speller(slam, device)
+        if threshold and slam.speller:
+            slam.blank_filter = BlankFilter(slam.speller.head, threshold)
         return slam.eval().requires_grad_(False)
 
     def require_ctc_head(self, options: Decoding) -> None:
-        """Refuse `decoding.ctc_weight` for a model without CTC's head.
+        """Refuse a model without a CTC head that the options or its own recipe need.
 
         Raises:
             ConfigurationError: the options request CTC's scores, but the model has no CTC head.
+            ModelError: the model was trained with `projector.drop_blanks`, but has no CTC head that finds blanks.
         """
-        if options.ctc_weight and CTC_HEAD not in self.config.training:
+        if CTC_HEAD in self.config.training:
+            return
+        if self.trained.projector.drop_blanks:
+            raise ModelError(
+                f"{self.folder} was trained with projector.drop_blanks, but its config.json has no CTC head: "
+                "convert a checkpoint of the finished training run again."
+            )
+        if options.ctc_weight:
             raise ConfigurationError(
                 f"decoding.ctc_weight is {options.ctc_weight}, but {self.folder} has no CTC head: set it to "
                 "0, or train a model with projector.ctc_weight."

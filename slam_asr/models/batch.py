@@ -8,6 +8,7 @@ single row without padding.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from slam_asr.models.answer_loss import IGNORED
 from slam_asr.models.encoders.frontend import Prepared
@@ -78,6 +79,56 @@ class Batch:
         """Return a copy of the batch on a device; `spelled` remains on the CPU."""
         moved = {name: getattr(self, name).to(device) for name in ("token_ids", "is_audio", "mask", "labels")}
         return replace(self, audio=[a.to(device) for a in self.audio], **moved)
+
+
+def remove_positions(
+    batch: Batch, embeddings: torch.Tensor, dropped: torch.Tensor
+) -> tuple[Batch, torch.Tensor]:
+    """Remove audio positions from a batch, before it enters the LLM.
+
+    Args:
+        batch: padded or packed.
+        embeddings: [rows, L, LLM width], the LLM's input.
+        dropped: [audio positions] bool, row by row; True at positions to remove.
+
+    Returns:
+        The batch and its embeddings without these positions, with at most L columns. A padded batch is still
+        padded on the left, so that all answers begin in the same column. `audio` and `positions` remain those
+        of the audio itself.
+    """
+    kept = batch.mask.bool()
+    kept[batch.is_audio] = ~dropped
+    if batch.lengths is not None:
+        columns = kept[0].nonzero()[:, 0]
+        # Labels begin at the second column; with one for the first, they can be selected like the columns.
+        labels = functional.pad(batch.labels, (1, 0), value=IGNORED)[:, columns][:, 1:]
+        changed = replace(
+            batch,
+            token_ids=batch.token_ids[:, columns],
+            is_audio=batch.is_audio[:, columns],
+            mask=batch.mask[:, columns],
+            labels=labels,
+            lengths=[int(part.sum()) for part in kept[0].split(batch.lengths)],
+        )
+        return changed, embeddings[:, columns]
+    start = batch.answer_start
+    head = kept[:, :start]
+    # A stable sort moves what is removed to the left, and preserves the order of what remains.
+    order = head.to(torch.uint8).argsort(dim=1, stable=True)
+    width = int(head.sum(1).max())
+    order = order[:, start - width :]
+    rest = torch.arange(start, batch.mask.shape[1], device=order.device).expand(len(order), -1)
+    columns = torch.cat([order, rest], 1)
+    mask = torch.cat([head, batch.mask[:, start:].bool()], 1).gather(1, columns).to(batch.mask.dtype)
+    changed = replace(
+        batch,
+        token_ids=batch.token_ids.gather(1, columns),
+        is_audio=batch.is_audio.gather(1, columns) & mask.bool(),
+        mask=mask,
+        answer_start=width,
+        padded=not bool(mask.all()),
+    )
+    return changed, embeddings.gather(1, columns.unsqueeze(-1).expand(-1, -1, embeddings.shape[2]))
 
 
 def collate(rows: list[Row]) -> Batch:

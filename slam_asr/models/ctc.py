@@ -131,6 +131,24 @@ class AuxiliaryCtc:
         return self.weight * ctc_loss(self.head(outputs), positions, targets)
 
 
+class BlankFilter:
+    """Finds the positions that CTC takes for blanks.
+
+    Args:
+        head: classifies the projector's outputs. Nothing of it is trained.
+        threshold: least probability of the blank.
+    """
+
+    def __init__(self, head: CtcHead, threshold: float) -> None:
+        self.head, self.threshold = head.requires_grad_(False), threshold
+
+    @torch.no_grad()
+    def find(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return [positions] bool, True at blanks, for the projector's outputs [positions, LLM width]."""
+        logits = self.head(outputs.float())
+        return logits[:, BLANK] - logits.logsumexp(1) >= math.log(self.threshold)
+
+
 class Speller:
     """Computes CTC's log probabilities of the projector's outputs for a search.
 

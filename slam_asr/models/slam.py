@@ -14,8 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
 from slam_asr.models.answer_loss import IGNORED, score_answers
-from slam_asr.models.batch import Batch
-from slam_asr.models.ctc import AuxiliaryCtc, Speller
+from slam_asr.models.batch import Batch, remove_positions
+from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter, Speller
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.packed_attention import packed_arguments
@@ -65,6 +65,8 @@ class Slam(nn.Module):
         """If set, its loss is added for batches that have `spelled`."""
         self.speller: Speller | None = None
         """If set, a search can add CTC's scores."""
+        self.blank_filter: BlankFilter | None = None
+        """If set, the LLM does not read the positions that this filter finds."""
         self._projected: torch.Tensor | None = None
         """[positions of all utterances, LLM width]: the projector's last outputs. `embed` sets them."""
         self._is_target: torch.Tensor | None = None
@@ -118,7 +120,7 @@ class Slam(nn.Module):
         return encode_audio(self.encoder, audio, None if trained else self.feature_dtype)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Return the LLM's input [rows, L, LLM width]: token embeddings and projected audio."""
+        """Return the embeddings of all positions [rows, L, LLM width]: of tokens and of projected audio."""
         # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
@@ -129,6 +131,13 @@ class Slam(nn.Module):
         audio = self._projected.to(embeddings.dtype)
         # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
+
+    def prepare(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
+        """Return what the LLM reads: the batch and its embeddings, without blanks if there is a filter."""
+        embeddings = self.embed(batch)
+        if self.blank_filter is None or self._projected is None:
+            return batch, embeddings
+        return remove_positions(batch, embeddings, self.blank_filter.find(self._projected))
 
     def generate(
         self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
@@ -160,10 +169,11 @@ class Slam(nn.Module):
         Raises:
             ConfigurationError: CTC's scores are requested, but our search cannot run the LLM.
         """
-        embeddings, spelling = self.embed(batch), None
+        given, spelling = batch, None
+        batch, embeddings = self.prepare(given)
         if ctc_weight:
             assert self.speller is not None and self._projected is not None, "the model was loaded with it"
-            spelling = self.speller.spell(self._projected, batch.positions)
+            spelling = self.speller.spell(self._projected, given.positions)
         self._projected = None
         answers = beam_search(self.llm, embeddings, batch.mask, generation, spelling, ctc_weight)
         if answers is None and ctc_weight:
@@ -172,7 +182,7 @@ class Slam(nn.Module):
                 f"{type(self.llm).__name__}: set it to 0."
             )
         if answers is None and generation.num_beams > 1:
-            output = self._generate(batch, generation, scores=True)
+            output = self._generate(given, generation, scores=True)
             answers_each = generation.num_return_sequences
             answers = Answers(
                 output.sequences.unflatten(0, (-1, answers_each)),
@@ -191,8 +201,9 @@ class Slam(nn.Module):
         processors = penalties(generation)
         if watch:
             processors.append(watch)
+        batch, embeddings = self.prepare(batch)
         return cast(Any, self.llm).generate(
-            inputs_embeds=self.embed(batch),
+            inputs_embeds=embeddings,
             attention_mask=batch.mask,
             generation_config=without_penalties(generation, scores),
             logits_processor=processors,
@@ -217,6 +228,7 @@ class Slam(nn.Module):
             `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
             logits are computed. If CTC's loss is added, the fields of `AnswerScores`, with it in `loss`.
         """
+        batch, embeddings = self.prepare(batch)
         arguments = {}
         if batch.lengths is not None:
             arguments = packed_arguments(batch.lengths, batch.token_ids.device)
@@ -229,7 +241,7 @@ class Slam(nn.Module):
             }
         self._is_target = batch.labels != IGNORED
         try:
-            output = self.llm(inputs_embeds=self.embed(batch), use_cache=False, **arguments)
+            output = self.llm(inputs_embeds=embeddings, use_cache=False, **arguments)
             result: torch.Tensor | tuple[torch.Tensor, ...] = output.logits
             if self.scorer is not None:
                 assert self._target_inputs is not None, "the hook on the output layer has run"

@@ -289,6 +289,7 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
         ("llm", "answer_prefix"),
         ("projector", "dropout"),
         ("projector", "ctc_weight"),
+        ("projector", "drop_blanks"),
     ):
         if not values[section][key]:
             del values[section][key]

@@ -20,7 +20,7 @@ from slam_asr.artifacts.checkpoint import BEGINNING, MAIN
 from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.config.recipe import Training
 from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
-from slam_asr.models.ctc import AuxiliaryCtc
+from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.precision import explain_precision
@@ -116,6 +116,8 @@ def enter_main(
     if recipe.projector.ctc_weight:
         head = build_head(parts.job, recipe, sharpness).to(parts.device)
         model.ctc = AuxiliaryCtc(head, recipe.projector.ctc_weight)
+        if recipe.projector.drop_blanks:
+            model.blank_filter = BlankFilter(head, recipe.projector.drop_blanks)
     # Counted before the engine shards the model.
     parameters = count_parameters(model, parts.job.encoder_parameters)
     rates = {"llm": recipe.llm.learning_rate, "encoder": recipe.encoder.learning_rate}

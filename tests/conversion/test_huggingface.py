@@ -19,12 +19,13 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.model_folder import CTC_HEAD
 from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion.huggingface.modeling_slam_asr import SlamAsrForConditionalGeneration
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.huggingface_folder import SOURCES
 from slam_asr.decoding.model import open_model
-from slam_asr.errors import UserError
+from slam_asr.errors import ModelError, UserError
 from slam_asr.models.llm import load_llm
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
@@ -157,6 +158,27 @@ def test_an_exported_folder_decodes_to_the_same_token_ids(tiny_recipe, llm, tmp_
     ):
         assert found == expected
         assert len({tuple(ids) for ids in expected}) > 1, "the texts must depend on the audio"
+
+
+def test_an_exported_folder_leaves_out_the_same_blanks(tiny_recipe, llm, tmp_path):
+    options = {"llm.name": llm, "projector.ctc_weight": 0.5, "projector.drop_blanks": 0.5}
+    recipe, file = trained(tiny_recipe, tmp_path, "whisper-speech", **options)
+    model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False)
+    with pytest.raises(ModelError, match=r"has no CTC head: convert a checkpoint of the finished"):
+        open_model(model.folder).load(recipe.decoding, with_encoder=True)
+    # A file of weights has no head; a training run records it.
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["training"][CTC_HEAD] = {"tokens": [5, 9, 40], "sharpness": 0.3}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = convert_checkpoint(
+        model.folder, str(tmp_path / "exported"), to="huggingface", verify=False
+    ).folder
+    expected = decoded(model.folder, *SETTINGS)
+    assert decoded_by_transformers(folder, *SETTINGS) == expected
+    exported = SlamAsrForConditionalGeneration.from_pretrained(folder)
+    exported.config.drop_blanks = 0.0
+    exported.save_pretrained(folder)
+    assert decoded_by_transformers(folder, *SETTINGS) != expected, "the blanks must matter"
 
 
 def test_the_sources_need_nothing_but_torch_and_transformers():

@@ -5,9 +5,10 @@ import torch
 
 from slam_asr.config.recipe import Llm, Projector
 from slam_asr.models.answer_loss import IGNORED, score_answers, score_in_chunks
-from slam_asr.models.batch import Row, collate
-from slam_asr.models.ctc import AuxiliaryCtc, CtcHead, ctc_loss
+from slam_asr.models.batch import Row, collate, pack
+from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter, CtcHead, ctc_loss
 from slam_asr.models.llm import load_llm, load_tokenizer
+from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
@@ -28,20 +29,23 @@ def joined(tiny_models):
     return model, prompt, frames
 
 
+def rows_of(joined, indices):
+    """Some of `UTTERANCES`, ready to be collated or packed."""
+    _, prompt, frames = joined
+    return [
+        Row(
+            frames[i],
+            len(frames[i]) // 5,
+            prompt.main.before,
+            *prompt.with_answer(prompt.main, UTTERANCES[i][1]),
+        )
+        for i in indices
+    ]
+
+
 def make_batch(joined, indices):
     """Collate some of `UTTERANCES`."""
-    _, prompt, frames = joined
-    return collate(
-        [
-            Row(
-                frames[i],
-                len(frames[i]) // 5,
-                prompt.main.before,
-                *prompt.with_answer(prompt.main, UTTERANCES[i][1]),
-            )
-            for i in indices
-        ]
-    )
+    return collate(rows_of(joined, indices))
 
 
 def test_a_batchs_scores_are_the_sum_of_its_utterances(joined):
@@ -71,6 +75,50 @@ def test_answers_start_in_one_column_and_end_with_eos(joined):
         text = batch.token_ids[row][(batch.mask[row] == 1) & ~batch.is_audio[row]].tolist()
         ids, targets_with_end = prompt.with_answer(prompt.main, answer)
         assert text == ids + targets_with_end
+
+
+class NegativeFirstValue:
+    """A filter whose choice depends on each position alone."""
+
+    def find(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs[:, 0] < 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_blanks_the_llm_reads_what_it_would_if_they_had_never_been_there(joined, packed):
+    model = joined[0]
+    rows = rows_of(joined, [0, 1, 2])
+    batch = pack(rows) if packed else collate(rows)
+    assert not packed or allow_packing(model.llm)
+    blanks = NegativeFirstValue().find(model.projector(batch.audio, batch.positions)).split(batch.positions)
+    expected = []
+    for row, dropped in zip(rows, blanks, strict=True):
+        single = collate([row])
+        kept = torch.ones(single.token_ids.shape[1], dtype=torch.bool)
+        kept[single.is_audio[0]] = ~dropped
+        assert 0 < dropped.sum() < len(dropped) or len(dropped) < 3
+        logits = model.llm(inputs_embeds=model.embed(single)[:, kept]).logits[0]
+        expected.append(logits[-len(row.answer) - 1 : -1])
+    model.blank_filter = NegativeFirstValue()
+    try:
+        found = model(batch)
+        reduced, embeddings = model.prepare(batch)
+    finally:
+        model.blank_filter = None
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert embeddings.shape[1] == reduced.mask.shape[1] < batch.mask.shape[1]
+    assert reduced.filled == batch.filled - int(torch.cat(blanks).sum())
+    assert int(reduced.is_audio.sum()) == int((~torch.cat(blanks)).sum())
+    assert reduced.lengths is None or sum(reduced.lengths) == reduced.filled
+
+
+def test_a_filter_finds_the_positions_at_which_ctc_gives_the_blank_its_threshold():
+    torch.manual_seed(0)
+    head, outputs = CtcHead(torch.randn(4, 6)), torch.randn(50, 6)
+    probabilities = head(outputs).softmax(1)[:, 0]
+    for threshold in (0.1, 0.5, 0.95):
+        found = BlankFilter(head, threshold).find(outputs)
+        assert torch.equal(found, probabilities >= threshold) and 0 < found.sum() < len(found)
 
 
 def test_ctcs_loss_is_added_for_batches_with_ctc_targets(joined):

@@ -18,6 +18,7 @@ from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.config.recipe import load_recipe
+from slam_asr.decoding.model import open_model
 from slam_asr.errors import UserError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm, load_tokenizer
@@ -48,6 +49,8 @@ LORA = {
     "llm.lora.dropout": 0.2,
     "projector.dropout": 0.1,
     "projector.ctc_weight": 0.5,
+    # So tiny a model hardly ever believes in a blank.
+    "projector.drop_blanks": 1e-26,
 }
 
 
@@ -173,6 +176,17 @@ def test_ctcs_share_changes_hypotheses_but_batches_do_not(prepared, uninterrupte
 
 
 @pytest.mark.slow
+def test_the_trained_head_finds_blanks_among_other_positions(prepared, uninterrupted, tmp_path):
+    """Otherwise the tests of this file would not cover `projector.drop_blanks`."""
+    model = open_model(convert_checkpoint(str(uninterrupted[1]), str(tmp_path / "model")).folder)
+    slam = model.load(model.trained.decoding, with_encoder=False)
+    reader = StoreReader(FeatureStore(prepared[2], model.spec.fingerprint(), model.trained.features.dtype))
+    features = [reader.read(utterance) for utterance in read_manifest(f"{prepared[1]}/train.jsonl")]
+    blanks = slam.blank_filter.find(slam.projector(features))
+    assert 0 < int(blanks.sum()) < len(blanks)
+
+
+@pytest.mark.slow
 def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepared, tmp_path):
     options = {
         "projector.beginning.dropout": 0.0,
@@ -220,6 +234,7 @@ def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepare
         "projector.beginning.dropout": 0.0,
         "training.learning_rate": 1e-4,
         "projector.ctc_weight": 0.5,
+        "projector.drop_blanks": LORA["projector.drop_blanks"],
     }
     runs: dict[str, dict] = {
         "one": {},
@@ -256,6 +271,8 @@ def test_a_q_former_and_an_error_rate_without_dev_are_refused(prepared, tmp_path
     for key, value in (("projector.beginning.kind", "ctc"), ("projector.ctc_weight", 0.5)):
         with pytest.raises(UserError, match="CTC cannot train a q-former"):
             load_recipe(recipe, {key: value, "projector.kind": "q-former"})
+    with pytest.raises(UserError, match=r"drop_blanks needs CTC's loss .*: set projector.ctc_weight above 0"):
+        load_recipe(recipe, {"projector.drop_blanks": 0.9})
     with pytest.raises(UserError, match=r"until is an error rate on dev, but this training has no dev"):
         train(
             load_recipe(recipe, OPTIONS | {"projector.beginning.until": 0.3}),

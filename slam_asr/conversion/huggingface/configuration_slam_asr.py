@@ -20,6 +20,10 @@ class SlamAsrConfig(PreTrainedConfig):
         feature_dtype: bf16, fp16, fp32 or fp8: the encoder's outputs are rounded to it, as in training.
         lora_scale: factor of the LoRA adapter's output, alpha / rank; None without an adapter.
         audio_token_id: token id that marks an LLM position of the audio.
+        drop_blanks: the LLM does not read positions at which CTC gives the blank at least this probability;
+            0 if it reads all.
+        ctc_tokens: token ids that CTC distinguishes, the blank's first; empty if it reads all.
+        ctc_sharpness: factor of CTC's logits.
     """
 
     model_type = "slam_asr"
@@ -37,6 +41,9 @@ class SlamAsrConfig(PreTrainedConfig):
         feature_dtype: str = "fp32",
         lora_scale: float | None = None,
         audio_token_id: int = 0,
+        drop_blanks: float = 0.0,
+        ctc_tokens: list[int] | None = None,
+        ctc_sharpness: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.encoder_name, self.llm_name, self.encoder_dtype = encoder_name, llm_name, encoder_dtype
@@ -44,4 +51,5 @@ class SlamAsrConfig(PreTrainedConfig):
         self.projector = projector or {}
         self.frames, self.long_audio, self.feature_dtype = frames, long_audio, feature_dtype
         self.lora_scale, self.audio_token_id = lora_scale, audio_token_id
+        self.drop_blanks, self.ctc_tokens, self.ctc_sharpness = drop_blanks, ctc_tokens or [], ctc_sharpness
         super().__init__(**kwargs)

@@ -224,18 +224,46 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return samples
 
     def _embed(
-        self, input_ids: torch.Tensor, input_features: torch.Tensor | None, audio_lengths: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the LLM's input [rows, positions, LLM width]: token embeddings and projected audio."""
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        input_features: torch.Tensor | None,
+        audio_lengths: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the LLM reads.
+
+        Returns:
+            Embeddings [rows, positions, LLM width] of tokens and projected audio; and the attention mask,
+            which is 0 at blanks too if the model was trained without them.
+        """
         is_audio = input_ids == self.config.audio_token_id
         # The LLM's embedding may have no row for the audio's token, and needs none.
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         if input_features is None or audio_lengths is None:
-            return embeddings
+            return embeddings, attention_mask
         features = self.get_audio_features(input_features, audio_lengths, is_audio.sum(1).tolist())
         assert features.pooler_output is not None, "get_audio_features sets it"
         audio = features.pooler_output.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(is_audio.unsqueeze(-1), audio)
+        embeddings = embeddings.masked_scatter(is_audio.unsqueeze(-1), audio)
+        if self.config.drop_blanks:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
+            mask[is_audio.to(mask.device)] = (~self._are_blanks(features.pooler_output)).to(mask)
+            attention_mask = mask
+        return embeddings, attention_mask
+
+    def _are_blanks(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return [positions] bool for the projector's outputs [positions, LLM width].
+
+        A blank is a position at which CTC gives the blank, the first of `ctc_tokens`, at least the
+        probability `drop_blanks`. CTC's logits are squared distances from the tokens' embeddings.
+        """
+        layer, outputs = self.llm.get_input_embeddings(), outputs.float()
+        tokens = layer(torch.tensor(self.config.ctc_tokens, device=layer.weight.device)).float()
+        size = tokens.norm(dim=1).mean()
+        tokens = (tokens / size).to(outputs.device)
+        logits = (outputs / size) @ tokens.T - tokens.square().sum(1) / 2
+        log_probabilities = (logits * self.config.ctc_sharpness).log_softmax(1)
+        return log_probabilities[:, 0] >= math.log(self.config.drop_blanks)
 
     def forward(
         self,
@@ -259,7 +287,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             The LLM's output: `logits` [rows, positions, vocabulary], and `loss` if there are labels.
         """
-        embeddings = self._embed(input_ids, input_features, audio_lengths)
+        embeddings, attention_mask = self._embed(input_ids, attention_mask, input_features, audio_lengths)
         if attention_mask is not None and "position_ids" in inspect.signature(self.llm.forward).parameters:
             # Position ids start at 0 with each row's first token. `clamp` changes the padding before it from
             # -1, an invalid index, to 0.
@@ -290,6 +318,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Token ids [rows · answers, positions]: the input, followed by the answer. The repetition penalty
             applies to the answer's tokens only.
         """
+        embeddings, attention_mask = self._embed(input_ids, attention_mask, input_features, audio_lengths)
         config = copy.deepcopy(generation_config or self.generation_config)
         arguments = config.update(**kwargs)
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
@@ -301,7 +330,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # From the LLM's own configuration, `generate` would take options that are not set here.
         self.llm.generation_config = config
         output = self.llm.generate(
-            inputs_embeds=self._embed(input_ids, input_features, audio_lengths),
+            inputs_embeds=embeddings,
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=processors,
