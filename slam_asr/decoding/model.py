@@ -118,7 +118,7 @@ class Model:
 
         Raises:
             ConfigurationError: the options request CTC's scores, but the model has no CTC head.
-            ModelError: the model was trained with `projector.drop_blanks`, but has no CTC head that finds blanks.
+            ModelError: the model was trained with `projector.drop_blanks`, but has no CTC head.
         """
         if CTC_HEAD in self.config.training:
             return
