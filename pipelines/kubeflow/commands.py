@@ -148,7 +148,7 @@ def resume(arguments: list[str]) -> int:
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
     from pipelines.kubeflow.run_view import new_run_hint
-    from pipelines.kubeflow.runs import find, retry, start_again
+    from pipelines.kubeflow.runs import find, has_expired, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 
     cluster = load_cluster(options["cluster"])
@@ -162,6 +162,11 @@ def resume(arguments: list[str]) -> int:
         changed = launcher_changed_after(connection.namespace, run.created_at) if run.created_at else None
         retry(connection, run, read_workflow(connection, run_id), changed)
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
+        if has_expired(run):
+            print(
+                "it ended more than an hour ago, when Argo deletes the workflow with its pods: Kubeflow makes "
+                "it again from its own copy, and `logs` reads earlier attempts from Argo's archive"
+            )
         if changed is not False:
             since = " and that was changed since then" if changed else ""
             print(

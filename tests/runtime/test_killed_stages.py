@@ -1,4 +1,4 @@
-"""When a stage is killed at any moment of its start, all processes that it has started end too."""
+"""When a stage or a server is killed at any moment of its start, all processes that it has started end too."""
 
 import os
 import random
@@ -15,6 +15,8 @@ from slam_asr.config.recipe import load_recipe
 from slam_asr.stages.build_manifest import build_manifest
 
 SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
+KILLS = 60
+"""Kills of each stage in the soak."""
 TOKEN = "SLAM_ASR_TEST_TOKEN"
 """Environment variable by which the stage's processes are found: they all inherit it."""
 WITHIN = 30.0
@@ -46,12 +48,14 @@ def arguments(tiny_recipe, tiny_corpus, model, tmp_path_factory) -> dict[str, li
             *("--recipe", str(tiny_recipe), "--model", model, "--manifests", manifests),
             *("--decoding.processes", "2", "--decoding.positions_per_batch", "100"),
         ],
+        "serve": ["--model", model, "--port", "0"],
     }
 
 
 def start(stage: str, arguments: list[str], folder: Path, token: str) -> subprocess.Popen:
+    output = [] if stage == "serve" else ["--output", str(folder / "out")]
     return subprocess.Popen(
-        [sys.executable, "-m", "slam_asr", stage, *arguments, "--output", str(folder / "out")],
+        [sys.executable, "-m", "slam_asr", stage, *arguments, *output],
         env=os.environ | {TOKEN: token},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -70,14 +74,17 @@ def processes_with(token: str, module: str = "") -> list[psutil.Process]:
     return found
 
 
-def require_end(token: str, what: str) -> None:
-    deadline = time.monotonic() + WITHIN
+def require_end(token: str, what: str) -> float:
+    """Wait until no process of a stage runs any more; return the seconds that this took."""
+    began = time.monotonic()
+    deadline = began + WITHIN
     while left := processes_with(token):
         if time.monotonic() > deadline:
             for process in left:
                 process.kill()
             pytest.fail(f"{what}: still running: {left}")
         time.sleep(0.1)
+    return time.monotonic() - began
 
 
 @pytest.mark.slow
@@ -100,13 +107,19 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
 @pytest.mark.slow
 @pytest.mark.cold
 @pytest.mark.skipif(not SOAK, reason="takes an hour: make soak")
-@pytest.mark.parametrize("stage", WORKERS)
+@pytest.mark.parametrize("stage", [*WORKERS, "serve"])
 def test_no_process_is_left_when_a_stage_is_killed_at_any_moment(stage, arguments, tmp_path):
-    draw = random.Random()
-    for attempt in range(60):
+    draw, slowest, with_processes = random.Random(), 0.0, 0
+    for attempt in range(KILLS):
         token, seconds = uuid.uuid4().hex, draw.uniform(0.0, 25.0)
         killed = start(stage, arguments[stage], tmp_path / str(attempt), token)
         time.sleep(seconds)
+        # Its own process does not count.
+        with_processes += len(processes_with(token)) > 1
         killed.kill()
         killed.wait()
-        require_end(token, f"{stage}, killed after {seconds:.2f} s")
+        slowest = max(slowest, require_end(token, f"{stage}, killed after {seconds:.2f} s"))
+    print(
+        f"{stage}: {KILLS} kills, {with_processes} of them with further processes; "
+        f"all ended within {slowest:.1f} s"
+    )

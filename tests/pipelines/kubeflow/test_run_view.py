@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,22 @@ def test_resume_says_that_the_launchers_configuration_stays(
     assert answer == code and words in out + err
     assert kubeflow.retried == ([] if code else [run_id])
     assert ("kfp-launcher" in out + err) == (changed != "2026-11-28T00:00:00Z")
+
+
+@recorded
+@pytest.mark.parametrize(("hours", "says"), [(2, True), (0.5, False)])
+def test_resume_says_that_the_workflow_is_deleted_an_hour_after_the_end(
+    recording, kubeflow, program, hours, says
+):
+    run_id = recording("oom-killed")
+    ended = datetime.now(UTC) - timedelta(hours=hours)
+    kubeflow.recorded[run_id][0]["finished_at"] = f"{ended:%Y-%m-%dT%H:%M:%SZ}"
+    code, out, _ = program("resume", run_id)
+    assert code == 0 and ("it ended more than an hour ago, when Argo deletes the workflow" in out) == says
+    kubeflow.retry_refusal = (404, {"message": "workflow not found"})
+    err = program("resume", run_id)[2]
+    assert len(err.splitlines()) == 1 and f"`python -m pipelines resume {run_id} --new` starts it" in err
+    assert ("Argo deletes a workflow an hour after its end, which may be the reason." in err) == says
 
 
 @recorded
