@@ -164,8 +164,8 @@ def resume(arguments: list[str]) -> int:
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
         if has_expired(run):
             print(
-                "it ended more than an hour ago, when Argo deletes the workflow with its pods: Kubeflow makes "
-                "it again from its own copy, and `logs` reads earlier attempts from Argo's archive"
+                "it ended more than an hour ago, when Argo deletes the workflow with its pods: Kubeflow "
+                "creates it again from its own copy, and `logs` reads earlier attempts from Argo's archive"
             )
         if changed is not False:
             since = " and that was changed since then" if changed else ""

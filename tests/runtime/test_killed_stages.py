@@ -1,4 +1,4 @@
-"""When a stage or a server is killed at any moment of its start, all processes that it has started end too."""
+"""When a stage or the server is killed at any moment of its start, all processes that it started end too."""
 
 import os
 import random
