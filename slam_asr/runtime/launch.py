@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from slam_asr.cores import thread_limits
 from slam_asr.errors import UserError
+from slam_asr.runtime import restart
 from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import write_json
 
@@ -59,6 +60,7 @@ def processes_of(
 
     Raises:
         UserError: a process failed. The message is the process's own if it left one.
+        ProcessFailure: a process's GPU failed, which is usually temporary.
     """
     pipe = subprocess.PIPE if piped else None
     with TemporaryDirectory(prefix="slam-asr-") as folder:
@@ -96,6 +98,8 @@ def processes_of(
         failure = Path(folder) / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text(encoding="utf-8"))
+    if code == restart.EXIT_CODE:
+        raise restart.ProcessFailure(f"The GPU of a process failed ({module}); see its own message above")
     if ended or code:
         raise UserError(
             f"A process of {module} ended with code {code}; see its own message above. "
