@@ -16,7 +16,7 @@ from pipelines.kubeflow.connection import add_connection_options, connect, requi
 from slam_asr.artifacts.costs import describe_costs
 from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import shipped_recipes
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ClusterError, ConfigurationError, UserError
 from slam_asr.options import parse_options
 from slam_asr.storage.client import TIMEOUT
 from slam_asr.storage.retry import PATIENCE
@@ -121,16 +121,31 @@ def logs(arguments: list[str]) -> int:
     from pipelines.kubeflow.logs import LogReader
     from pipelines.kubeflow.runs import find
 
-    connection = connect(options, load_cluster(options["cluster"]))
+    cluster = load_cluster(options["cluster"])
+    connection = connect(options, cluster)
     run = find(connection, run_key)
 
     def print_logs() -> int:
-        LogReader(connection, run.run_id, everything=options["all"]).show(
-            options["step"], options["follow"], _print_line
-        )
+        reader = LogReader(connection, run.run_id, everything=options["all"])
+        try:
+            reader.show(options["step"], options["follow"], _print_line)
+        except ClusterError as error:
+            reason = _reason_beside_logs(connection, run.run_id, cluster)
+            raise ClusterError(f"{error} In short, {reason}." if reason else str(error)) from None
+        if reason := _reason_beside_logs(connection, run.run_id, cluster):
+            print(reason)
         return 0
 
     return _watch(print_logs, run.run_id)
+
+
+def _reason_beside_logs(connection: "Connection", run_id: str, cluster: Cluster) -> str:
+    """Return how a run ended, unless it succeeded or the program's log has the reason."""
+    from pipelines.kubeflow.run_view import view
+
+    now = view(connection, run_id, cluster)
+    program_failed = f"pipelines logs {run_id} --step" in now.failure()[1]
+    return "" if not now.ended or now.state == "succeeded" or program_failed else now.outcome(with_logs=False)
 
 
 def resume(arguments: list[str]) -> int:

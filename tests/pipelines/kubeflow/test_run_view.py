@@ -332,6 +332,30 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
     assert f"not readable through the dashboard: s3://{bucket}/{key}" in program("logs", run_id)[1]
 
 
+@recorded
+def test_logs_end_with_the_reason_of_a_failure_that_no_log_contains(recording, kubeflow, program):
+    run_id = recording("oom-killed")
+    manifest = json.dumps(kubeflow.recorded[run_id][1]["pipeline_runtime"]["workflow_manifest"])
+    workflow = parse_workflow(manifest)
+    for nodes in workflow.attempts().values():
+        kubeflow.archive["/".join(workflow.archived_log(nodes[-1]))] = b"step 1\n"
+    code, out, _ = program("logs", run_id)
+    assert code == 0 and out.splitlines()[-1] == (
+        "the run failed in train: it needed more memory than its limit (OOMKilled): raise steps.train.memory "
+        "in the profile, or use smaller batches; `slam-asr plan` estimates what training needs; "
+        f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
+    )
+    run_id = recording("no-service-account")
+    code, out, err = program("logs", run_id)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert (
+        "In short, the run failed: the service account slam-asr-runner does not exist in the namespace "
+        in err
+    )
+    # A run that has not ended has no outcome.
+    assert "In short" not in program("logs", recording("waiting-no-room"))[2]
+
+
 @pytest.mark.parametrize(
     ("message", "sentence", "purpose"),
     [
