@@ -245,7 +245,7 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
 def config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
     """Return the content of a ConfigMap; None if it does not exist."""
     try:
-        return api.read_namespacedconfig_map(name, namespace).data or {}
+        return api.read_namespaced_config_map(name, namespace).data or {}
     except kubernetes.ApiException as error:
         if error.status != 404:
             raise

@@ -39,10 +39,14 @@ def check_images(images: Iterable[str], loaded: Collection[str] | None = None) -
     alike: dict[tuple[str, str], list[str]] = {}
     for image in images:
         alike.setdefault(_check_image(image, loaded), []).append(image)
-    return [
-        Finding(sign, f"image{'s' * (len(names) > 1)} {', '.join(names)}", detail)
-        for (sign, detail), names in alike.items()
-    ]
+    return [Finding(sign, _subject(sign, names), detail) for (sign, detail), names in alike.items()]
+
+
+def _subject(sign: str, images: list[str]) -> str:
+    """Name the images of a finding; of several good ones, only the number is of interest."""
+    if len(images) == 1:
+        return f"image {images[0]}"
+    return f"{len(images)} images" if sign == GOOD else f"images {', '.join(images)}"
 
 
 def _check_image(image: str, loaded: Collection[str] | None) -> tuple[str, str]:
