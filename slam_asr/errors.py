@@ -106,7 +106,7 @@ def exit_on_user_error() -> Iterator[None]:
         _exit(str(explained), EXIT_CODE)
     except RuntimeError as error:
         # Imported here, because most programs never need it.
-        from slam_asr.runtime.restart import first_line, is_gpu_failure, start_again_after
+        from slam_asr.restart import first_line, is_gpu_failure, start_again_after
 
         if not is_gpu_failure(error):
             raise

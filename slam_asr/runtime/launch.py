@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from slam_asr import restart
 from slam_asr.cores import thread_limits
 from slam_asr.errors import UserError
-from slam_asr.runtime import restart
 from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import write_json
 

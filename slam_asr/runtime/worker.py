@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from slam_asr import restart
 from slam_asr.errors import EXIT_CODE, ConfigurationError, UserError, from_os_error
-from slam_asr.runtime import restart
 from slam_asr.storage import write_atomically
 
 FAILURE = "failure.txt"

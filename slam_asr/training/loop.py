@@ -19,7 +19,7 @@ from slam_asr.errors import UserError
 from slam_asr.models.ctc import INITIAL_SHARPNESS
 from slam_asr.models.precision import peak_flops
 from slam_asr.progress import log_line
-from slam_asr.runtime.restart import GPU_FAILURE
+from slam_asr.restart import GPU_FAILURE
 from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
 from slam_asr.training.builder import Parts, build_parts

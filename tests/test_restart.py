@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from slam_asr.runtime import launch, restart
+from slam_asr import restart
+from slam_asr.runtime import launch
 from slam_asr.runtime.launch import Job, processes_of
 from slam_asr.runtime.worker import failures_written_to
 from tests.ranks import fork_ranks
@@ -15,7 +16,7 @@ FAILURE = "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_
 PROGRAM = """
 import os, sys
 from slam_asr.errors import exit_on_user_error
-from slam_asr.runtime import restart
+from slam_asr import restart
 restart.PAUSES = (0.0, 0.0, 0.0)
 started = int(os.environ.get(restart.RESTARTS) or 0) + 1
 print("start", started, *sys.argv[1:], flush=True)
