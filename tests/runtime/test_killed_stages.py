@@ -143,6 +143,7 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
 @pytest.mark.slow
 @pytest.mark.cold
 @pytest.mark.skipif(not SOAK, reason="takes an hour: make soak")
+@pytest.mark.timeout(6 * 3600)
 @pytest.mark.parametrize("stage", [*WORKERS, "serve"])
 def test_no_process_is_left_when_a_stage_is_killed_at_any_moment(stage, arguments, tmp_path):
     kills = [kill_once(stage, arguments[stage], tmp_path / str(number)) for number in range(KILLS)]
