@@ -21,7 +21,7 @@ STARTUP = 30.0
 """CPU seconds of a stage and its processes within which they are killed; imports take most of it. The moment
 is in CPU time because on a busy machine a start takes minutes."""
 IDLE = 10.0
-"""Seconds without CPU time after which a start is over."""
+"""Seconds with less than 0.2 s of CPU time after which a start is over."""
 TOKEN = "SLAM_ASR_TEST_TOKEN"
 """Environment variable by which the stage's processes are found: they all inherit it."""
 WITHIN = 30.0
@@ -111,12 +111,13 @@ def kill_once(stage: str, arguments: list[str], folder: Path) -> tuple[int, floa
     """
     token, moment = uuid.uuid4().hex, random.uniform(0.0, STARTUP)
     killed = start(stage, arguments, folder, token)
-    first, used, changed = psutil.Process(killed.pid), 0.0, time.monotonic()
-    # A server that waits for requests uses no CPU time any more.
+    first, used, changed, noted = psutil.Process(killed.pid), 0.0, time.monotonic(), 0.0
+    # A server that waits for requests uses hardly any CPU time.
     while killed.poll() is None and used < moment and time.monotonic() - changed < IDLE:
         time.sleep(0.1)
-        before, used = used, cpu_seconds(first)
-        changed = time.monotonic() if used != before else changed
+        used = cpu_seconds(first)
+        if used - noted >= 0.2:
+            noted, changed = used, time.monotonic()
     processes = len(processes_with(token))
     killed.kill()
     killed.wait()
