@@ -88,7 +88,8 @@ class Stopped(KeyboardInterrupt):
 def exit_on_user_error() -> Iterator[None]:
     """Exit with one line on stderr, instead of a traceback, after an error that the user can resolve.
 
-    Every program enters this context before it imports torch, so it also limits the threads.
+    Every program begins with it, before it imports torch, so it also limits the threads. After a failure of a
+    GPU's driver that is usually temporary, it starts the program again.
 
     The exit code is 2 after a `UserError` and after the errors that `from_os_error` explains. After `Stopped`
     it is that exception's code, and after Ctrl-C it is 130.
@@ -103,7 +104,19 @@ def exit_on_user_error() -> Iterator[None]:
         if explained is None:
             raise
         _exit(str(explained), EXIT_CODE)
-    # `Stopped` is a KeyboardInterrupt too, with an exit code of its own.
+    except RuntimeError as error:
+        # Imported here, because most programs never need it.
+        from slam_asr.restart import first_line, is_gpu_failure, start_again_after
+
+        if not is_gpu_failure(error):
+            raise
+        start_again_after(error)
+        _exit(
+            f"The GPU failed again after each restart ({first_line(error)}): check it with `nvidia-smi`, or "
+            "take another one; the same command resumes.",
+            EXIT_CODE,
+        )
+    # `Stopped` is one too, with an exit code of its own.
     except KeyboardInterrupt as interruption:
         _exit(
             str(interruption) or "interrupted; run the same command again to resume",

@@ -40,6 +40,7 @@ FLOORS = (
         "steps",
         "findings",
         "errors",
+        "restart",
         "version",
         "__init__",
     },

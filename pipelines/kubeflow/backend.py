@@ -1,98 +1,217 @@
-"""Checks of the settings of Kubeflow, Argo and Trainer, and of the rights of a run's account."""
+"""Checks of the settings of Kubeflow's launcher and of Argo, which the profile must not contradict.
+
+The ConfigMap `kfp-launcher` in the namespace of the runs decides where the launcher saves artifacts, and with
+whose credentials: `defaultPipelineRoot`, and for each kind of address (`s3://`, `minio://`) a provider with
+an endpoint and a secret. The ConfigMap of Argo's controller decides what is retried, and whether logs are
+archived.
+"""
 
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
+from urllib.parse import urlsplit
 
 import urllib3
+import yaml
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import core_api
-from slam_asr.errors import ClusterError, UserError
+from pipelines.kubeflow.namespace import DEFAULT_SECRET, create_secret
+from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 
-DEFAULT_SECRET = "mlpipeline-minio-artifact"
-"""Secret that the launcher reads if `kfp-launcher` sets no pipeline root. Argo mounts it to archive logs."""
 _OWN_ROOT = "minio://mlpipeline/"
-"""Beginning of pipeline roots in the object storage that comes with Kubeflow Pipelines."""
-_TRAINER = (2, 2)
-"""First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
+"""Beginning of the pipeline roots in the object storage that Kubeflow Pipelines brings along."""
+_OWN_STORAGE = "Kubeflow's own storage"
+_SUBJECT = "launcher configuration"
+_ARGO = "workflow-controller-configmap"
+"""The ConfigMap of Argo's controller, in the namespace of Kubeflow."""
 
 
-def check_rights(cluster: Cluster, namespace: str, needs_default_secret: bool, nodes: int = 1) -> Finding:
-    """Check the rights of the runs' account, by asking the cluster what this account may do.
+@dataclass(frozen=True)
+class Launcher:
+    """The configuration of Kubeflow's launcher in one namespace."""
 
-    Args:
-        cluster: the profile.
-        namespace: namespace of the runs.
-        needs_default_secret: whether the launcher reads `DEFAULT_SECRET`.
-        nodes: number of nodes to train on; more than one needs rights for a TrainJob.
+    root: str = ""
+    """`defaultPipelineRoot`; empty for Kubeflow's own object storage."""
+    endpoint: str | None = None
+    """Address of the S3 server, `http://` or `https://`; empty for AWS, None if no provider is configured."""
+    secret: str = DEFAULT_SECRET
+    """Secret with the credentials; empty if they come from the pod's environment or role."""
+    keys: tuple[str, str] = ("accesskey", "secretkey")
+    """Names of the key id and of the secret key in the secret."""
+
+
+def read_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Launcher:
+    """Read the configuration; Kubeflow's defaults apply without `kfp-launcher`, and without a root in it.
 
     Raises:
-        kubernetes.ApiException: you are not allowed to ask, or the API does not answer.
+        kubernetes.ApiException: it cannot be read.
+        ConfigurationError: Kubeflow cannot read its providers.
     """
-    subject = f"rights of {cluster.service_account}"
-    missing = [
-        f"{verb} {resource}{f' {name}' if name else ''}"
-        for verb, group, resource, name in _needed_rights(cluster, needs_default_secret, nodes)
-        if not _may(cluster.service_account, namespace, verb, group, resource, name)
-    ]
-    if missing:
-        more = ", and manifests/components/trainer in your overlay grants what several nodes need" * (
-            nodes > 1
+    settings = config_map(api, "kfp-launcher", namespace) or {}
+    root: str = settings.get("defaultPipelineRoot") or ""
+    scheme, _, place = (root or _OWN_ROOT).partition("://")
+    try:
+        provider = (yaml.safe_load(settings.get("providers") or "") or {}).get(scheme) or {}
+        return _with_provider(root, scheme, (provider.get("default") or {}) | _override_for(provider, place))
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"The `providers` of kfp-launcher cannot be read ({type(error).__name__}: {reason}): "
+            f"correct them with `kubectl -n {namespace} edit configmap kfp-launcher`."
+        ) from None
+
+
+def _override_for(provider: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return the first override of a provider for a bucket and prefix, such as `bucket/artifacts`."""
+    bucket, _, prefix = place.partition("/")
+    for override in provider.get("overrides") or provider.get("Overrides") or []:
+        if override.get("bucketName") == bucket and prefix.startswith(override.get("keyPrefix") or ""):
+            return {key: value for key, value in override.items() if value != ""}
+    return {}
+
+
+def _with_provider(root: str, scheme: str, provider: dict[str, Any]) -> Launcher:
+    if not provider:
+        # Kubeflow has a default provider for `minio://`; for `s3://` it asks the pod's environment.
+        return Launcher(root) if scheme == "minio" else Launcher(root, secret="")
+    endpoint = str(provider.get("endpoint") or "")
+    if "amazonaws.com" in endpoint:
+        endpoint = ""
+    elif endpoint and "://" not in endpoint:
+        endpoint = f"{'http' if provider.get('disableSSL') else 'https'}://{endpoint}"
+    credentials = provider["credentials"]
+    if credentials.get("fromEnv"):
+        return Launcher(root, endpoint, secret="")
+    secret = credentials["secretRef"]
+    return Launcher(root, endpoint, secret["secretName"], (secret["accessKeyKey"], secret["secretKeyKey"]))
+
+
+def check_launcher(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
+    """Check that the launcher can save artifacts, and that its settings do not contradict the profile's.
+
+    Raises:
+        kubernetes.ApiException: the configuration or its secret cannot be read.
+    """
+    edit = f"`kubectl -n {namespace} edit configmap kfp-launcher`"
+    try:
+        launcher = read_launcher(api, namespace)
+    except ConfigurationError as error:
+        return Finding(BAD, _SUBJECT, str(error))
+    where = f"artifacts go to {launcher.root or _OWN_STORAGE}"
+    if _other_server(launcher, cluster):
+        return Finding(
+            BAD,
+            _SUBJECT,
+            f"{where} at {launcher.endpoint or 'AWS'}, but the profile's storage.endpoint is "
+            f"{cluster.storage.endpoint or 'empty, for AWS'}: correct `providers` with {edit}, or the "
+            "profile.",
         )
+    if not launcher.secret:
+        return Finding(
+            UNKNOWN,
+            _SUBJECT,
+            f"{where} without a secret, so the role of the pods' account has to permit it; else name one in "
+            f"`providers` with {edit}",
+        )
+    if lacks := _lacks(api, cluster, launcher, namespace):
+        return Finding(BAD, _SUBJECT, f"{where} with the secret {launcher.secret}, {lacks}.")
+    return Finding(GOOD, _SUBJECT, f"{where}, with the secret {launcher.secret}")
+
+
+def _other_server(launcher: Launcher, cluster: Cluster) -> bool:
+    """Whether the launcher's server differs from the profile's, although the bucket or the secret does not.
+
+    Artifacts may be on another server than the results, with a secret of their own.
+    """
+    storage = cluster.storage
+    if launcher.endpoint is None:
+        return False
+    root, store = (urlsplit(address).netloc for address in (launcher.root, storage.store))
+    return (root == store or launcher.secret == storage.secret) and _server(launcher.endpoint) != _server(
+        storage.endpoint
+    )
+
+
+def _server(endpoint: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of an endpoint. Kubernetes has several names for the host of a service."""
+    parts = urlsplit(endpoint.lower())
+    host = (parts.hostname or "").removesuffix(".cluster.local").removesuffix(".svc")
+    return parts.scheme, host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _lacks(api: kubernetes.CoreV1Api, cluster: Cluster, launcher: Launcher, namespace: str) -> str:
+    """Return what is missing for the launcher's secret, and the command that creates it; empty if nothing."""
+    try:
+        content = api.read_namespaced_secret(launcher.secret, namespace).data or {}
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
+        create = create_secret(cluster, launcher.secret, namespace, *launcher.keys)
+        return f"which does not exist in {namespace}: {create}"
+    missing = [key for key in launcher.keys if key not in content]
+    if not missing:
+        return ""
+    return f"which has no key {' and no '.join(missing)}: correct it, or the keys in `providers`"
+
+
+def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
+    """Check whether the dashboard can show the reports and curves of runs.
+
+    For several users, the dashboard drops provider settings with secrets for namespaces other than its own
+    (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from Kubeflow's own object storage.
+
+    Raises:
+        kubernetes.ApiException: the launcher's configuration cannot be read.
+    """
+    root = (config_map(api, "kfp-launcher", connection.namespace) or {}).get("defaultPipelineRoot") or ""
+    if not connection.multi_user or not root or root.startswith(_OWN_ROOT):
+        return Finding(GOOD, "pages", "the dashboard can show reports and curves")
+    return Finding(
+        UNKNOWN,
+        "pages",
+        f"for several users the dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
+        f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
+        "open report.html in the store.",
+    )
+
+
+def check_log_archive(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
+    """Check that the secret for Argo's archive of logs exists in the namespace of the runs.
+
+    If Argo archives logs, it mounts this secret into every pod, and without it no pod starts.
+
+    Raises:
+        kubernetes.ApiException: the configuration or the secret cannot be read.
+    """
+    subject = "log archive"
+    settings = config_map(api, _ARGO, cluster.kubeflow_namespace) or {}
+    try:
+        repository = yaml.safe_load(settings.get("artifactRepository") or "") or {}
+        secret = ((repository.get("s3") or {}).get("secretKeySecret") or {}).get("name")
+        archives = bool(repository.get("archiveLogs"))
+    except (yaml.YAMLError, AttributeError):
+        return Finding(UNKNOWN, subject, f"the artifactRepository in {_ARGO} is not valid YAML")
+    if not archives:
+        return Finding(GOOD, subject, "Argo archives no logs: they are deleted with their pods")
+    if not secret:
+        return Finding(GOOD, subject, "Argo archives logs, without a secret")
+    try:
+        api.read_namespaced_secret(secret, namespace)
+    except kubernetes.ApiException as error:
+        if error.status != 404:
+            raise
         return Finding(
             BAD,
             subject,
-            f"it is not allowed to {', '.join(missing)} in {namespace}: "
-            f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need{more}.",
+            f"Argo mounts the secret {secret} into every pod, to archive logs, but {namespace} has none: "
+            f"{create_secret(cluster, secret, namespace, 'accesskey', 'secretkey')}.",
         )
-    return Finding(GOOD, subject, "it has the rights that Kubeflow's driver and launcher and Argo need")
-
-
-def _needed_rights(
-    cluster: Cluster, needs_default_secret: bool, nodes: int
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (verb, API group, resource, name); an empty name stands for all."""
-    # Argo's executor reports the result of each pod in an object of this kind.
-    yield "create", "argoproj.io", "workflowtaskresults", ""
-    yield "patch", "argoproj.io", "workflowtaskresults", ""
-    yield "get", "", "configmaps", "kfp-launcher"
-    yield "get", "", "pods", ""
-    if cluster.storage.secret:
-        yield "get", "", "secrets", cluster.storage.secret
-    if needs_default_secret and cluster.storage.secret != DEFAULT_SECRET:
-        yield "get", "", "secrets", DEFAULT_SECRET
-    if nodes > 1:
-        for verb in ("get", "create", "delete", "patch"):
-            yield verb, "trainer.kubeflow.org", "trainjobs", ""
-        yield "list", "", "pods", ""
-        yield "list", "", "events", ""
-        yield "get", "", "pods/log", ""
-
-
-def _may(account: str, namespace: str, verb: str, group: str, resource: str, name: str) -> bool:
-    resource, _, subresource = resource.partition("/")
-    attributes = kubernetes.V1ResourceAttributes(
-        namespace=namespace,
-        verb=verb,
-        group=group,
-        resource=resource,
-        subresource=subresource or None,
-        name=name or None,
-    )
-    # Rights may be bound to a group, and a review does not look up the account's groups. So it gets the
-    # groups that every service account belongs to.
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
-    review = kubernetes.V1SubjectAccessReview(
-        spec=kubernetes.V1SubjectAccessReviewSpec(
-            user=f"system:serviceaccount:{namespace}:{account}", groups=groups, resource_attributes=attributes
-        )
-    )
-    answer = kubernetes.AuthorizationV1Api().create_subject_access_review(review)
-    return bool(answer.status.allowed)
+    return Finding(GOOD, subject, f"Argo archives logs, with the secret {secret}")
 
 
 def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
@@ -102,12 +221,12 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
         kubernetes.ApiException: the configuration cannot be read.
     """
     namespace = cluster.kubeflow_namespace
-    settings = _config_map(api, "workflow-controller-configmap", namespace)
+    settings = config_map(api, _ARGO, namespace)
     if settings is None:
         return Finding(
             UNKNOWN,
             "retries",
-            f"{namespace} has no workflow-controller-configmap of Argo: write the namespace of Kubeflow into "
+            f"{namespace} has no {_ARGO} of Argo: write the namespace of Kubeflow into "
             "kubeflow_namespace of the profile",
         )
     # The policy is inside YAML text, in the value of whichever key the installation uses.
@@ -123,74 +242,7 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     return Finding(GOOD, "retries", f"Argo retries {explained.get(name, name)}")
 
 
-def check_trainer_version(api: kubernetes.CoreV1Api) -> Finding:
-    """Check the version of Kubeflow Trainer.
-
-    Raises:
-        kubernetes.ApiException: the version cannot be read.
-    """
-    public = _config_map(api, "kubeflow-trainer-public", "kubeflow-system")
-    if public is None:
-        return Finding(
-            UNKNOWN,
-            "Kubeflow Trainer",
-            "is not installed in kubeflow-system; only multi-node training needs it, in version 2.2 or later",
-        )
-    version = re.search(r"\bv?(\d+)\.(\d+)(\.\d+)?", "\n".join(public.values()))
-    if version is None:
-        return Finding(UNKNOWN, "Kubeflow Trainer", "does not report its version; 2.2 or later is needed")
-    if (int(version[1]), int(version[2])) < _TRAINER:
-        return Finding(
-            BAD,
-            "Kubeflow Trainer",
-            f"is {version[0]}, but training on several nodes needs 2.2 or later: install a newer one.",
-        )
-    return Finding(GOOD, "Kubeflow Trainer", f"is {version[0]}")
-
-
-def check_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Finding:
-    """Check where Kubeflow's launcher saves artifacts.
-
-    Raises:
-        kubernetes.ApiException: the configuration or Kubeflow's own secret cannot be read.
-    """
-    subject, root = "launcher configuration", pipeline_root(api, namespace)
-    if root:
-        return Finding(GOOD, subject, f"artifacts go to {root}")
-    # If it does not exist, this raises the 404 that doctor reports.
-    api.read_namespaced_secret(DEFAULT_SECRET, namespace)
-    return Finding(GOOD, subject, f"artifacts go to Kubeflow's own storage, with its secret {DEFAULT_SECRET}")
-
-
-def pipeline_root(api: kubernetes.CoreV1Api, namespace: str) -> str:
-    """Return where artifacts go; empty for Kubeflow's default, which also applies without `kfp-launcher`."""
-    settings = _config_map(api, "kfp-launcher", namespace) or {}
-    root: str = settings.get("defaultPipelineRoot") or ""
-    return root
-
-
-def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
-    """Check whether the dashboard can show the reports and curves of runs.
-
-    In a multi-user Kubeflow, the dashboard ignores provider settings with secrets of namespaces other than
-    its own (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only Kubeflow's own object storage.
-
-    Raises:
-        kubernetes.ApiException: the launcher's configuration cannot be read.
-    """
-    root = pipeline_root(api, connection.namespace)
-    if not connection.multi_user or not root or root.startswith(_OWN_ROOT):
-        return Finding(GOOD, "pages", "the dashboard can show reports and curves")
-    return Finding(
-        UNKNOWN,
-        "pages",
-        f"a multi-user dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
-        f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
-        "open report.html in the store.",
-    )
-
-
-def _config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
+def config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
     """Return the content of a ConfigMap; None if it does not exist."""
     try:
         return api.read_namespaced_config_map(name, namespace).data or {}
@@ -211,56 +263,3 @@ def launcher_changed_after(namespace: str, time: datetime) -> bool | None:
     # `managed_fields` records when each client last changed the object.
     changes = [field.time for field in metadata.managed_fields or []]
     return any(change and change > time for change in [metadata.creation_timestamp, *changes])
-
-
-def check_runtime(cluster: Cluster) -> Finding:
-    """Check that the runtime for training on several nodes exists.
-
-    Raises:
-        kubernetes.ApiException: the API refuses the request.
-    """
-    subject = f"training runtime {cluster.trainer.runtime}"
-    if has_runtime(cluster):
-        return Finding(GOOD, subject, "exists, for multi-node training")
-    return Finding(
-        UNKNOWN,
-        subject,
-        "does not exist; only multi-node training (training.nodes above 1) needs it and Kubeflow Trainer 2",
-    )
-
-
-def has_runtime(cluster: Cluster) -> bool:
-    """Return whether the cluster has Kubeflow Trainer and the profile's runtime.
-
-    Raises:
-        kubernetes.ApiException: the API refuses the request, for example because a permission is missing.
-    """
-    try:
-        # Without Kubeflow Trainer, the API does not know this kind of object, and answers 404 too.
-        kubernetes.CustomObjectsApi().get_cluster_custom_object(
-            "trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", cluster.trainer.runtime
-        )
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        return False
-    return True
-
-
-def require_trainer(cluster: Cluster) -> None:
-    """Check that the cluster supports multi-node training; accept it if this cannot be checked from here.
-
-    Raises:
-        ClusterError: the cluster lacks Kubeflow Trainer or the profile's runtime.
-    """
-    try:
-        core_api()
-        exists = has_runtime(cluster)
-    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
-        return
-    if not exists:
-        raise ClusterError(
-            "The recipe trains on several nodes, but the cluster has no training runtime "
-            f"{cluster.trainer.runtime}: install Kubeflow Trainer 2 with its runtimes, correct "
-            "trainer.runtime in the profile, or set training.nodes to 1."
-        )

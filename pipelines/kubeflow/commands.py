@@ -16,7 +16,7 @@ from pipelines.kubeflow.connection import add_connection_options, connect, requi
 from slam_asr.artifacts.costs import describe_costs
 from slam_asr.artifacts.run_records import read_steps
 from slam_asr.config.recipe import shipped_recipes
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ClusterError, ConfigurationError, UserError
 from slam_asr.options import parse_options
 from slam_asr.storage.client import TIMEOUT
 from slam_asr.storage.retry import PATIENCE
@@ -121,16 +121,31 @@ def logs(arguments: list[str]) -> int:
     from pipelines.kubeflow.logs import LogReader
     from pipelines.kubeflow.runs import find
 
-    connection = connect(options, load_cluster(options["cluster"]))
+    cluster = load_cluster(options["cluster"])
+    connection = connect(options, cluster)
     run = find(connection, run_key)
 
     def print_logs() -> int:
-        LogReader(connection, run.run_id, everything=options["all"]).show(
-            options["step"], options["follow"], _print_line
-        )
+        reader = LogReader(connection, run.run_id, everything=options["all"])
+        try:
+            reader.show(options["step"], options["follow"], _print_line)
+        except ClusterError as error:
+            reason = _reason_beside_logs(connection, run.run_id, cluster)
+            raise ClusterError(f"{error} In short, {reason}." if reason else str(error)) from None
+        if reason := _reason_beside_logs(connection, run.run_id, cluster):
+            print(reason)
         return 0
 
     return _watch(print_logs, run.run_id)
+
+
+def _reason_beside_logs(connection: "Connection", run_id: str, cluster: Cluster) -> str:
+    """Return how a run ended, unless it succeeded or the program's log has the reason."""
+    from pipelines.kubeflow.run_view import view
+
+    now = view(connection, run_id, cluster)
+    program_failed = f"pipelines logs {run_id} --step" in now.failure()[1]
+    return "" if not now.ended or now.state == "succeeded" or program_failed else now.outcome(with_logs=False)
 
 
 def resume(arguments: list[str]) -> int:
@@ -147,7 +162,8 @@ def resume(arguments: list[str]) -> int:
     run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
-    from pipelines.kubeflow.runs import find, retry, start_again
+    from pipelines.kubeflow.run_view import new_run_hint
+    from pipelines.kubeflow.runs import find, has_expired, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 
     cluster = load_cluster(options["cluster"])
@@ -161,6 +177,11 @@ def resume(arguments: list[str]) -> int:
         changed = launcher_changed_after(connection.namespace, run.created_at) if run.created_at else None
         retry(connection, run, read_workflow(connection, run_id), changed)
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
+        if has_expired(run):
+            print(
+                "it ended more than an hour ago, when Argo deletes the workflow with its pods: Kubeflow "
+                "creates it again from its own copy, and `logs` reads earlier attempts from Argo's archive"
+            )
         if changed is not False:
             since = ", and kfp-launcher has changed since" if changed else ""
             print(

@@ -3,7 +3,6 @@
 Each finding includes what to do about it.
 """
 
-import functools
 import os
 import re
 import secrets
@@ -19,12 +18,10 @@ from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, OLDEST_BACKEND, images_source
 from pipelines.kubeflow.backend import (
     check_launcher,
+    check_log_archive,
     check_pages,
     check_retries,
-    check_rights,
-    check_runtime,
-    check_trainer_version,
-    pipeline_root,
+    read_launcher,
 )
 from pipelines.kubeflow.connection import (
     Connection,
@@ -34,17 +31,16 @@ from pipelines.kubeflow.connection import (
     require_seconds,
 )
 from pipelines.kubeflow.logs import core_api
+from pipelines.kubeflow.namespace import Check, check_rights, check_training_rights, namespace_checks
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
-from pipelines.kubeflow.registry import check_image
+from pipelines.kubeflow.registry import check_images
+from pipelines.kubeflow.trainer import check_runtime, check_version
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 from slam_asr.options import parse_options
 from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.failures import CredentialsMissing
-
-SECRET_KEYS = ({"accesskey", "secretkey"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
-"""Sets of keys; the storage secret must contain one of them."""
 
 
 def doctor(arguments: list[str]) -> int:
@@ -152,39 +148,34 @@ def examine(
         yield Finding(UNKNOWN, "Kubernetes", f"{error} Account, secrets, volume and nodes were not checked.")
         return
     yield from _check_images(cluster, images, loaded_images(api))
-    for subject, check in _cluster_checks(api, cluster, namespace, connection, nodes):
-        yield _finding_of(subject, namespace, check)
+    for check in _cluster_checks(api, cluster, namespace, connection, nodes):
+        yield _finding_of(check, namespace)
 
 
 def _cluster_checks(
     api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str, connection: Connection | None, nodes: int
-) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """Yield each check that asks the Kubernetes API, with its subject."""
-    account, storage, models = cluster.service_account, cluster.storage, cluster.models
-    yield f"service account {account}", lambda: _check_account(api, cluster, namespace)
-    if storage.secret:
-        yield f"secret {storage.secret}", lambda: _check_secret(api, cluster, namespace)
-    for name, key, content in (
-        (models.token_secret, "HF_TOKEN", "the hub's token"),
-        (cluster.on_exit.format and cluster.on_exit.secret, cluster.on_exit.key, "the webhook's URL"),
-    ):
-        if name:
-            yield f"secret {name}", functools.partial(_check_key, api, namespace, name, key, content)
-    yield "launcher configuration", lambda: check_launcher(api, namespace)
+) -> Iterator[Check]:
+    """Yield each check that asks the Kubernetes API."""
+    account, trainer = cluster.service_account, cluster.trainer
+    yield from namespace_checks(api, cluster, namespace)
+    yield Check("launcher configuration", lambda: check_launcher(api, cluster, namespace))
+    yield Check("log archive", lambda: check_log_archive(api, cluster, namespace))
     if connection:
-        yield "pages", lambda: check_pages(api, connection)
-    yield (
+        yield Check("pages", lambda: check_pages(api, connection))
+    yield Check(
         f"rights of {account}",
-        lambda: check_rights(cluster, namespace, not pipeline_root(api, namespace), nodes),
+        lambda: check_rights(cluster, namespace, read_launcher(api, namespace).secret),
     )
-    yield "retries", lambda: check_retries(api, cluster)
-    if models.claim:
-        yield f"model volume {models.claim}", lambda: _check_claim(api, cluster, namespace)
-    if cluster.queue.name:
-        yield f"queue {cluster.queue.name}", lambda: _check_queue(cluster, namespace)
-    yield "nodes", lambda: check_nodes(api, cluster)
-    yield f"training runtime {cluster.trainer.runtime}", lambda: check_runtime(cluster)
-    yield "Kubeflow Trainer", lambda: check_trainer_version(api)
+    yield Check("retries", lambda: check_retries(api, cluster))
+    yield Check("nodes", lambda: check_nodes(api, cluster))
+    yield Check("Kubeflow Trainer", lambda: check_version(api, nodes))
+    runtime = Check(f"training runtime {trainer.runtime}", lambda: check_runtime(cluster, namespace, nodes))
+    yield runtime
+    # Without the runtime and with one node, nobody asks for TrainJobs.
+    if nodes > 1 or _finding_of(runtime, namespace).sign == GOOD:
+        yield Check(
+            f"rights of {account} for TrainJobs", lambda: check_training_rights(cluster, namespace, nodes)
+        )
 
 
 def _check_pipelines(
@@ -264,86 +255,26 @@ def _check_images(cluster: Cluster, source: str, loaded: list[str] | None) -> It
     except UserError as error:
         yield Finding(BAD, "images", str(error))
         return
-    for step in OWN_IMAGE:
-        if step == "publish" and not cluster.names_registry:
-            continue
-        yield check_image(step, image_of[step], loaded)
+    used = [step for step in OWN_IMAGE if step != "publish" or cluster.names_registry]
+    yield from check_images([image_of[step] for step in used], loaded)
 
 
-def _finding_of(subject: str, namespace: str, check: Callable[[], Finding]) -> Finding:
-    """Run a check; turn an error of the Kubernetes API into a finding."""
+def _finding_of(check: Check, namespace: str) -> Finding:
+    """Run a check; turn an error into a finding."""
     try:
-        return check()
+        return check.run()
     except kubernetes.ApiException as error:
         if error.status == 404:
-            return Finding(
-                BAD,
-                subject,
-                f"does not exist in {namespace}: create it (see docs/how-to/cluster-setup.md), "
-                "or correct the profile.",
-            )
+            remedy = f": {check.remedy}" if check.remedy else ""
+            return Finding(BAD, check.subject, f"does not exist in {namespace}{remedy}.")
         if error.status in (401, 403):
-            return Finding(UNKNOWN, subject, f"you are not allowed to read it ({error.status})")
-        return Finding(UNKNOWN, subject, f"the Kubernetes API answers {error.status} {error.reason}")
+            return Finding(UNKNOWN, check.subject, f"you are not allowed to read it ({error.status})")
+        return Finding(UNKNOWN, check.subject, f"the Kubernetes API answers {error.status} {error.reason}")
     except urllib3.exceptions.HTTPError as error:
         return Finding(
-            UNKNOWN, subject, f"the Kubernetes API does not answer ({type(error).__name__}): check KUBECONFIG"
+            UNKNOWN,
+            check.subject,
+            f"the Kubernetes API does not answer ({type(error).__name__}): check KUBECONFIG",
         )
-
-
-def _check_account(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
-    api.read_namespaced_service_account(cluster.service_account, namespace)
-    return Finding(GOOD, f"service account {cluster.service_account}", "exists")
-
-
-def _check_secret(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
-    subject = f"secret {cluster.storage.secret}"
-    # Only the names of the keys are used, never the values.
-    keys = set(api.read_namespaced_secret(cluster.storage.secret, namespace).data or {})
-    if any(required <= keys for required in SECRET_KEYS):
-        return Finding(GOOD, subject, "exists, with key id and secret key")
-    return Finding(
-        BAD,
-        subject,
-        f"contains {', '.join(sorted(keys)) or 'nothing'}, but must contain accesskey and secretkey, "
-        "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-    )
-
-
-def _check_key(api: kubernetes.CoreV1Api, namespace: str, secret: str, key: str, content: str) -> Finding:
-    subject = f"secret {secret}"
-    if key in (api.read_namespaced_secret(secret, namespace).data or {}):
-        return Finding(GOOD, subject, f"exists, with {key}")
-    return Finding(BAD, subject, f"has no key {key}: store {content} under that name.")
-
-
-def _check_claim(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
-    claim = api.read_namespaced_persistent_volume_claim(cluster.models.claim, namespace)
-    subject = f"model volume {cluster.models.claim}"
-    if claim.status.phase == "Bound":
-        size = (claim.status.capacity or {}).get("storage", "unknown size")
-        return Finding(GOOD, subject, f"is bound, {size}, {', '.join(claim.spec.access_modes or [])}")
-    return Finding(
-        UNKNOWN,
-        subject,
-        f"is {claim.status.phase}: expected if its storage class waits for the first pod, "
-        f"else see `kubectl describe pvc {cluster.models.claim}`",
-    )
-
-
-def _check_queue(cluster: Cluster, namespace: str) -> Finding:
-    subject = f"queue {cluster.queue.name}"
-    queues = kubernetes.CustomObjectsApi()
-    try:
-        queues.get_namespaced_custom_object(
-            "kueue.x-k8s.io", "v1beta2", namespace, "localqueues", cluster.queue.name
-        )
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        # Kueue before 0.15 has only v1beta1. If that request is answered with 404 too, the queue does not
-        # exist, and `_finding_of` reports it.
-        queues.get_namespaced_custom_object(
-            "kueue.x-k8s.io", "v1beta1", namespace, "localqueues", cluster.queue.name
-        )
-    return Finding(GOOD, subject, "exists")
+    except UserError as error:
+        return Finding(UNKNOWN, check.subject, f"could not be checked: {error}")

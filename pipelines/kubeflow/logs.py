@@ -12,6 +12,7 @@ from kubernetes import config
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.notices.reasons import explain_wait, waits_for
 from slam_asr.steps import STEPS
 
 RUN_LABEL = "pipeline/runid"
@@ -136,8 +137,10 @@ class LogReader:
         step = (pod.metadata.labels or {}).get(STEP_LABEL, "driver")
         on_line(f"── {step} ({name}, {pod.status.phase.lower()})")
         if pod.status.phase == "Pending":
-            message = waiting_message(pod).removeprefix("Unschedulable: ")
-            on_line(f"waiting: {message or f'`kubectl describe pod {name}` shows why'}")
+            message = waiting_message(pod)
+            reason = explain_wait(message, step, self.namespace, self.run_id)
+            colon = "" if waits_for(message) else ":"
+            on_line(f"waiting{colon} {reason or f'`kubectl describe pod {name}` shows why'}")
             return
 
         def request() -> Any:

@@ -1,8 +1,8 @@
-"""Check through a registry's HTTP API whether an image exists and can be pulled without a login."""
+"""Check through a registry's HTTP API whether images exist and can be pulled without a login."""
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import urllib3
 
@@ -18,36 +18,47 @@ _MANIFESTS = ", ".join(
 )
 """Accepted kinds of manifests. A registry may answer 404 for an image of a kind that is not accepted."""
 
-
 _LOGIN_REQUIRED = (
     "could not be checked, because the registry requires a login: the nodes need images.pull_secrets, or "
-    "credentials of their own."
+    "credentials of their own"
+)
+_NO_REGISTRY = (
+    "cannot be found by the nodes, except on Docker Hub, because the name has no registry: "
+    "load with `make images LOAD=kind`, or push with `make images REGISTRY=… PUSH=1` and give --images "
+    "build/images.yaml."
 )
 
 
-def check_image(step: str, image: str, loaded: Collection[str] | None = None) -> Finding:
-    """Check that a step's image exists, without pulling it.
+def check_images(images: Iterable[str], loaded: Collection[str] | None = None) -> list[Finding]:
+    """Check that images exist, without pulling them. Images with the same result share a finding.
 
     Args:
-        step: name of the step, for the message.
-        image: name of the image, with a tag or a digest; without either, the tag is `latest`.
+        images: names of the images, each with a tag or a digest; without either, the tag is `latest`.
         loaded: names of the images that the cluster's nodes have already; None if that is unknown.
     """
-    subject = f"image {image}"
+    alike: dict[tuple[str, str], list[str]] = {}
+    for image in images:
+        alike.setdefault(_check_image(image, loaded), []).append(image)
+    return [Finding(sign, _subject(sign, names), detail) for (sign, detail), names in alike.items()]
+
+
+def _subject(sign: str, images: list[str]) -> str:
+    """Name the images of a finding; of several good ones, only the number is of interest."""
+    if len(images) == 1:
+        return f"image {images[0]}"
+    return f"{len(images)} images" if sign == GOOD else f"images {', '.join(images)}"
+
+
+def _check_image(image: str, loaded: Collection[str] | None) -> tuple[str, str]:
+    """Return the sign and the detail of the finding about an image; the detail fits several images too."""
     registry, slash, rest = image.partition("/")
     # A node puts its default registry before a name without one. On Docker Hub, a name without a slash is in
     # `library`.
     prefixes = ("", "docker.io/", "docker.io/library/", "localhost/")
     if {prefix + image for prefix in prefixes} & set(loaded or ()):
-        return Finding(GOOD, subject, "is loaded into the nodes")
+        return GOOD, "loaded into the nodes"
     if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
-        return Finding(
-            UNKNOWN if loaded is None else BAD,
-            subject,
-            f"the image of {step} has no registry in its name, so nodes look for it on Docker Hub: "
-            "load it into the nodes (`make images LOAD=kind`), or push it (`make images REGISTRY=… PUSH=1`) "
-            "and name it with its registry.",
-        )
+        return UNKNOWN if loaded is None else BAD, _NO_REGISTRY
     name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
     # If the name has neither a tag nor a digest, rpartition returns all of it as the last part.
     if not name:
@@ -61,21 +72,20 @@ def check_image(step: str, image: str, loaded: Collection[str] | None = None) ->
         if answer.status == 401:
             token = _anonymous_token(pool, answer.headers.get("www-authenticate", ""))
             if token is None:
-                return Finding(UNKNOWN, subject, _LOGIN_REQUIRED)
+                return UNKNOWN, _LOGIN_REQUIRED
             answer = pool.request("HEAD", address, headers=headers | {"Authorization": f"Bearer {token}"})
     except urllib3.exceptions.HTTPError as error:
-        return Finding(UNKNOWN, subject, f"its registry does not answer ({type(error).__name__})")
+        return UNKNOWN, f"could not be checked, because the registry does not answer ({type(error).__name__})"
     if answer.status == 200:
-        return Finding(GOOD, subject, "exists, and can be pulled without a login")
+        return GOOD, "found, and can be pulled without a login"
     if answer.status in (401, 403):
-        return Finding(UNKNOWN, subject, _LOGIN_REQUIRED)
+        return UNKNOWN, _LOGIN_REQUIRED
     if answer.status == 404:
-        return Finding(
-            BAD,
-            subject,
-            "does not exist: push it with `make images REGISTRY=… TAG=… PUSH=1`, or correct images.names.",
+        return BAD, (
+            "not found in the registry: push with `make images REGISTRY=… TAG=… PUSH=1`, or correct "
+            "images.names."
         )
-    return Finding(UNKNOWN, subject, f"the registry answers {answer.status}")
+    return UNKNOWN, f"could not be checked: the registry answers {answer.status}"
 
 
 def _anonymous_token(pool: urllib3.PoolManager, challenge: str) -> str | None:

@@ -12,7 +12,7 @@ from pipelines.cluster import Cluster
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import waiting_pods
 from pipelines.kubeflow.workflow import read_workflow
-from slam_asr.notices.reasons import explain, waits_for, why_driver_failed
+from slam_asr.notices.reasons import explain, explain_wait, waits_for, why_driver_failed
 from slam_asr.notices.workflow import Node, Workflow
 from slam_asr.progress import clock
 from slam_asr.steps import STEPS, outputs_of
@@ -149,8 +149,12 @@ class RunView:
         failed = dict.fromkeys(step.name for step in self.steps if step.state == "failed")
         return ", ".join(failed), why_failed(self.run, self.workflow, self.steps)
 
-    def outcome(self) -> str:
-        """Describe how the run ended, why, and what to do."""
+    def outcome(self, with_logs: bool = True) -> str:
+        """Describe how the run ended, why, and what to do.
+
+        Args:
+            with_logs: whether to name the command that shows the logs.
+        """
         run_id = self.run.run_id
         if self.state == "succeeded":
             return "the run succeeded"
@@ -168,7 +172,8 @@ class RunView:
         where = f" in {failed}" if failed else ""
         cause = f": {why}" if why else ""
         # The reason may already name the command that shows the failed step's log.
-        logs = "" if "pipelines logs" in why else f"`python -m pipelines logs {run_id}` shows its logs, "
+        names_logs = "pipelines logs" in why or not with_logs
+        logs = "" if names_logs else f"`python -m pipelines logs {run_id}` shows its logs, "
         return f"the run {self.state}{where}{cause}; {logs}{resume}"
 
 
@@ -277,13 +282,9 @@ def _step_of_attempts(
         step.state = "succeeded"
     elif last.phase == "Pending":
         message = last.reason or waiting_pods.get(last.name, "")
-        purpose = waits_for(message)
-        step.state = "waiting" if purpose else "starting"
+        step.state = "waiting" if waits_for(message) else "starting"
         if message:
-            # The scheduler's first sentence has the reason; those after it are about preemption.
-            own_words = message.removeprefix("Unschedulable: ").split(". ")[0][:200]
-            reason = explain(message, last.task, workflow.namespace, run.run_id)
-            step.detail = f"{purpose}: {reason} ({own_words})" if purpose else reason
+            step.detail = explain_wait(message, last.task, workflow.namespace, run.run_id)
     elif last.phase in ("Failed", "Error"):
         if was_stopped(run):
             step.state, step.detail = "stopped", "somebody stopped the run"

@@ -5,7 +5,7 @@ import getpass
 import os
 import re
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from slam_asr.notices.workflow import Workflow
 from slam_asr.steps import TRAINING
 from slam_asr.storage import digest
 
+_LIFETIME = timedelta(hours=1)
+"""How long Argo keeps an ended workflow with its pods and logs (`ttlStrategy` in Kubeflow's manifests)."""
 _TIME_FORMAT = "%m-%d %H:%M"
 """Format of the time at the end of a run's name."""
 _TIME_IN_NAME = re.compile(r" \d\d-\d\d \d\d:\d\d$")
@@ -142,6 +144,12 @@ def latest(
             return found[:count]
 
 
+def has_expired(run: kfp_server_api.V2beta1Run) -> bool:
+    """Whether a run ended so long ago that Argo has deleted its workflow, unless its settings differ."""
+    # The API returns the year 1970 for a run that has not ended.
+    return run.state in ENDED and bool(run.finished_at) and datetime.now(UTC) - run.finished_at > _LIFETIME
+
+
 def retry(
     connection: Connection,
     run: kfp_server_api.V2beta1Run,
@@ -188,7 +196,12 @@ def retry(
             "restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True
         )
     except ClusterError as error:
-        raise ClusterError(f"{str(error).rstrip('.')}; {again}.") from None
+        gone = (
+            " Argo deletes a workflow an hour after its end, which may be the reason."
+            if has_expired(run)
+            else ""
+        )
+        raise ClusterError(f"{str(error).rstrip('.')}; {again}.{gone}") from None
 
 
 def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple[str, str]:

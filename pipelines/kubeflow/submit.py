@@ -143,14 +143,14 @@ def compiled(submission: Submission) -> Iterator[tuple["Connection", Path]]:
     Raises:
         UserError: the images are wrong, or the cluster does not answer or lacks what the run needs.
     """
-    from pipelines.kubeflow.backend import require_trainer
+    from pipelines.kubeflow.trainer import require_trainer
 
     cluster, request, options = submission.cluster, submission.request, submission.options
     with tempfile.TemporaryDirectory(prefix="slam-asr-") as folder:
         package = compile_package(cluster, Path(folder) / "slam-asr.yaml", options["images"], request=request)
         connection = connect(options, cluster)
         if request.nodes > 1:
-            require_trainer(cluster)
+            require_trainer(cluster, connection.namespace)
             if connection.namespace != cluster.namespace:
                 # The TrainJob must be in the namespace of the run, which only the server knows.
                 there = replace(cluster, namespace=connection.namespace)

@@ -148,7 +148,7 @@ _EXPLANATIONS = (
     _Explanation(
         r"OOMKilled|exit code 137",
         "it needed more memory than its limit (OOMKilled): raise steps.{key}.memory in the profile, or use "
-        "smaller batches; `python -m pipelines plan` estimates what training needs",
+        "smaller batches; `slam-asr plan` estimates what training needs",
     ),
     _Explanation(
         r"low on resource: (?P<resource>[\w-]+)",
@@ -207,6 +207,14 @@ def waits_for(message: str) -> str:
     """Return what a pod with this message waits for, such as `for a node`; empty if that is unknown."""
     found = _find(message)
     return found[0].waits if found else ""
+
+
+def explain_wait(message: str, step: str, namespace: str, run_id: str) -> str:
+    """Explain what a pod waits for, and what to do; the arguments are those of `explain`."""
+    reason, purpose = explain(message, step, namespace, run_id), waits_for(message)
+    # The scheduler's first sentence has the reason; those after it are about preemption.
+    own_words = message.removeprefix("Unschedulable: ").split(". ")[0][:200]
+    return f"{purpose}: {reason} ({own_words})" if purpose else reason
 
 
 def failure_of(workflow: Workflow, run_id: str) -> tuple[str, str]:

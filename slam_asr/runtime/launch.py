@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from slam_asr import restart
 from slam_asr.cores import thread_limits
 from slam_asr.errors import UserError
 from slam_asr.runtime.worker import FAILURE, PARENT, START
@@ -58,7 +59,8 @@ def processes_of(
         The running processes, in the order of their indices.
 
     Raises:
-        UserError: a process failed. The message is the one that the process wrote, if any.
+        UserError: a process failed. The message is the process's own if it left one.
+        ProcessFailure: a process's GPU failed, which is usually temporary.
     """
     with TemporaryDirectory(prefix="slam-asr-") as folder:
         running: list[subprocess.Popen[str]] = []
@@ -78,6 +80,8 @@ def processes_of(
         failure = Path(folder) / FAILURE
         if failure.is_file():
             raise UserError(failure.read_text(encoding="utf-8"))
+    if code == restart.EXIT_CODE:
+        raise restart.ProcessFailure(f"The GPU of a process failed ({module}); see its own message above")
     if ended or code:
         raise UserError(
             f"A process of {module} ended with code {code}; see its own message above. "

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from slam_asr import restart
 from slam_asr.errors import EXIT_CODE, ConfigurationError, UserError, from_os_error
 from slam_asr.storage import write_atomically
 
@@ -71,8 +72,9 @@ def failures_written_to(
 ) -> Iterator[None]:
     """If the block raises a `UserError`, write its message to a file for the parent process, and exit.
 
-    A full GPU is treated in the same way, and so is an error of the operating system that the user can
-    resolve. Any other exception is a defect: its traceback is printed before the process exits.
+    A full GPU, and an error of the operating system that the user can resolve, count as a `UserError`. Any
+    other exception is a defect: its traceback is printed. The exit code is then `restart.EXIT_CODE` after
+    a failure of the GPU that is usually temporary, else 1.
 
     Args:
         folder: folder of the file `FAILURE`.
@@ -91,8 +93,8 @@ def failures_written_to(
         if explained is None:
             _exit_with_traceback()
         _exit_with(folder, explained)
-    except Exception:
-        _exit_with_traceback()
+    except Exception as error:
+        _exit_with_traceback(restart.EXIT_CODE if restart.is_gpu_failure(error) else 1)
 
 
 def _exit_with(folder: Path, error: UserError) -> NoReturn:
@@ -103,9 +105,9 @@ def _exit_with(folder: Path, error: UserError) -> NoReturn:
     _exit_at_once(EXIT_CODE)
 
 
-def _exit_with_traceback() -> NoReturn:
+def _exit_with_traceback(code: int = 1) -> NoReturn:
     traceback.print_exc()
-    _exit_at_once(1)
+    _exit_at_once(code)
 
 
 def _exit_at_once(code: int) -> NoReturn:

@@ -19,6 +19,7 @@ from slam_asr.errors import UserError
 from slam_asr.models.ctc import INITIAL_SHARPNESS
 from slam_asr.models.precision import peak_flops
 from slam_asr.progress import log_line
+from slam_asr.restart import GPU_FAILURE
 from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
 from slam_asr.training.builder import Parts, build_parts
@@ -37,16 +38,10 @@ PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote pr
 Both also raise RuntimeError, or a subclass of it, for other failures, so only the text distinguishes them.
 """
 TEMPORARY = re.compile(
-    r"CUDA error: (unspecified launch failure|the launch timed out|uncorrectable|an illegal memory access|"
-    r"unknown error|hardware stack error)|"
-    r"CU(BLAS|DNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
-    r"nccl(System|Remote|Internal|UnhandledCuda)Error|"
+    rf"{GPU_FAILURE.pattern}|nccl(System|Remote|Internal|UnhandledCuda)Error|"
     r"Timed out waiting|[Ss]ocket [Tt]imeout|Connection timed out"
 )
-"""Matches the messages of failures that usually do not recur when the program starts again.
-
-The program must start again, because after a CUDA error all further CUDA calls of the same process fail too.
-"""
+"""Matches the messages of failures that are usually over when the training processes start again."""
 
 
 class Loop:

@@ -62,7 +62,7 @@ def test_logs_show_each_steps_own_lines(real, demo):
 
 
 def test_report_is_shown_through_the_dashboards_artifact_address(real, demo):
-    found = re.search(r"launcher configuration: artifacts go to (\S+)", real.doctor().out)
+    found = re.search(r"launcher configuration: artifacts go to ([^\s,]+)", real.doctor().out)
     root = found[1] if found and "://" in found[1] else "minio://mlpipeline/v2/artifacts"
     scheme, _, place = root.partition("://")
     bucket, _, prefix = place.rstrip("/").partition("/")

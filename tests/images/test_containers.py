@@ -456,7 +456,7 @@ def registry(docker_engine, tmp_path):
 
 @pytest.mark.slow
 def test_pushed_images_are_listed_by_digest_and_found_by_doctor(images, registry):
-    from pipelines.kubeflow.registry import check_image
+    from pipelines.kubeflow.registry import check_images
 
     image_list = CHECKOUT / "build" / "images.yaml"
     before = image_list.read_text()
@@ -478,10 +478,7 @@ def test_pushed_images_are_listed_by_digest_and_found_by_doctor(images, registry
         image_list.write_text(before)
     pushed = line.removeprefix("build-manifest: ")
     assert re.fullmatch(rf"{name}@sha256:[0-9a-f]{{64}}", pushed)
-    assert (
-        check_image("build-manifest", pushed).sign == "✓"
-        and check_image("build-manifest", f"{name}:7").sign == "✓"
-    )
-    missing = check_image("build-manifest", f"{name}:8")
-    assert missing.sign == "✗" and "does not exist" in missing.detail
+    found, missing = check_images([pushed, f"{name}:7", f"{name}:8"])
+    assert found.sign == "✓" and found.subject == "2 images"
+    assert missing.sign == "✗" and "not found in the registry" in missing.detail
     subprocess.run(["docker", "rmi", "--force", f"{name}:7"], capture_output=True)

@@ -90,12 +90,42 @@ def test_overlay_for_a_single_user_changes_nothing_of_kubeflow():
     ]
 
 
-def test_trainers_rights_in_a_kubeflow_for_a_single_user_go_to_its_account(tmp_path):
-    shutil.copytree(MANIFESTS, tmp_path / "manifests")
-    overlay = tmp_path / "manifests/overlays/standalone"
-    with open(overlay / "kustomization.yaml", "a", encoding="utf-8") as file:
-        file.write("components: [../../components/trainer]\n")
-    bindings = of_kind(render(overlay), "RoleBinding", "ClusterRoleBinding")
+def changed_standalone(folder: Path, old: str, new: str) -> list[dict[str, Any]]:
+    """Render the overlay `standalone` with a change."""
+    shutil.copytree(MANIFESTS, folder / "manifests")
+    file = folder / "manifests/overlays/standalone/kustomization.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return render(file.parent)
+
+
+def test_launcher_of_a_kubeflow_for_a_single_user_is_patched_for_another_object_storage(tmp_path):
+    objects = changed_standalone(
+        tmp_path,
+        "  - ../../runner\n",
+        "  - ../../runner\n  - ../../launcher\ncomponents: [../../components/storage-aws]\n",
+    )
+    [launcher] = of_kind(objects, "ConfigMap")
+    assert (launcher["metadata"]["name"], launcher["metadata"]["namespace"]) == ("kfp-launcher", "kubeflow")
+    assert launcher["data"]["defaultPipelineRoot"].startswith("s3://")
+    provider = yaml.safe_load(launcher["data"]["providers"])["s3"]["default"]
+    assert provider["credentials"]["secretRef"]["secretName"] == "slam-asr-s3"
+
+
+def test_no_image_is_from_docker_hub(rendered):
+    """MinIO's images are gone from there, and pulls without a login are limited."""
+    for pod in pods(rendered):
+        for container in pod["containers"]:
+            registry = container["image"].partition("/")[0]
+            # Our own images have no registry until the overlay names yours.
+            assert registry == "slam-asr" or "." in registry, container["image"]
+
+
+def test_trainer_in_a_kubeflow_for_a_single_user_gives_its_rights_to_the_account_there(tmp_path):
+    component = "  - ../../runner\ncomponents: [../../components/trainer]\n"
+    objects = changed_standalone(tmp_path, "  - ../../runner\n", component)
+    bindings = of_kind(objects, "RoleBinding", "ClusterRoleBinding")
     assert len(bindings) == 3
     assert {subject["namespace"] for binding in bindings for subject in binding["subjects"]} == {"kubeflow"}
     assert {b["metadata"]["namespace"] for b in bindings if b["kind"] == "RoleBinding"} == {"kubeflow"}

@@ -1,6 +1,7 @@
 """Mistakes on the command line are reported in one sentence, before any step starts."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from pipelines import cli, local
 from pipelines import run as run_command
+from slam_asr.cli import COMMANDS
 from slam_asr.config.recipe import load_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -205,3 +207,15 @@ def test_outside_the_checkout_the_error_names_it(tmp_path):
         "slam-asr: error: pipelines and components run from the checkout and are not installed: "
         f"cd {CHECKOUT} and use `python -m pipelines`."
     ]
+
+
+def test_every_command_that_a_message_advises_exists():
+    known = {name.split()[0] for name in cli.COMMANDS}
+    stages = {name.split()[0] for name in COMMANDS}
+    for folder in ("pipelines", "slam_asr", "components"):
+        for file in (CHECKOUT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            for command in re.findall(r"`python -m pipelines ([a-z]+)", text):
+                assert command in known, f"{file}: {command}"
+            for command in re.findall(r"`slam-asr ([a-z]+[a-z-]*)", text):
+                assert command in stages, f"{file}: {command}"

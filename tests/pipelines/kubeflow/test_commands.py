@@ -357,7 +357,8 @@ def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
         "step 1",
         "löss 2",
         "── score (a-score, pending)",
-        "waiting: 0/3 nodes are available: 3 Insufficient memory.",
+        "waiting for a node: no node has enough free memory: wait for other pods to end, add a node, or "
+        "lower steps.score in the profile (0/3 nodes are available: 3 Insufficient memory.)",
     ]
     assert "score" not in program("logs", "run-1", "--step", "train", "--follow")[1]
     assert program("logs", "run-1", "--step", "trian")[2].startswith(

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.cluster import load_cluster
-from pipelines.kubeflow.backend import _needed_rights
-from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, RegistryHandler, serving
+from pipelines.kubeflow.namespace import run_rights, training_rights
+from tests.pipelines.kubeflow.fake import KubernetesHandler, RegistryHandler, serving
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 PROFILE = """
 namespace: team
 service_account: runner
-images: {{names: "{registry}/team/{{stage}}:7"}}
+images: {{names: "{registry}/team/{{stage}}:7", pull_secrets: [login]}}
 storage: {{store: "s3://bucket/store", secret: bucket-secret}}
 models: {{claim: models, token_secret: hub}}
 queue: {{name: research}}
@@ -52,6 +51,11 @@ def objects() -> dict:
             200,
             {"metadata": {"name": "hooks"}, "data": {"url": encoded["accesskey"]}},
         ),
+        f"{NAMESPACE}/secrets/login": (
+            200,
+            {"metadata": {"name": "login"}, "type": "kubernetes.io/dockerconfigjson", "data": {}},
+        ),
+        f"{NAMESPACE}/secrets/mlpipeline-minio-artifact": (200, {"metadata": {}, "data": encoded}),
         f"{NAMESPACE}/configmaps/kfp-launcher": (
             200,
             {"metadata": {"name": "kfp-launcher"}, "data": {"defaultPipelineRoot": "minio://mlpipeline/v2"}},
@@ -77,8 +81,10 @@ def objects() -> dict:
             {
                 "metadata": {"name": "workflow-controller-configmap"},
                 "data": {
+                    "artifactRepository": "archiveLogs: true\ns3:\n  bucket: mlpipeline\n"
+                    "  secretKeySecret: {name: mlpipeline-minio-artifact, key: secretkey}\n",
                     "workflowDefaults": "spec:\n  templateDefaults:\n    retryStrategy:\n      limit: '2'\n"
-                    "      retryPolicy: OnError\n"
+                    "      retryPolicy: OnError\n",
                 },
             },
         ),
@@ -123,8 +129,8 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     code, out = doctor()
     assert code == 0, out
     lines = out.splitlines()
-    assert len(lines) == 23 and all(line.startswith("✓ ") for line in lines[:-1]), out
-    assert "retries: Argo retries lost, drained and preempted pods, but not failing exit codes" in out
+    assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
+    assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"
@@ -144,37 +150,62 @@ def changed(path, **values):
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        (without(f"{NAMESPACE}/serviceaccounts/runner"), "✗ service account runner: does not exist in team"),
-        (without(f"{NAMESPACE}/secrets/bucket-secret"), "✗ secret bucket-secret: does not exist in team"),
+        (
+            without(f"{NAMESPACE}/serviceaccounts/runner"),
+            "✗ service account runner: does not exist in team: `kubectl -n team create serviceaccount "
+            "runner` creates it.",
+        ),
+        (
+            without(f"{NAMESPACE}/secrets/bucket-secret"),
+            "✗ secret bucket-secret: does not exist in team: `kubectl -n team create secret generic "
+            "bucket-secret --from-literal=accesskey=… --from-literal=secretkey=…` creates it.",
+        ),
         (
             changed(f"{NAMESPACE}/secrets/bucket-secret", data={"key": ""}),
-            "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey",
+            "✗ secret bucket-secret: contains key, but must contain accesskey and secretkey, or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: add what is missing with `kubectl -n team edit ",
         ),
-        (changed(f"{NAMESPACE}/secrets/hub", data={}), "✗ secret hub: has no key HF_TOKEN"),
+        (
+            changed(f"{NAMESPACE}/secrets/hub", data={}),
+            "✗ secret hub: contains nothing, but must contain HF_TOKEN: add",
+        ),
         (
             changed(f"{NAMESPACE}/secrets/hooks", data={"URL": ""}),
-            "✗ secret hooks: has no key url: store the webhook's URL under that name.",
+            "✗ secret hooks: contains URL, but must contain url: add",
         ),
-        (without(f"{NAMESPACE}/configmaps/kfp-launcher"), "✗ launcher configuration: does not exist in team"),
         (
-            lambda served, manifests: served.update(denied=["get secrets bucket-secret", "get pods"]),
-            "✗ rights of runner: it is not allowed to get pods, get secrets bucket-secret in team: "
-            "`kubectl apply -n team -k manifests/runner` grants what runs need.",
+            without(f"{NAMESPACE}/secrets/login"),
+            "✗ pull secret login: does not exist in team: `kubectl -n team create secret docker-registry "
+            "login --docker-server=… --docker-username=… --docker-password=…` creates it.",
+        ),
+        (
+            changed(f"{NAMESPACE}/secrets/login", type="Opaque"),
+            "✗ pull secret login: is of type Opaque, but nodes need kubernetes.io/dockerconfigjson: delete",
+        ),
+        (
+            lambda served, manifests: served.update(
+                denied=["get secrets mlpipeline-minio-artifact", "get pods"]
+            ),
+            "✗ rights of runner: it is not allowed to get pods, get secrets mlpipeline-minio-artifact in "
+            "team: `kubectl apply -n team -k manifests/runner` grants what runs need to slam-asr-runner, and "
+            "`kubectl -n team create rolebinding runner --role=slam-asr-runner "
+            "--serviceaccount=team:runner` to runner.",
         ),
         (
             changed(
                 "/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public",
                 data={"kubeflow_trainer_version": "v2.1.0"},
             ),
-            "✗ Kubeflow Trainer: is v2.1.0, but training on several nodes needs 2.2 or later",
+            "✗ Kubeflow Trainer: is v2.1.0, but training on several nodes needs 2.2 or later: `kubectl "
+            "apply --server-side -k",
         ),
         (
             without(f"{NAMESPACE}/persistentvolumeclaims/models"),
-            "✗ model volume models: does not exist in team",
+            "✗ model volume models: does not exist in team: `kubectl apply -n team -k manifests/runner`",
         ),
         (
             without("/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/research"),
-            "✗ queue research: does not exist in team",
+            "✗ queue research: does not exist in team: add manifests/components/kueue to your overlay",
         ),
         (
             changed(
@@ -192,7 +223,7 @@ def changed(path, **values):
         ),
         (
             lambda served, manifests: manifests.pop("team/train:7"),
-            "✗ image registry/team/train:7: does not exist",
+            "✗ image registry/team/train:7: not found in the registry: push with `make images",
         ),
     ],
 )
@@ -205,19 +236,148 @@ def test_each_problem_is_named(doctor, change, finding):
     )
 
 
-def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor):
+@pytest.mark.parametrize("path", ["get", "without"])
+def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor, path):
     secret = f"{NAMESPACE}/secrets/mlpipeline-minio-artifact"
+    launcher = f"{NAMESPACE}/configmaps/kfp-launcher"
 
     def without_root(served, manifests):
-        served[f"{NAMESPACE}/configmaps/kfp-launcher"] = (200, {"metadata": {"name": "kfp-launcher"}})
-        served[secret] = (200, {"metadata": {"name": "mlpipeline-minio-artifact"}})
-        served["denied"] = ["get secrets mlpipeline-minio-artifact"]
+        # Kubeflow's default applies without the ConfigMap too.
+        if path == "get":
+            served[launcher] = (200, {"metadata": {"name": "kfp-launcher"}})
+        else:
+            del served[launcher]
 
     code, out = doctor(without_root)
-    assert code == 1 and "artifacts go to Kubeflow's own storage" in out, out
-    assert "✗ rights of runner: it is not allowed to get secrets mlpipeline-minio-artifact in team" in out
+    assert code == 0, out
+    assert (
+        "✓ launcher configuration: artifacts go to Kubeflow's own storage, with the secret mlpipeline-m"
+        in out
+    )
     code, out = doctor(lambda *given: (without_root(*given), given[0].pop(secret)))
-    assert code == 1 and "✗ launcher configuration: does not exist in team" in out
+    label = "`kubectl label namespace team pipelines.kubeflow.org/enabled=true` makes Kubeflow create it."
+    assert code == 1, out
+    assert (
+        "✗ launcher configuration: artifacts go to Kubeflow's own storage with the secret mlpipeline-minio-"
+        f"artifact, which does not exist in team: {label}" in out
+    )
+    # Argo archives logs with the same secret.
+    assert (
+        "✗ log archive: Argo mounts the secret mlpipeline-minio-artifact into every pod, to archive logs, "
+        f"but team has none: {label}" in out
+    )
+
+
+def launcher(root, **provider):
+    """Set the pipeline root, and the default provider for its kind of address."""
+    providers = {root.partition("://")[0]: provider} if provider else {}
+    data = {"defaultPipelineRoot": root, "providers": yaml.safe_dump(providers)}
+    return changed(f"{NAMESPACE}/configmaps/kfp-launcher", data=data)
+
+
+def credentials(name):
+    keys = {"accessKeyKey": "accesskey", "secretKeyKey": "secretkey"}
+    return {"fromEnv": False, "secretRef": {"secretName": name} | keys}
+
+
+OURS = {"endpoint": "store.team.svc.cluster.local:9000", "disableSSL": True}
+"""A provider with the server of the profile, under another name of its service."""
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (
+            launcher("s3://other/x", default=OURS | {"credentials": credentials("bucket-secret")}),
+            "✓ launcher configuration: artifacts go to s3://other/x, with the secret bucket-secret",
+        ),
+        # Another server, with a secret and a bucket of its own, is nothing wrong.
+        (
+            launcher(
+                "minio://mlpipeline/x", default={"credentials": credentials("mlpipeline-minio-artifact")}
+            ),
+            "✓ launcher configuration: artifacts go to minio://mlpipeline/x, with the secret mlpipeline-min",
+        ),
+        (
+            launcher("s3://bucket/x", default={"credentials": credentials("hooks")}),
+            "✗ launcher configuration: artifacts go to s3://bucket/x at AWS, but the profile's "
+            "storage.endpoint is http://store.team:9000: correct `providers` with `kubectl -n team edit "
+            "configmap kfp-launcher`, or the profile.",
+        ),
+        (
+            launcher(
+                "s3://bucket/x",
+                default=OURS | {"disableSSL": False, "credentials": credentials("bucket-secret")},
+            ),
+            "go to s3://bucket/x at https://store.team.svc.cluster.local:9000, but the profile's storage.en",
+        ),
+        (
+            launcher(
+                "s3://bucket/x",
+                default={"credentials": {"fromEnv": True}},
+                overrides=[
+                    OURS | {"bucketName": "bucket", "keyPrefix": "x", "credentials": credentials("none")}
+                ],
+            ),
+            "✗ launcher configuration: artifacts go to s3://bucket/x with the secret none, which does not "
+            "exist in team: `kubectl -n team create secret generic none --from-literal=accesskey=… ",
+        ),
+        (
+            launcher("s3://bucket/x", default=OURS | {"credentials": credentials("hooks")}),
+            "✗ launcher configuration: artifacts go to s3://bucket/x with the secret hooks, which has no key "
+            "accesskey and no secretkey: correct it, or the keys in `providers`.",
+        ),
+        (
+            launcher("s3://bucket/x"),
+            "– launcher configuration: artifacts go to s3://bucket/x without a secret, so the role of the ",
+        ),
+        (
+            launcher("s3://bucket/x", default={"endpoint": "x"}),
+            "✗ launcher configuration: The `providers` of kfp-launcher cannot be read (KeyError: 'creden",
+        ),
+    ],
+)
+def test_launchers_provider_must_agree_with_the_profiles_store(doctor, change, finding):
+    profile = PROFILE.replace('bucket/store"', 'bucket/store", endpoint: "http://store.team:9000"')
+    _, out = doctor(change, profile=profile)
+    assert finding in out, out
+
+
+def test_account_needs_the_right_to_read_the_secret_of_the_launchers_provider(doctor):
+    provider = launcher("s3://other/x", default={"credentials": credentials("hub")})
+
+    def denied(served, manifests):
+        provider(served, manifests)
+        served["denied"] = ["get secrets hub"]
+
+    assert (
+        "✗ rights of runner: it is not allowed to get secrets hub in team: `kubectl apply -n team -k "
+        in doctor(denied)[1]
+    )
+    assert "once hub is among the resourceNames in manifests/runner/service-account.yaml" in doctor(denied)[1]
+
+
+def test_secret_of_the_model_registry_needs_the_keys_of_one_registry(doctor):
+    profile = PROFILE + "registry: {{secret: registry}}\n"
+
+    def with_keys(*keys):
+        def change(served, manifests):
+            manifests["team/publish:7"] = 200
+            served[f"{NAMESPACE}/secrets/registry"] = (200, {"metadata": {}, "data": dict.fromkeys(keys, "")})
+
+        return change
+
+    for keys in (
+        ["MODEL_REGISTRY_TOKEN"],
+        ["MLFLOW_TRACKING_TOKEN"],
+        ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"],
+    ):
+        code, out = doctor(with_keys(*keys), profile=profile)
+        assert code == 0 and f"✓ secret registry: exists, with {' and '.join(keys)}" in out, out
+    code, out = doctor(with_keys("MLFLOW_TRACKING_USERNAME"), profile=profile)
+    assert code == 1 and "✗ secret registry: contains MLFLOW_TRACKING_USERNAME, but must contain MODEL" in out
+    code, out = doctor(lambda served, manifests: manifests.update({"team/publish:7": 200}), profile=profile)
+    assert code == 1 and "✗ secret registry: does not exist in team: `kubectl -n team create secret ge" in out
 
 
 @pytest.mark.parametrize(
@@ -273,11 +433,12 @@ def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor, name, no
         served["/api/v1/nodes"][1]["items"][0]["status"]["images"] = loaded
 
     code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", name))
-    assert code == 1 and f"✓ image {name}train:7: is loaded into the nodes" in out, out
-    assert f"✗ image {name}decode:7: the image of decode has no registry in its name" in out
-    assert "load it into the nodes (`make images LOAD=kind`)" in out
+    # One line for all images with the same result.
+    assert code == 1 and "✓ 4 images: loaded into the nodes\n" in out, out
+    assert f"✗ image {name}decode:7: cannot be found by the nodes, except on Docker Hub" in out
+    assert "load with `make images LOAD=kind`" in out
     code, out = doctor(load, profile=PROFILE.replace("{registry}/team/", name), forbidden=True)
-    assert code == 0 and f"– image {name}train:7: the image of train has no registry in its name" in out
+    assert code == 0 and f"– images {name}build-manifest:7, {name}extract-features:7, {name}train:7" in out
 
 
 def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor):
@@ -287,13 +448,18 @@ def test_kubeflow_without_trainer_and_in_another_namespace_has_no_problem(doctor
 
     code, out = doctor(remove)
     assert code == 0, out
-    assert "– Kubeflow Trainer: is not installed in kubeflow-system; only multi-node training needs it" in out
+    assert (
+        "– Kubeflow Trainer: is not installed; only multi-node training needs it, in version 2.2 or later: `k"
+        in out
+    )
+    assert "– training runtime torch-distributed: does not exist; only multi-node training" in out
+    assert "for TrainJobs" not in out
     assert "– retries: kubeflow has no workflow-controller-configmap of Argo: write the namespace of " in out
 
 
 def test_what_cannot_be_read_is_unknown(doctor):
     code, out = doctor(forbidden=True)
-    assert code == 0 and out.count("you are not allowed to read it (403)") == 13, out
+    assert code == 0 and out.count("you are not allowed to read it (403)") == 15, out
     code, out = doctor(lambda served, manifests: manifests.update({"team/decode:7": 403}))
     assert code == 0
     assert (
@@ -333,25 +499,78 @@ def test_missing_bucket_and_login_page_are_problems(doctor, kubeflow):
     assert "✗ store s3://no-such-bucket/store: " in out
 
 
-def test_several_nodes_need_the_rights_that_the_trainer_component_grants():
-    role, *_ = yaml.safe_load_all((CHECKOUT / "manifests/components/trainer/rights.yaml").read_text())
-    granted = {
+@pytest.mark.parametrize(
+    ("schema", "finding"),
+    [
+        ({"properties": {"runtimePatches": {}}}, "✓ Kubeflow Trainer: is 2.2 or later, by its schema"),
+        (
+            {"properties": {"podTemplateOverrides": {}}},
+            "✗ Kubeflow Trainer: is older than 2.2, by its schema",
+        ),
+    ],
+)
+@pytest.mark.parametrize("status", [403, 404])
+def test_trainer_without_a_readable_version_is_recognised_by_its_schema(doctor, status, schema, finding):
+    def change(served, manifests):
+        served["/api/v1/namespaces/kubeflow-system/configmaps/kubeflow-trainer-public"] = (status, {})
+        served["/openapi/v3/apis/trainer.kubeflow.org/v1alpha1"] = (200, schema)
+
+    assert finding in doctor(change)[1]
+
+
+def test_runtime_in_the_namespace_of_the_runs_comes_first(doctor):
+    group = "/apis/trainer.kubeflow.org/v1alpha1"
+
+    def move(served, manifests):
+        runtime = served.pop(f"{group}/clustertrainingruntimes/torch-distributed")
+        served[f"{group}/namespaces/team/trainingruntimes/torch-distributed"] = runtime
+
+    code, out = doctor(move)
+    assert code == 0 and "✓ training runtime torch-distributed: exists" in out, out
+
+
+def test_missing_rights_for_trainjobs_are_a_problem_only_for_several_nodes(doctor):
+    served = {}
+
+    def deny(objects, manifests):
+        objects["denied"] = ["get trainingruntimes torch-distributed", "patch trainjobs"]
+        served.update(reviews=objects.setdefault("reviews", []))
+
+    code, out = doctor(deny)
+    assert code == 0, out
+    assert (
+        "– rights of runner for TrainJobs: it is not allowed to get trainingruntimes torch-distributed, "
+        "patch trainjobs in team, which only multi-node training needs: add manifests/components/trainer to "
+        "your overlay, and apply it with `kubectl apply -k`." in out
+    )
+    account = "system:serviceaccount:team:runner"
+    # This kind of object is in no namespace.
+    assert (account, None, "get clustertrainingruntimes torch-distributed") in served["reviews"]
+    assert (account, "team", "get trainingruntimes torch-distributed") in served["reviews"]
+
+
+def granted(path: str, kind: str) -> set[tuple[str, str, str]]:
+    """The verbs, API groups and resources of the roles of a kind in a manifest."""
+    objects = yaml.safe_load_all((CHECKOUT / path).read_text())
+    return {
         (verb, group, resource)
+        for role in objects
+        if role["kind"] in kind.split()
         for rule in role["rules"]
         for verb in rule["verbs"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
     }
-    one, two = (list(_needed_rights(load_cluster("cpu"), False, nodes)) for nodes in (1, 2))
-    asked = {right[:3] for right in two if right not in one}
-    # The runner's own role already grants `get pods`, and a missing runtime is a finding of its own.
-    assert asked == granted - {
-        ("get", "", "pods"),
-        ("get", "trainer.kubeflow.org", "trainingruntimes"),
-    }
+
+
+def test_doctor_asks_for_the_rights_that_the_manifests_grant():
+    asked = {right[:3] for right in training_rights("torch-distributed")}
+    assert asked == granted("manifests/components/trainer/rights.yaml", "Role ClusterRole")
+    asked = {right[:3] for right in run_rights("slam-asr-s3")}
+    assert asked == granted("manifests/runner/service-account.yaml", "Role")
 
 
 def test_image_of_publish_is_checked_only_for_a_profile_that_names_a_registry(doctor):
     assert "team/publish:7" not in doctor()[1]
     code, out = doctor(profile=PROFILE + "registry: {{secret: token}}\n")
-    assert code == 1 and "publish:7: does not exist" in out
+    assert code == 1 and "publish:7: not found in the registry" in out

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,22 @@ def test_resume_says_that_the_launchers_configuration_stays(
 
 
 @recorded
+@pytest.mark.parametrize(("hours", "says"), [(2, True), (0.5, False)])
+def test_resume_says_that_the_workflow_is_deleted_an_hour_after_the_end(
+    recording, kubeflow, program, hours, says
+):
+    run_id = recording("oom-killed")
+    ended = datetime.now(UTC) - timedelta(hours=hours)
+    kubeflow.recorded[run_id][0]["finished_at"] = f"{ended:%Y-%m-%dT%H:%M:%SZ}"
+    code, out, _ = program("resume", run_id)
+    assert code == 0 and ("it ended more than an hour ago, when Argo deletes the workflow" in out) == says
+    kubeflow.retry_refusal = (404, {"message": "workflow not found"})
+    err = program("resume", run_id)[2]
+    assert len(err.splitlines()) == 1 and f"`python -m pipelines resume {run_id} --new` starts it" in err
+    assert ("Argo deletes a workflow an hour after its end, which may be the reason." in err) == says
+
+
+@recorded
 def test_refusal_of_a_restart_has_the_servers_words_and_the_way_out(recording, kubeflow, program):
     run_id = recording("oom-killed")
     kubeflow.retry_refusal = (400, {"message": "Workflow must be Failed/Error to retry"})
@@ -313,6 +330,30 @@ def test_archived_logs_are_shown_when_the_pods_are_gone(recording, kubeflow, pro
     assert program("logs", run_id)[1].splitlines()[1:] == log[: log.index("building")].splitlines()
     kubeflow.archive.clear()
     assert f"not readable through the dashboard: s3://{bucket}/{key}" in program("logs", run_id)[1]
+
+
+@recorded
+def test_logs_end_with_the_reason_of_a_failure_that_no_log_contains(recording, kubeflow, program):
+    run_id = recording("oom-killed")
+    manifest = json.dumps(kubeflow.recorded[run_id][1]["pipeline_runtime"]["workflow_manifest"])
+    workflow = parse_workflow(manifest)
+    for nodes in workflow.attempts().values():
+        kubeflow.archive["/".join(workflow.archived_log(nodes[-1]))] = b"step 1\n"
+    code, out, _ = program("logs", run_id)
+    assert code == 0 and out.splitlines()[-1] == (
+        "the run failed in train: it needed more memory than its limit (OOMKilled): raise steps.train.memory "
+        "in the profile, or use smaller batches; `slam-asr plan` estimates what training needs; "
+        f"`python -m pipelines resume {run_id}` restarts the steps that did not finish"
+    )
+    run_id = recording("no-service-account")
+    code, out, err = program("logs", run_id)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert (
+        "In short, the run failed: the service account slam-asr-runner does not exist in the namespace "
+        in err
+    )
+    # A run that has not ended has no outcome.
+    assert "In short" not in program("logs", recording("waiting-no-room"))[2]
 
 
 @pytest.mark.parametrize(
