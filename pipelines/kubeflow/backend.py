@@ -174,7 +174,7 @@ def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     return Finding(
         UNKNOWN,
         "pages",
-        f"for several users the dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
+        f"a multi-user dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
         f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
         "open report.html in the store.",
     )

@@ -162,7 +162,6 @@ def resume(arguments: list[str]) -> int:
     run_key, options = _parse(parser, arguments)
     run_key = _required(run_key, "resume")
     from pipelines.kubeflow.backend import launcher_changed_after
-    from pipelines.kubeflow.run_view import new_run_hint
     from pipelines.kubeflow.runs import find, has_expired, retry, start_again
     from pipelines.kubeflow.workflow import read_workflow
 

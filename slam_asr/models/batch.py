@@ -96,10 +96,10 @@ def remove_positions(
         padded on the left, so that all answers begin in the same column. `audio` and `positions` remain those
         of the audio itself.
     """
-    kept = batch.mask.bool()
-    kept[batch.is_audio] = ~dropped
+    remaining = batch.mask.bool()
+    remaining[batch.is_audio] = ~dropped
     if batch.lengths is not None:
-        columns = kept[0].nonzero()[:, 0]
+        columns = remaining[0].nonzero()[:, 0]
         # Labels begin at the second column; with one for the first, they can be selected like the columns.
         labels = functional.pad(batch.labels, (1, 0), value=IGNORED)[:, columns][:, 1:]
         changed = replace(
@@ -108,11 +108,11 @@ def remove_positions(
             is_audio=batch.is_audio[:, columns],
             mask=batch.mask[:, columns],
             labels=labels,
-            lengths=[int(part.sum()) for part in kept[0].split(batch.lengths)],
+            lengths=[int(part.sum()) for part in remaining[0].split(batch.lengths)],
         )
         return changed, embeddings[:, columns]
     start = batch.answer_start
-    head = kept[:, :start]
+    head = remaining[:, :start]
     # A stable sort moves what is removed to the left, and preserves the order of what remains.
     order = head.to(torch.uint8).argsort(dim=1, stable=True)
     width = int(head.sum(1).max())

@@ -94,10 +94,10 @@ def test_without_blanks_the_llm_reads_what_it_would_if_they_had_never_been_there
     expected = []
     for row, dropped in zip(rows, blanks, strict=True):
         single = collate([row])
-        kept = torch.ones(single.token_ids.shape[1], dtype=torch.bool)
-        kept[single.is_audio[0]] = ~dropped
+        remaining = torch.ones(single.token_ids.shape[1], dtype=torch.bool)
+        remaining[single.is_audio[0]] = ~dropped
         assert 0 < dropped.sum() < len(dropped) or len(dropped) < 3
-        logits = model.llm(inputs_embeds=model.embed(single)[:, kept]).logits[0]
+        logits = model.llm(inputs_embeds=model.embed(single)[:, remaining]).logits[0]
         expected.append(logits[-len(row.answer) - 1 : -1])
     model.blank_filter = NegativeFirstValue()
     try:

@@ -29,7 +29,8 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
         asked = request["spec"]["resourceAttributes"]
         right = " ".join(filter(None, (asked["verb"], asked["resource"], asked.get("name"))))
         denied = self.server.objects.get("denied", ())
-        self.server.objects.setdefault("reviews", []).append((request["spec"]["user"], right))
+        review = (request["spec"]["user"], asked.get("namespace"), right)
+        self.server.objects.setdefault("reviews", []).append(review)
         request["status"] = {"allowed": right not in denied}
         self._send(201, json.dumps(request).encode())
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipelines.kubeflow.namespace import run_rights, training_rights
-from tests.pipelines.kubeflow.fake import KubernetesHandler, RegistryHandler, serving
+from tests.pipelines.kubeflow.fake_kubernetes import KubernetesHandler, RegistryHandler, serving
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 PROFILE = """
@@ -130,7 +130,7 @@ def test_complete_cluster_has_no_problems(doctor, bucket):
     assert code == 0, out
     lines = out.splitlines()
     assert len(lines) == 22 and all(line.startswith("✓ ") for line in lines[:-1]), out
-    assert "retries: Argo retries lost, drained and preempted pods, but no exit code" in out
+    assert "retries: Argo retries lost, drained and preempted pods, but not failing exit codes" in out
     assert "Kubeflow Trainer: is v2.3.0" in out
     assert "nodes: 2 accept pods, and each step with GPUs fits on one" in out
     assert list(bucket.objects.all()) == [], "the test object is deleted"

@@ -267,7 +267,10 @@ def test_resume_says_that_the_workflow_is_deleted_an_hour_after_the_end(
     assert code == 0 and ("it ended more than an hour ago, when Argo deletes the workflow" in out) == says
     kubeflow.retry_refusal = (404, {"message": "workflow not found"})
     err = program("resume", run_id)[2]
-    assert len(err.splitlines()) == 1 and f"`python -m pipelines resume {run_id} --new` starts it" in err
+    assert (
+        len(err.splitlines()) == 1
+        and f"`python -m pipelines resume {run_id} --new` starts another one" in err
+    )
     assert ("Argo deletes a workflow an hour after its end, which may be the reason." in err) == says
 
 
