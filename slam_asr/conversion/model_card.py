@@ -108,9 +108,9 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
     sections = [use]
     if ctc:
         sections.append(
-            "## Without CTC\n\nThis folder decodes with the LLM alone. slam-asr adds CTC's scores to the LLM's "
-            f"(`decoding.ctc_weight: {ctc}`), and the error rates in this card were measured in that way unless "
-            "it says otherwise. Without CTC there are more errors."
+            "## Without CTC\n\nThis folder decodes with the LLM alone. slam-asr adds CTC's scores to the "
+            f"LLM's (`decoding.ctc_weight: {ctc}`), and the error rates in this card were measured in that "
+            "way unless it says otherwise. Without CTC there are more errors."
         )
     if report:
         sections.append(_rates(report.numbers))
