@@ -105,14 +105,18 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         # The hub links these names, so paths and s3:// addresses are left out.
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
-    if report:
-        # The hub reads these rates from the front matter and shows them beside the card.
+    ctc = recipe.decoding.ctc_weight
+    # The hub reads these rates from the front matter and shows them beside the card, as those of this folder.
+    if ctc:
+        front.pop("model-index", None)
+    elif report:
         front["model-index"] = _model_index(recipe.name, report.numbers)
     sections = [use]
-    if recipe.decoding.ctc_weight:
+    if ctc:
         sections.append(
-            "This folder decodes with the LLM alone. slam-asr adds CTC's scores to the LLM's "
-            f"(`decoding.ctc_weight: {recipe.decoding.ctc_weight}`), and makes fewer errors."
+            "## Without CTC\n\nThis folder decodes with the LLM alone. slam-asr adds CTC's scores to the "
+            f"LLM's (`decoding.ctc_weight: {ctc}`), and the error rates in this card were measured in that "
+            "way unless it says otherwise. Without CTC there are more errors."
         )
     if report:
         sections.append(_rates(report.numbers))

@@ -1,12 +1,14 @@
 """The stage `publish`: registers a trained model in a model registry, if it passes the gate."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slam_asr import __version__
+from slam_asr.artifacts.run_records import RUN
 from slam_asr.artifacts.stage_record import Outcome, Record, read_record, require_record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
@@ -70,6 +72,8 @@ def publish(
         raise InputError(f"{report} is the report of another model than {model}: name this model's report.")
     fingerprint = digest(model_record.inputs)[:16]
     properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint}
+    # On this machine, kfp's id is another one than that of notices and `run-records`.
+    run = os.environ.get(RUN) or run
     properties |= {"run": run} if run else {}
     # The run's id is left out: the same model in another run is the same version.
     inputs = _place(registry) | {"model": fingerprint, "scores": scores.inputs, "gate": asdict(recipe.gate)}

@@ -24,6 +24,8 @@ from slam_asr.config.recipe import load_recipe
 from slam_asr.conversion.huggingface.modeling_slam_asr import SlamAsrForConditionalGeneration
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.huggingface_folder import SOURCES
+from slam_asr.conversion.model_card import model_card
+from slam_asr.conversion.sources import find_source
 from slam_asr.decoding.model import open_model
 from slam_asr.errors import ModelError, UserError
 from slam_asr.models.llm import load_llm
@@ -299,6 +301,19 @@ def test_the_card_has_the_reports_rates_controls_data_and_licences(tiny_recipe, 
         )
     with pytest.raises(UserError, match=r"holds no wer\.json"):
         convert_checkpoint(file, str(tmp_path / "o"), to="huggingface", recipe=recipe, report=str(tmp_path))
+
+
+def test_rates_that_were_measured_with_ctc_are_not_shown_as_those_of_the_folder():
+    def card_of(name: str) -> tuple[dict, str]:
+        card = model_card(find_source(name, "latest", None, None).read(), "## Use", None)
+        _, front, text = card.split("---\n", 2)
+        return yaml.safe_load(front), text
+
+    front, text = card_of("whisper-base-smollm2-135m")
+    assert "model-index" not in front and front["base_model"][0] == "openai/whisper-base"
+    assert "40.02 %" in text and "This folder decodes with the LLM alone." in text
+    front, text = card_of("whisper-tiny.en-smollm2-135m")
+    assert front["model-index"] and "CTC" not in text
 
 
 def test_options_that_have_no_effect_and_code_of_an_llm_are_refused(tiny_recipe, tmp_path):

@@ -7,6 +7,7 @@ from mr_openapi import ModelVersionState
 
 from slam_asr import cli
 from slam_asr.artifacts import model_folder
+from slam_asr.artifacts.run_records import RUN
 from slam_asr.artifacts.stage_record import read_record
 from slam_asr.errors import ClusterError, ConfigurationError, InputError, UserError
 from slam_asr.publishing import connection, kubeflow_registry
@@ -57,6 +58,14 @@ def test_a_published_version_has_the_models_address_its_wer_and_the_digests_of_i
     page = record.file(PAGE).read_text()
     assert page.startswith(f"**Published as version {version.name} of demo: WER 5.00 %")
     assert f"- scores: `{scores}`\n" in page
+
+
+def test_registered_run_has_the_id_of_its_notice_and_records(
+    registry, trained, recipe_with, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(RUN, "run-8")
+    publish(recipe_with(), *trained("good", wrong=10), str(tmp_path / "out"), run="id-of-kfp")
+    assert registry.properties_of(registry.versions[0].name)["run"] == "run-8"
 
 
 def test_model_above_the_limit_is_refused_without_failing(registry, trained, recipe_with, tmp_path):
