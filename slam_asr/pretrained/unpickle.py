@@ -10,12 +10,12 @@ is refused, because it is either malicious or not a model.
 
 import _compat_pickle
 import contextlib
+import io
 import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -166,9 +166,12 @@ def _globals_of(file: IO[bytes], is_zip: bool) -> set[str]:
 
 def _pickles_of(file: IO[bytes], stack: contextlib.ExitStack) -> Iterator[IO[bytes]]:
     archive = stack.enter_context(zipfile.ZipFile(file))
+    # torch never compresses. A member that unpacks to more than the file's size is there to exhaust memory.
+    if sum(member.file_size for member in archive.infolist()) > file.seek(0, io.SEEK_END):
+        raise zipfile.BadZipFile("its members are larger than the file")
     for member in archive.namelist():
         if member.rpartition("/")[2] == "data.pkl":
-            yield BytesIO(archive.read(member))
+            yield io.BytesIO(archive.read(member))
 
 
 def _plain(value: Any, within: tuple[int, ...]) -> Any:

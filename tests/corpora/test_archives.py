@@ -1,13 +1,16 @@
 """An archive is unpacked into bounded space and memory, and nothing is written outside of its folder."""
 
+import gzip
 import io
 import tarfile
+import tracemalloc
 
 import pytest
 
 from slam_asr.corpora import archives
 from slam_asr.errors import InputError
 from tests.conftest import write_wav
+from tests.corpora.test_kinds import read_all
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **fields) -> None:
@@ -68,3 +71,15 @@ def test_absolute_paths_links_and_devices_are_not_unpacked(tmp_path):
     assert sorted(f.name for f in files) == ["1-1-0001.wav", "1-1-0006.wav"]
     assert not any(f.is_symlink() for f in (tmp_path / "out").rglob("*"))
     assert list(outside.iterdir()) == []
+
+
+def test_a_compressed_line_of_gigabytes_takes_little_memory(tmp_path):
+    with gzip.open(tmp_path / "cuts_train.jsonl.gz", "wb") as file:
+        file.write(b'{"recording": {}, "supervisions": [], "start": 0}\n')
+        for _ in range(256):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"line 2 cannot be read as JSON \(it is longer than 64 MiB\)"):
+        read_all(tmp_path / "cuts_train.jsonl.gz")
+    assert tracemalloc.get_traced_memory()[1] < 2**27 + 2**24
+    tracemalloc.stop()

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+import tracemalloc
 import types
+import zipfile
 from collections import defaultdict
 from enum import Enum
 from typing import Optional
@@ -112,3 +114,16 @@ def test_damaged_and_foreign_files_are_one_sentence(tmp_path, content):
     with pytest.raises(UserError, match="damaged or not a checkpoint") as raised:
         read_pickle(tmp_path / "file.pt")
     assert "\n" not in str(raised.value)
+
+
+def test_a_zip_archive_that_unpacks_to_far_more_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("file/data.pkl", "w", force_zip64=True) as member:
+            for _ in range(256):
+                member.write(bytes(2**20))
+    assert (tmp_path / "file.pt").stat().st_size < 2**19
+    tracemalloc.start()
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        read_pickle(tmp_path / "file.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

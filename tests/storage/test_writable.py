@@ -45,6 +45,7 @@ def stage():
     return run
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
 def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     faulty_s3.rule = refuse(method, text=".writable-")
@@ -64,6 +65,7 @@ def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     assert exists("s3://bucket/y/stage.json")
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 def test_a_missing_bucket_and_a_file_in_the_way_are_noticed_first(bucket, stage, tmp_path):
     with pytest.raises(
         StorageError, match=r"^s3://no-such-bucket/y cannot be written: there is no such bucket"
@@ -111,6 +113,7 @@ def weight(folder: str) -> float:
     return float(checkpoint.require(folder).tensors("weights")["w"][0])
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_here(
     faulty_s3, process_group, tmp_path, monkeypatch, capsys
 ):
