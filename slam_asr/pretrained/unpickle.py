@@ -14,6 +14,7 @@ import io
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ _DAMAGED = (
     AttributeError,
     AssertionError,
     OverflowError,
+    MemoryError,  # a damaged length
     struct.error,
     zipfile.BadZipFile,
 )
@@ -108,8 +110,15 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         for name in foreign:
             if not any(re.fullmatch(pattern, name) for pattern in patterns):
                 raise _refusal(path, name)
-        with torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with (
+            torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]),
+            warnings.catch_warnings(action="ignore"),  # of a damaged protocol number
+        ):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        # With strides of zero, a few bytes are a tensor of any size, and computing with it exhausts memory.
+        if any(tensor.nbytes > path.stat().st_size for tensor in _tensors_in(content)):
+            raise ValueError("a tensor is larger than the file")
+        return content
     except _DAMAGED as error:
         # torch names the class that it refuses only in the message of its UnpicklingError.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -127,6 +136,21 @@ def plain(value: Any) -> Any:
     from an object to another that contains it becomes None.
     """
     return _plain(value, ())
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested dicts, lists, tuples and stand-ins."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | StandIn) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                waiting += value.values()
+            else:
+                waiting += [*value.arguments, value.state] if isinstance(value, StandIn) else value
 
 
 def _refusal(path: Path, name: str) -> ModelError:
