@@ -11,7 +11,7 @@ from typing import Literal
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.storage import sha256_of_file
+from slam_asr.storage import allow_readers, sha256_of_file
 
 STAGE = "convert-checkpoint"
 
@@ -87,7 +87,9 @@ def convert_checkpoint(
         return _convert_encoder(source.file, output, target.inputs, overwrite)
 
     def work(folder: Path) -> Outcome:
-        return write(folder, source.read(), target)
+        outcome = write(folder, source.read(), target)
+        allow_readers(folder)
+        return outcome
 
     return run_stage(STAGE, output, {**source.inputs, **target.inputs}, work, overwrite)
 
@@ -103,6 +105,8 @@ def _convert_encoder(file: Path, output: str, options: dict[str, object], overwr
         )
 
     def work(folder: Path) -> Outcome:
-        return Outcome(convert_original(file, folder))
+        summary = convert_original(file, folder)
+        allow_readers(folder)
+        return Outcome(summary)
 
     return run_stage(STAGE, output, {"file": sha256_of_file(file), **options}, work, overwrite)

@@ -11,6 +11,7 @@ Object storage is accessed through boto3: `address` parses URIs, `client` finds 
 
 from slam_asr.storage.address import PathOrUri, is_s3
 from slam_asr.storage.local import (
+    allow_readers,
     digest,
     local_path,
     sha256_of_bytes,
@@ -38,6 +39,7 @@ from slam_asr.storage.paths import (
 )
 
 __all__ = [
+    "allow_readers",
     "Info",
     "PathOrUri",
     "delete",

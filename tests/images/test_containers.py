@@ -17,7 +17,7 @@ from pipelines import cli
 from slam_asr import __version__
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
 from slam_asr.steps import IMAGES, OWN_IMAGE, STEPS
-from slam_asr.storage import walk
+from slam_asr.storage import allow_readers, walk
 from tests.docker_engine import BUILD_OPTIONS, NoEngine, install
 from tests.images.test_images import WITHOUT_TORCH, lock, third_party
 
@@ -180,13 +180,17 @@ def test_one_stage_by_hand_as_a_user_unknown_to_the_image(images, tiny_recipe, t
 
 
 @pytest.mark.slow
-def test_all_steps_run_with_a_read_only_root_filesystem(images, tiny_models, tiny_recipe, tiny_corpus, tmp_path):
+def test_all_steps_run_with_a_read_only_root_filesystem(
+    images, tiny_models, tiny_recipe, tiny_corpus, tmp_path
+):
     """Each step, as the image's own user, writes nothing but its output and temporary files in /tmp."""
     os.chown(tmp_path, 1000, 1000)
-    for folder in (tmp_path, tiny_corpus, tiny_recipe.parent, Path(tiny_models["llm"]).parent):
+    folders = [tiny_corpus, tiny_recipe.parent, Path(tiny_models["llm"]).parent]
+    for folder in (tmp_path, *folders):
         for path in (folder, *folder.parents):
             if path.is_relative_to("/tmp") and path != Path("/tmp"):
                 path.chmod(0o755)
+        allow_readers(folder)
     recipe, manifests, features = f"--recipe {tiny_recipe}", f"{tmp_path}/manifests", f"{tmp_path}/features"
     steps = {
         "build-manifest": f"{recipe} --corpus {tiny_corpus} --output {manifests}",
@@ -198,14 +202,12 @@ def test_all_steps_run_with_a_read_only_root_filesystem(images, tiny_models, tin
         f"--output {tmp_path}/decoded",
         "score": f"--model {tmp_path}/model --parts {tmp_path}/decoded --output {tmp_path}/report",
     }
-    folders = [tiny_corpus, tiny_recipe.parent, Path(tiny_models["llm"]).parent]
-    volumes = [f"--volume={folder}:{folder}:ro" for folder in folders]
-    options = ["--rm", "--read-only", "--tmpfs=/tmp", "--user=1000", "--network=none"]
+    volumes = [f"--volume={tmp_path}:{tmp_path}", *(f"--volume={f}:{f}:ro" for f in folders)]
+    options = ["--rm", "--read-only", "--tmpfs=/tmp", "--user=1000", "--network=none", "--cap-drop=ALL"]
     for step, arguments in steps.items():
         image = images.replace("{stage}", STEPS[step].image or step)
         done = subprocess.run(
-            ["docker", "run", *options, *volumes, f"--volume={tmp_path}:{tmp_path}", image]
-            + ["slam-asr", step, *arguments.split()],
+            ["docker", "run", *options, *volumes, image, "slam-asr", step, *arguments.split()],
             capture_output=True,
             text=True,
         )

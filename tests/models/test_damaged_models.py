@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,20 @@ def test_an_encoder_of_another_size_is_refused_before_extraction(encoder, manife
     with pytest.raises(ModelError, match=r"weights of the encoder in .* do not fit its config\.json"):
         extract_features(recipe, [manifest], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_permission_are_not_called_damaged(tiny_models):
+    with tempfile.TemporaryDirectory() as root:
+        folder = shutil.copytree(tiny_models["llm"], Path(root) / "llm")
+        for path, mode in ((Path(root), 0o755), (folder, 0o755), (folder / WEIGHTS, 0)):
+            path.chmod(mode)
+        user = os.geteuid()
+        os.seteuid(65_534 if user == 0 else user)  # root may read everything
+        try:
+            with pytest.raises(PermissionError, match=WEIGHTS):
+                require_usable_llm(folder, Llm())
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("kind", [WEIGHTS, "pytorch_model.bin"])

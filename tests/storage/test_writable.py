@@ -1,5 +1,6 @@
 """What must be writable is tried before work begins; a training run stops if no checkpoint can be written."""
 
+import os
 import stat
 
 import pytest
@@ -188,6 +189,21 @@ def test_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(process_
         StorageError, match=r"could not be written: .* is a file.*; there is no earlier checkpoint: make"
     ):
         writer.close()
+
+
+def test_whoever_may_read_the_folder_may_read_a_checkpoint(process_group, tmp_path):
+    for name, mode in (("shared", 0o755), ("private", 0o700)):
+        folder = tmp_path / name
+        folder.mkdir(mode)
+        writer = CheckpointWriter(str(folder), tmp_path, keep=2)
+        before = os.umask(0o777 - mode)
+        try:
+            writer.save(snapshot(1))
+            writer.close()
+        finally:
+            os.umask(before)
+        files = list(folder.rglob("*.safetensors"))
+        assert files and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600 | mode & 0o444}
 
 
 def test_a_local_path_is_needed_where_no_address_is_possible(tmp_path, monkeypatch):
