@@ -30,7 +30,7 @@ class Compared:
     """First minus second, in percentage points: below 0 if the first is better."""
     low: float | None
     high: float | None
-    """Limits of the difference's 95 % bootstrap interval, in percentage points; None for a single utterance."""
+    """Limits of the difference's 95 % bootstrap interval in percentage points; None for one utterance."""
     p: float
     """Probability of a difference at least this large by chance alone."""
     differing: int

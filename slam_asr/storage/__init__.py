@@ -39,9 +39,9 @@ from slam_asr.storage.paths import (
 )
 
 __all__ = [
-    "allow_readers",
     "Info",
     "PathOrUri",
+    "allow_readers",
     "delete",
     "digest",
     "exists",
