@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slam_asr.artifacts.writing_systems import characters_of, comparable, normalise_any_language
@@ -44,6 +44,7 @@ def one_line(error: UserError) -> bool:
 
 
 @examples(15)
+@example({"\n": None})
 @given(st.dictionaries(st.sampled_from(recipe_keys()) | st.text(max_size=5), VALUES, max_size=3))
 def test_a_recipe_of_any_values_is_loaded_or_refused_in_one_sentence(overrides):
     nested: dict[object, object] = {}

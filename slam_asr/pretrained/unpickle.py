@@ -10,6 +10,7 @@ is refused, because it is either malicious or not a model.
 
 import _compat_pickle
 import contextlib
+import errno
 import io
 import pickletools
 import re
@@ -124,7 +125,12 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise _refusal(path, refused[1]) from error
-        raise ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.") from error
+        raise _damaged(path) from error
+    except OSError as error:
+        # zipfile seeks where a damaged entry points to, which may be before the file's beginning.
+        if error.errno != errno.EINVAL:
+            raise
+        raise _damaged(path) from error
 
 
 def plain(value: Any) -> Any:
@@ -151,6 +157,10 @@ def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
                 waiting += value.values()
             else:
                 waiting += [*value.arguments, value.state] if isinstance(value, StandIn) else value
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.")
 
 
 def _refusal(path: Path, name: str) -> ModelError:

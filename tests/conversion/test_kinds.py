@@ -208,8 +208,6 @@ def with_lora(tiny_recipe, tmp_path, precision: str):
 def test_a_merged_llm_computes_the_logits_of_llm_and_adapter(tiny_recipe, tmp_path, precision):
     recipe, llm, file, adapter = with_lora(tiny_recipe, tmp_path, precision)
     record = convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)
-    # Another user may run the next stage.
-    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "llm").rglob("*.safetensors"))
     llm.load_state_dict(
         {name.removeprefix("llm.base_model.model."): tensor for name, tensor in adapter.items()}, strict=False
     )
