@@ -105,8 +105,6 @@ def _convert_encoder(file: Path, output: str, options: dict[str, object], overwr
         )
 
     def work(folder: Path) -> Outcome:
-        summary = convert_original(file, folder)
-        allow_readers(folder)
-        return Outcome(summary)
+        return Outcome(convert_original(file, folder))
 
     return run_stage(STAGE, output, {"file": sha256_of_file(file), **options}, work, overwrite)
