@@ -91,7 +91,7 @@ def test_no_value_reaches_a_shell():
         pipeline = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
         for executor in pipeline["deploymentSpec"]["executors"].values():
             if "container" in executor:
-                assert not [word for word in executor["container"]["command"] if "{{" in word]
+                assert not [word for word in executor["container"]["command"] if "{{$" in word]
                 assert executor["container"]["args"][:2] == ["--executor_input", "{{$}}"]
     for file in (file for folder in CODE for file in sorted((ROOT / folder).rglob("*.py"))):
         for call in (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)):
