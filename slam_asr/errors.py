@@ -26,7 +26,14 @@ _NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class UserError(Exception):
-    """An error whose message is for the user: what is wrong, where, and what to do, in one sentence."""
+    """An error whose message is for the user: what is wrong, where, and what to do, in one sentence.
+
+    It is one line, even if a key or the name of a file that it quotes has line breaks.
+    """
+
+    def __str__(self) -> str:
+        lines = super().__str__().splitlines()
+        return "\\n".join(lines)
 
 
 class InputError(UserError):

@@ -40,6 +40,7 @@ def refusal(content: bytes) -> str:
     return str(caught.value)
 
 
+@pytest.mark.real_input("B02-more-than-the-header")
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_files_that_were_joined_are_decoded_to_the_end(tmp_path, codec, on_disk):
@@ -65,6 +66,7 @@ def test_a_file_that_holds_more_than_its_header_announces_is_refused(container):
     assert "holds more than its header announces" in refusal(content + content), "a second file is appended"
 
 
+@pytest.mark.real_input("B02-more-than-the-header")
 def test_a_length_that_is_too_small_is_refused_in_wav_and_flac():
     content = bytearray(encoded("WAV", noise(0.5)))
     length_offset = content.index(b"data") + 4
@@ -75,6 +77,7 @@ def test_a_length_that_is_too_small_is_refused_in_wav_and_flac():
     assert "(4000 samples instead of 1000)" in refusal(bytes(content))
 
 
+@pytest.mark.real_input("B13-cut-off")
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("missing", [3, 2000])
 def test_a_file_that_was_cut_off_is_refused(container, missing):
@@ -99,6 +102,7 @@ def test_a_length_that_is_left_open_means_the_end_of_the_file():
     assert read(bytes(content)).duration == 0.5
 
 
+@pytest.mark.real_input("B23-segments-of-mp3")
 @pytest.mark.parametrize("rate,channels", [(16_000, 1), (24_000, 2), (44_100, 2)])
 @pytest.mark.parametrize("mode,level", MODES)
 def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channels, mode, level, capfd):

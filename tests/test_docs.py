@@ -233,6 +233,14 @@ def test_every_link_of_a_page_leads_to_a_file_and_heading_that_exist(page):
 
 
 @every_page
+def test_every_test_that_a_page_names_exists(page):
+    for span in code_spans(page):
+        if match := re.fullmatch(r"(tests/[\w/]+\.py)(?:::(\w+))?", span):
+            file, name = ROOT / match[1], match[2]
+            assert file.is_file() and (not name or f"\ndef {name}(" in file.read_text("utf-8")), span
+
+
+@every_page
 def test_every_code_block_names_its_language(page):
     assert all(language for language, _ in fenced_blocks(page))
     assert not re.search(r"^    (?:slam-asr|python|make|docker|kubectl) ", prose(page), re.MULTILINE), (

@@ -84,6 +84,7 @@ log_line(recipe.llm.prompt + " ☃")
 """
 
 
+@pytest.mark.real_input("B20-locale")
 def test_files_are_utf8_under_any_locale(environment, tmp_path):
     (tmp_path / "given.yaml").write_text(f'llm: {{prompt: "{PROMPT}"}}', encoding="utf-8")
     output_of(tmp_path, environment | {"PYTHONUTF8": "0"}, FILES, str(tmp_path))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from slam_asr.audio import SAMPLE_RATE, AudioError, read_clip
 from tests.media import FORMATS, encoded
-from tests.test_audio_fuzz import FUZZ, damaged
+from tests.random_inputs import examples, within_a_second
+from tests.test_audio_fuzz import damaged
 
 SECONDS = 0.5
 LONGEST = 30.0
@@ -33,11 +34,12 @@ def damaged_at_either_end(draw, content: bytes) -> bytes:
 def test_damaged_media_decode_or_are_refused(name, capfd):
     content = encoded(name, noise(FORMATS[name][2]))
 
-    @FUZZ
+    @examples(20)
     @given(damaged_at_either_end(content))
     def check(damaged_content):
         try:
-            samples = read_clip("x", max_duration=LONGEST, content=damaged_content).samples
+            with within_a_second():
+                samples = read_clip("x", max_duration=LONGEST, content=damaged_content).samples
         except AudioError as error:
             assert re.fullmatch(r"[^\n]*\bx\b[^\n]*\.", str(error)) and ". " not in str(error)
             return

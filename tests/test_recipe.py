@@ -218,6 +218,7 @@ def test_a_wrong_value_is_refused_with_its_full_key(overrides, complaint):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.real_input("B21-recipe-yaml")
 @pytest.mark.parametrize(
     ("read", "text", "complaint"),
     [

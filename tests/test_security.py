@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.cluster import load_cluster
 from pipelines.compile import compile_command, recipe_parameters, require_no_templates
@@ -19,6 +20,7 @@ from slam_asr.pages.render import render
 from slam_asr.storage import fetch
 
 ROOT = Path(__file__).parents[1]
+CODE = ("slam_asr", "components", "pipelines")
 LAUGHS = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 10) if n else 'ha, ha'}]\n" for n in range(12))
 """YAML of seven hundred bytes with ten to the twelfth values (the "billion laughs")."""
 
@@ -78,6 +80,23 @@ def test_argos_templates_are_refused_before_anything_is_compiled_or_submitted(tm
     assert "The parameter corpus contains '{{pod.name}}'" in sentence(compile_command, corpus)
     assert "The parameter corpus contains '{{pod.name}}'" in sentence(submit, ["demo", *corpus])
     assert list(tmp_path.iterdir()) == []
+
+
+SHELLS = re.compile(r"os\.(system|popen)|subprocess\.get(status)?output|pty\.spawn")
+
+
+def test_no_value_reaches_a_shell():
+    """A step's parameters are arguments of its program, and no program starts another through a shell."""
+    for file in sorted((ROOT / "tests" / "pipelines" / "golden").rglob("*.yaml")):
+        pipeline = next(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+        for executor in pipeline["deploymentSpec"]["executors"].values():
+            if "container" in executor:
+                assert not [word for word in executor["container"]["command"] if "{{$" in word]
+                assert executor["container"]["args"][:2] == ["--executor_input", "{{$}}"]
+    for file in (file for folder in CODE for file in sorted((ROOT / folder).rglob("*.py"))):
+        for call in (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)):
+            assert not SHELLS.fullmatch(ast.unparse(call.func)), f"{file}:{call.lineno}"
+            assert "shell" not in [keyword.arg for keyword in call.keywords], f"{file}:{call.lineno}"
 
 
 def patterns() -> list[str | bytes]:

@@ -24,6 +24,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
 """A cut counts as its complete recording if their starts and durations differ by less than these seconds."""
+_MAX_LINE = 2**26
+"""Maximum length of a line in bytes. Compressed, a line of zeros has a thousandth of its length."""
 
 
 class Lhotse(ListedCorpus):
@@ -153,7 +155,9 @@ def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with _lines(file) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(_MAX_LINE), b""), start=1):
+                if len(line) == _MAX_LINE:
+                    raise ValueError(f"it is longer than {_MAX_LINE // 2**20} MiB")
                 if not line.isspace():
                     cut = json.loads(line)
                     if strict and not isinstance(cut, dict):

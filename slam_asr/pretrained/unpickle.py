@@ -10,12 +10,14 @@ is refused, because it is either malicious or not a model.
 
 import _compat_pickle
 import contextlib
+import errno
+import io
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -55,6 +57,7 @@ _DAMAGED = (
     AttributeError,
     AssertionError,
     OverflowError,
+    MemoryError,  # a damaged length
     struct.error,
     zipfile.BadZipFile,
 )
@@ -109,14 +112,26 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         for name in foreign:
             if not any(re.fullmatch(pattern, name) for pattern in patterns):
                 raise _refusal(path, name)
-        with torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with (
+            torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]),
+            warnings.catch_warnings(action="ignore"),  # of a damaged protocol number
+        ):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        # With strides of zero, a few bytes are a tensor of any size, and computing with it exhausts memory.
+        if any(tensor.nbytes > path.stat().st_size for tensor in _tensors_in(content)):
+            raise ValueError("a tensor is larger than the file")
+        return content
     except _DAMAGED as error:
         # torch names the class that it refuses only in the message of its UnpicklingError.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise _refusal(path, refused[1]) from error
-        raise ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.") from error
+        raise _damaged(path) from error
+    except OSError as error:
+        # zipfile seeks where a damaged entry points to, which may be before the file's beginning.
+        if error.errno != errno.EINVAL:
+            raise
+        raise _damaged(path) from error
 
 
 def plain(value: Any) -> Any:
@@ -128,6 +143,25 @@ def plain(value: Any) -> Any:
     reference to an object that contains it, such as its parent, becomes None.
     """
     return _plain(value, ())
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested dicts, lists, tuples and stand-ins."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | StandIn) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                waiting += value.values()
+            else:
+                waiting += [*value.arguments, value.state] if isinstance(value, StandIn) else value
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.")
 
 
 def _refusal(path: Path, name: str) -> ModelError:
@@ -167,9 +201,12 @@ def _globals_of(file: IO[bytes], is_zip: bool) -> set[str]:
 
 def _pickles_of(file: IO[bytes], stack: contextlib.ExitStack) -> Iterator[IO[bytes]]:
     archive = stack.enter_context(zipfile.ZipFile(file))
+    # torch never compresses. A member that unpacks to more than the file's size is there to exhaust memory.
+    if sum(member.file_size for member in archive.infolist()) > file.seek(0, io.SEEK_END):
+        raise zipfile.BadZipFile("its members are larger than the file")
     for member in archive.namelist():
         if member.rpartition("/")[2] == "data.pkl":
-            yield BytesIO(archive.read(member))
+            yield io.BytesIO(archive.read(member))
 
 
 def _plain(value: Any, within: tuple[int, ...]) -> Any:

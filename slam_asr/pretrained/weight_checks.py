@@ -84,8 +84,11 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
 
     Raises:
         ModelError: the file is damaged, is no file of weights, or holds something other than tensors.
+        PermissionError: it may not be read.
     """
     if file.suffix == ".safetensors":
+        with open(file, "rb"):
+            pass  # without permission, safetensors would report a missing file
         try:
             # Opening compares the header with the file's size, so it finds every file that is cut off.
             with safe_open(file, framework="pt") as tensors:

@@ -1,5 +1,6 @@
 """Compares two recognisers on the same utterances: which one is better, and whether that may be chance."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,9 @@ class Compared:
     second: float
     difference: float
     """First minus second, in percentage points: below 0 if the first is better."""
-    low: float
-    high: float
-    """Limits of the difference's 95 % bootstrap interval, in percentage points."""
+    low: float | None
+    high: float | None
+    """Limits of the difference's 95 % bootstrap interval in percentage points; None for one utterance."""
     p: float
     """Probability of a difference at least this large by chance alone."""
     differing: int
@@ -145,8 +146,8 @@ def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: in
         first=percent(a.total(indices)) or 0.0,
         second=percent(b.total(indices)) or 0.0,
         difference=round(100 * test.difference, 2),
-        low=round(100 * test.low, 2),
-        high=round(100 * test.high, 2),
+        low=None if math.isnan(test.low) else round(100 * test.low, 2),
+        high=None if math.isnan(test.high) else round(100 * test.high, 2),
         p=round(test.p, 5),
         differing=test.differing,
         unit=a.unit,

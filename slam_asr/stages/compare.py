@@ -72,7 +72,7 @@ def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str
                 f"{r.first:.2f} %",
                 f"{r.second:.2f} %",
                 f"{r.difference:+.2f}",
-                f"{r.low:+.2f} to {r.high:+.2f}",
+                "–" if r.low is None else f"{r.low:+.2f} to {r.high:+.2f}",
                 probability_text(r.p),
             )
             for r in rows

@@ -10,7 +10,7 @@ from typing import Literal
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.storage import sha256_of_file
+from slam_asr.storage import allow_readers, sha256_of_file
 
 STAGE = "convert-checkpoint"
 
@@ -73,8 +73,13 @@ def convert_checkpoint(
     source = find_source(checkpoint, which, recipe, adapter)
     if isinstance(source, OriginalEncoder):
         return _convert_encoder(source.file, output, target.inputs, overwrite)
-    inputs = {**source.inputs, **target.inputs}
-    return run_stage(STAGE, output, inputs, lambda folder: write(folder, source.read(), target), overwrite)
+
+    def work(folder: Path) -> Outcome:
+        outcome = write(folder, source.read(), target)
+        allow_readers(folder)
+        return outcome
+
+    return run_stage(STAGE, output, {**source.inputs, **target.inputs}, work, overwrite)
 
 
 def _check(to: str, half: bool, complete: bool, report: str | None, verify: bool) -> None:

@@ -11,6 +11,7 @@ and `uploads` transfer objects in parallel `pieces`.
 
 from slam_asr.storage.address import PathOrUri, is_s3
 from slam_asr.storage.local import (
+    allow_readers,
     digest,
     local_path,
     sha256_of_bytes,
@@ -40,6 +41,7 @@ from slam_asr.storage.paths import (
 __all__ = [
     "Info",
     "PathOrUri",
+    "allow_readers",
     "delete",
     "digest",
     "exists",

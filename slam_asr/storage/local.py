@@ -95,6 +95,22 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
         temporary.unlink(missing_ok=True)
 
 
+def allow_readers(path: Path) -> None:
+    """Let everyone who may read a folder read the files in it, or one of them.
+
+    safetensors creates files that only their owner can read, but another user may run the next stage.
+
+    Args:
+        path: the folder, or the file.
+
+    Raises:
+        OSError: a file belongs to another user.
+    """
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | file.parent.stat().st_mode & 0o444)
+
+
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left below a folder.
 

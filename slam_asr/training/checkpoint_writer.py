@@ -22,7 +22,7 @@ from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.checkpoint import CURVE, Checkpoint, file_name
 from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
-from slam_asr.storage import is_s3, join, local_path, sha256_of_file, upload
+from slam_asr.storage import allow_readers, is_s3, join, local_path, sha256_of_file, upload
 from slam_asr.storage.retry import patience
 from slam_asr.training.engines.engine import MOMENTS, Engine
 
@@ -289,6 +289,7 @@ class CheckpointWriter:
                 # Before the rename: after a power failure the name must not point to missing content.
                 with open(partial, "rb") as file:
                     os.fsync(file.fileno())
+                allow_readers(partial)
                 os.replace(partial, local_path(target))
         finally:
             partial.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 
+import pytest
+
 from slam_asr.artifacts.transcript import COLUMNS, Segment, Transcript, as_json, as_srt, as_text, as_vtt
 
 LONG = (
@@ -22,6 +24,7 @@ def test_text_is_one_line_without_empty_segments():
     assert as_text(Transcript("silence.wav", 3.0)) == "\n"
 
 
+@pytest.mark.real_input("B33-small d")
 def test_line_breaks_that_a_model_wrote_do_not_break_the_line():
     assert as_text(Transcript("a.wav", 1.0, [Segment(0, 1, "one\ntwo\r\n three")])) == "one two three\n"
 

@@ -73,6 +73,8 @@ def test_voxtral_decodes_to_the_same_token_ids(tiny_recipe, parts, tmp_path, tem
     recipe, file = checkpoint(tiny_recipe, tmp_path, options)
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False).folder
     folder = convert_checkpoint(model, str(tmp_path / "voxtral"), to="voxtral").folder
+    # Another user may load the folder.
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "voxtral").iterdir())
     assert (
         not list(Path(folder).glob("*.py")) and "auto_map" not in (Path(folder) / "config.json").read_text()
     )

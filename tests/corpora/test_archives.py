@@ -1,13 +1,17 @@
 """Unpacking an archive takes limited disk space and memory, and writes nothing outside the target folder."""
 
+import gzip
 import io
+import json
 import tarfile
+import tracemalloc
 
 import pytest
 
 from slam_asr.corpora import archives
 from slam_asr.errors import InputError
 from tests.conftest import write_wav
+from tests.corpora.test_kinds import cut, read_all
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **fields) -> None:
@@ -70,3 +74,14 @@ def test_absolute_paths_links_and_devices_are_not_unpacked(tmp_path):
     assert sorted(f.name for f in files) == ["1-1-0001.wav", "1-1-0006.wav"]
     assert not any(f.is_symlink() for f in (tmp_path / "out").rglob("*"))
     assert list(outside.iterdir()) == []
+
+
+def test_a_compressed_line_of_gigabytes_takes_little_memory(tmp_path):
+    with gzip.open(tmp_path / "cuts_train.jsonl.gz", "wb") as file:
+        file.write(json.dumps(cut("c", "a.wav", "x")).encode() + b"\n")
+        file.write(bytes(2**27))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"line 2 cannot be read as JSON \(it is longer than 64 MiB\)"):
+        read_all(tmp_path / "cuts_train.jsonl.gz")
+    assert tracemalloc.get_traced_memory()[1] < 1.2 * 2**27
+    tracemalloc.stop()

@@ -53,6 +53,7 @@ def frequency_of(checked):
     return round(np.argmax(spectrum) * 16_000 / len(samples))
 
 
+@pytest.mark.real_input("B12-kaldi-channel")
 def test_a_segment_is_read_from_the_channel_that_it_names(tmp_path):
     kaldi_with_two_channels(
         tmp_path, "a r 0 1 0\nb r 0 1 1\nc r 0 1 2\nboth r 0 1\nopen r 0 1 -1\nd m 0 1 0\ne m 0 1 1\n"
@@ -115,6 +116,7 @@ def test_the_error_for_an_invalid_channel_names_its_line(tmp_path, channel):
         read_all(tmp_path)
 
 
+@pytest.mark.real_input("B03-float-at-int16-scale")
 def test_audio_without_a_usable_signal_is_rejected_with_its_reason(tmp_path):
     sounds = {
         "good": make_tone(1.0),

@@ -75,6 +75,7 @@ def embedded(tmp_path):
 # Tables
 
 
+@pytest.mark.real_input("B01-common-voice")
 def test_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     corpus = tmp_path / "en"
     for number, split in enumerate(SPLITS):
@@ -98,6 +99,7 @@ def test_common_voice_is_read_by_the_command_in_the_docs(tmp_path, capsys):
     )
 
 
+@pytest.mark.real_input("B04-pandas-index")
 def test_an_index_of_pandas_in_csv_is_ignored(tmp_path):
     for split in ("train", "test"):
         for i in range(3):
@@ -125,6 +127,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         read_all(tmp_path / "train.csv")
 
 
+@pytest.mark.real_input("B14-text-is-a-list")
 @pytest.mark.parametrize(
     ("column", "value", "role"),
     [
@@ -147,6 +150,7 @@ def test_a_column_of_another_type_than_its_role_is_refused(tmp_path, column, val
     assert column in message and type(value).__name__ in message
 
 
+@pytest.mark.real_input("B28-decoded-arrays")
 def test_decoded_samples_are_refused_as_such(tmp_path):
     samples = {"array": [0.0, 0.1, 0.2], "sampling_rate": 16_000, "path": "train0.wav"}
     for name in ("train", "test"):
@@ -204,6 +208,7 @@ def test_a_line_of_metadata_may_lack_fields_that_other_lines_have(tmp_path):
 # Keys
 
 
+@pytest.mark.real_input("B05-same-names-in-splits")
 def test_files_of_the_same_name_in_several_splits_are_different_utterances(tmp_path):
     corpus = tmp_path / "audiofolder"
     for number, split in enumerate(("train", "validation", "test")):
@@ -218,6 +223,7 @@ def test_files_of_the_same_name_in_several_splits_are_different_utterances(tmp_p
     }
 
 
+@pytest.mark.real_input("B05-same-names-in-splits")
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
@@ -245,6 +251,7 @@ def test_the_same_audio_of_the_same_name_in_two_splits_is_still_refused(tmp_path
     assert "0 is in train and in test" in refusal(tmp_path / "hub")
 
 
+@pytest.mark.real_input("B26-ids-of-sentences")
 def test_an_id_that_several_rows_with_different_audio_share_is_not_used_as_the_key(
     tmp_path, embedded, capsys
 ):
@@ -277,6 +284,7 @@ def test_a_column_that_the_recipe_names_is_always_the_key(tmp_path):
 # Datasets of the hub
 
 
+@pytest.mark.real_input("B10-hub-configurations")
 def test_each_configuration_has_its_own_subsets(tmp_path, embedded):
     for configuration in ("clean", "other"):
         for split in ("train.100", "test"):
@@ -315,6 +323,7 @@ def test_the_folders_of_hub_datasets_name_splits_and_configurations(tmp_path, na
     assert open_corpus(str(tmp_path), recipe().data).subsets() == subsets
 
 
+@pytest.mark.real_input("B11-hub-names-with-digest")
 def test_a_digest_in_the_names_of_shards_is_not_part_of_the_split(tmp_path, embedded):
     digest = "a1b2c3d4e5f6a7b8"
     for split in ("train", "validation", "test"):
@@ -337,6 +346,7 @@ def timit(corpus: Path, numbers: str) -> Path:
     return corpus
 
 
+@pytest.mark.real_input("B15-timit", "B33-small b")
 def test_timit_is_read_without_its_numbers_of_samples(tmp_path):
     utterances = build_as_documented("/data/TIMIT", timit(tmp_path / "c", "0 3200"))
     assert [(u.key, u.target) for u in utterances["test"]] == [
@@ -352,6 +362,7 @@ def test_numbers_that_were_spoken_remain(tmp_path, text):
     assert [c.text for c in read_all(tmp_path / "c")] == [text]
 
 
+@pytest.mark.real_input("B29-link-to-itself")
 @pytest.mark.parametrize(
     ("link", "target"),
     [
@@ -382,11 +393,13 @@ def kaldi(folder: Path, entry: str) -> Path:
     return folder
 
 
+@pytest.mark.real_input("B24-kaldi-commands")
 def test_sph2pipe_to_pcm_is_read_as_the_file(tmp_path):
     (item,) = read_all(kaldi(tmp_path, "sph2pipe -f wav -p /data/a.sph |"))
     assert item.source == "/data/a.sph"
 
 
+@pytest.mark.real_input("B24-kaldi-commands")
 @pytest.mark.parametrize(
     "entry", ["/data/wav.ark:17", "/data/wav.ark:17[0:100]", "-", "ffmpeg -i x -f wav - |"]
 )
@@ -395,6 +408,7 @@ def test_the_error_for_other_entries_advises_to_write_files(tmp_path, entry):
         read_all(kaldi(tmp_path, entry))
 
 
+@pytest.mark.real_input("B33-small a")
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_places_in_kaldi_archives_are_refused_in_other_lists_too(tmp_path, suffix):
     content = {
@@ -415,6 +429,7 @@ def test_a_segment_with_a_time_that_is_not_finite_is_refused(tmp_path, times):
         read_all(tmp_path)
 
 
+@pytest.mark.real_input("B25-lhotse")
 def test_recordings_and_supervisions_without_cuts_are_refused(tmp_path):
     recording = {"id": "r", "sources": [], "sampling_rate": 16_000, "num_samples": 1, "duration": 1.0}
     supervision = {"id": "s", "recording_id": "r", "start": 0.0, "duration": 1.0, "text": "hello"}
@@ -426,6 +441,7 @@ def test_recordings_and_supervisions_without_cuts_are_refused(tmp_path):
             read_all(folder)
 
 
+@pytest.mark.real_input("B25-lhotse")
 def test_resampled_cuts_are_read(tmp_path):
     source = write_wav(tmp_path / "a.wav", make_tone(0.5))
     resampled, slow = cut("a", source, "hello"), cut("b", source, "hello")
@@ -449,6 +465,7 @@ def test_a_cut_whose_text_is_not_text_is_refused(tmp_path, value):
 # All kinds
 
 
+@pytest.mark.real_input("B27-gigaspeech-tags")
 def test_tags_are_logged_and_may_be_dropped_or_converted_to_punctuation(tmp_path, embedded, capsys):
     texts = ["HELLO THERE <COMMA> YOU <PERIOD>", "<MUSIC>"]
     for split in ("train", "dev", "test"):
@@ -486,6 +503,7 @@ def test_a_speaker_that_is_null_is_unknown(tmp_path):
     assert (utterance.speaker, utterance.subset) == ("", "")
 
 
+@pytest.mark.real_input("B31-file-uri")
 def test_escapes_in_a_file_uri_are_characters(tmp_path):
     source = write_wav(tmp_path / "with space 100%.wav").absolute()
     uris = [source.as_uri(), source.as_uri().replace("file://", "file:"), f"file://localhost{source}"]

@@ -1,7 +1,7 @@
 """Any table is read with the meaning that the library that wrote it gives it, or refused in one sentence.
 
 The expected result of a table is computed here from the written values, without the readers. `make soak`
-tries a hundred times as many tables.
+tries many more tables.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slam_asr.config.recipe import Data
@@ -26,23 +26,12 @@ from slam_asr.errors import UserError
 from slam_asr.stages.build_manifest import build_manifest
 from tests.conftest import make_tone, write_wav
 from tests.corpora.test_kinds import cut, recipe
+from tests.random_inputs import examples, within_a_second
 
-SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
 NAMES = st.text("abcé -_.0", min_size=1, max_size=4)
 SPOILT = (["a", "b"], {"a": "b"}, 7, 2.5, True, b"\xff")
 FORMATS = ("csv", "tsv", "parquet", "jsonl")
-
-
-def tries(number: int):
-    """Set the number of examples. The quick tests use the same examples in every run."""
-    return settings(
-        max_examples=number * 100 if SOAK else number,
-        derandomize=not SOAK,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +110,19 @@ def rows_in(root: Path) -> list[Row] | str:
     """Return the rows that the reader yields, or the sentence with which it refuses the corpus."""
     found = []
     try:
-        reader = open_corpus(str(root), Data())
-        for subset in reader.subsets():
-            for item in reader.read(subset):
-                text, extra = (item.text, item.extra) if isinstance(item, Candidate) else (None, {})
-                assert not extra.keys() & {"", "Unnamed: 0", "__index_level_0__"}
-                assert extra.get("subset", subset) == subset
-                numbered = item.key.startswith(f"{subset}-") and item.key[-7:].isdigit()
-                key = "" if numbered else item.key
-                found.append((subset, item.source, text, extra.get("speaker", ""), key))
+        with within_a_second():
+            reader = open_corpus(str(root), Data())
+            items = [(subset, item) for subset in reader.subsets() for item in reader.read(subset)]
     except UserError as error:
         assert str(error) and "\n" not in str(error)
         return str(error)
+    for subset, item in items:
+        text, extra = (item.text, item.extra) if isinstance(item, Candidate) else (None, {})
+        assert not extra.keys() & {"", "Unnamed: 0", "__index_level_0__"}
+        assert extra.get("subset", subset) == subset
+        numbered = item.key.startswith(f"{subset}-") and item.key[-7:].isdigit()
+        key = "" if numbered else item.key
+        found.append((subset, item.source, text, extra.get("speaker", ""), key))
     return sorted(found, key=str)
 
 
@@ -153,7 +143,7 @@ def write_as_found(file: Path, columns: dict[str, list]) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@tries(30)
+@examples(30)
 @given(columns=tables())
 def test_a_table_of_any_columns_is_read_as_it_was_written(folder, suffix, columns):
     file = empty_corpus(folder, suffix)
@@ -169,7 +159,7 @@ def test_a_table_of_any_columns_is_read_as_it_was_written(folder, suffix, column
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
-@tries(20)
+@examples(20)
 @given(data=st.data(), columns=tables())
 def test_a_column_of_a_type_that_does_not_fit_its_role_is_refused(folder, suffix, data, columns):
     role = data.draw(st.sampled_from(["audio", "text", "id", "split"]))
@@ -190,7 +180,7 @@ def test_a_column_of_a_type_that_does_not_fit_its_role_is_refused(folder, suffix
 # Keys
 
 
-@tries(40)
+@examples(40)
 @given(
     st.lists(
         st.tuples(
@@ -262,7 +252,7 @@ def test_a_compressed_file_of_cuts_that_is_truncated_at_any_byte_is_refused(fold
         assert isinstance(found, list) == (end == len(content)), found
 
 
-@tries(20)
+@examples(20)
 @given(data=st.data())
 def test_a_parquet_file_that_ends_early_is_refused(folder, data):
     file = empty_corpus(folder, "parquet")

@@ -363,6 +363,7 @@ def test_a_model_without_a_ctc_head_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.real_input("B33-small c")
 def test_an_utterance_in_two_manifests_is_refused(model, manifest, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "slam_asr.decoding.model.Model.load", lambda *_, **__: pytest.fail("weights were loaded")
@@ -374,6 +375,7 @@ def test_an_utterance_in_two_manifests_is_refused(model, manifest, tiny_recipe, 
             decode(decode_recipe(tiny_recipe), model, [manifest, second], str(tmp_path / "decoded"))
 
 
+@pytest.mark.real_input("B30-speaker-null", "B33-small f")
 def test_utterances_without_transcript_and_speaker_are_decoded(
     model, manifest, tiny_recipe, tmp_path, capsys
 ):

@@ -44,6 +44,7 @@ def places(moved, **others: str) -> list[str]:
     return [word for part, name in names.items() for word in (f"--{part}.name", name)]
 
 
+@pytest.mark.real_input("B06-model-on-another-machine")
 @pytest.mark.slow
 def test_a_model_runs_where_its_base_models_have_moved(moved, tmp_path, capsys):
     with pytest.raises(ModelError, match=r"/gone/encoder.*is elsewhere now, give --encoder\.name"):
@@ -89,6 +90,7 @@ def test_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models, monke
         decode(moved, tmp_path, *places(moved, llm=str(other)))
 
 
+@pytest.mark.real_input("B06-model-on-another-machine")
 @pytest.mark.parametrize("option", ["--llm.prompt=Sing. ", "--training.max-steps=3"])
 def test_an_option_without_effect_is_refused_by_name(moved, tmp_path, option):
     name = option.partition("=")[0].replace("-steps", "_steps")

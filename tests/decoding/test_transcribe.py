@@ -124,6 +124,7 @@ def test_silence_has_an_empty_transcript(model, tmp_path, capsys):
     assert capsys.readouterr().out == "\n"
 
 
+@pytest.mark.real_input("B03-float-at-int16-scale")
 def test_unusable_channels_are_refused_and_mixing_and_silence_are_logged(model, tmp_path, capsys):
     tone = make_tone(1.0)
     sounds = {
@@ -161,6 +162,7 @@ def test_a_damaged_file_does_not_affect_the_others(model, tmp_path, capsys):
     assert "1 of 2 files could not be read, first" in printed.err and "Traceback" not in printed.err
 
 
+@pytest.mark.real_input("B33-small e")
 def test_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
     broken = write_wav(tmp_path / "broken.flac", make_tone(2))
     broken.write_bytes(broken.read_bytes()[:-2000])
@@ -170,6 +172,7 @@ def test_no_other_file_is_mentioned_if_there_is_none(model, tmp_path, capsys):
     assert capsys.readouterr().err.endswith(f"1 of 1 files could not be read, first {broken}.\n")
 
 
+@pytest.mark.real_input("B33-small e")
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -16,8 +16,8 @@ import pytest
 from pipelines import cli
 from slam_asr import __version__
 from slam_asr.artifacts.stage_record import follow_pointer, read_record
-from slam_asr.steps import IMAGES, OWN_IMAGE
-from slam_asr.storage import walk
+from slam_asr.steps import IMAGES, OWN_IMAGE, STEPS
+from slam_asr.storage import allow_readers, walk
 from tests.docker_engine import BUILD_OPTIONS, NoEngine, install
 from tests.images.test_images import WITHOUT_TORCH, lock, third_party
 
@@ -177,6 +177,43 @@ def test_one_stage_by_hand_as_a_user_unknown_to_the_image(images, tiny_recipe, t
     written = [f for f in output.rglob("*") if f.is_file()]
     assert {f.name for f in written} >= {"train.jsonl", "test.jsonl", "statistics.html", "stage.json"}
     assert {f.stat().st_uid for f in written} == {4242}
+
+
+@pytest.mark.slow
+def test_all_steps_run_with_a_read_only_root_filesystem(
+    images, tiny_models, tiny_recipe, tiny_corpus, tmp_path
+):
+    """Each step, as the image's own user, writes nothing but its output and temporary files in /tmp."""
+    os.chown(tmp_path, 1000, 1000)
+    folders = [tiny_corpus, tiny_recipe.parent, Path(tiny_models["llm"]).parent]
+    for folder in (tmp_path, *folders):
+        for path in (folder, *folder.parents):
+            if path.is_relative_to("/tmp") and path != Path("/tmp"):
+                path.chmod(0o755)
+        allow_readers(folder)
+    recipe, manifests, features = f"--recipe {tiny_recipe}", f"{tmp_path}/manifests", f"{tmp_path}/features"
+    steps = {
+        "build-manifest": f"{recipe} --corpus {tiny_corpus} --output {manifests}",
+        "extract-features": f"{recipe} --manifests {manifests} --output {features}",
+        "train": f"{recipe} --train-manifest {manifests}/train.jsonl --dev-manifest {manifests}/dev.jsonl "
+        f"--feature-store {features} --output {tmp_path}/train",
+        "convert-checkpoint": f"--checkpoint {tmp_path}/train --output {tmp_path}/model",
+        "decode": f"--model {tmp_path}/model --manifests {manifests} --feature-store {features} "
+        f"--output {tmp_path}/decoded",
+        "score": f"--model {tmp_path}/model --parts {tmp_path}/decoded --output {tmp_path}/report",
+    }
+    volumes = [f"--volume={tmp_path}:{tmp_path}", *(f"--volume={f}:{f}:ro" for f in folders)]
+    options = ["--rm", "--read-only", "--tmpfs=/tmp", "--user=1000", "--network=none", "--cap-drop=ALL"]
+    for step, arguments in steps.items():
+        image = images.replace("{stage}", STEPS[step].image or step)
+        done = subprocess.run(
+            ["docker", "run", *options, *volumes, image, "slam-asr", step, *arguments.split()],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Read-only file system" not in done.stdout + done.stderr
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from slam_asr.stages.extract_features import extract_features
 from slam_asr.stages.plan import plan
 from slam_asr.stages.train import train
 from tests.models.test_pickles import Harm
+from tests.random_inputs import number_of, random_choices, within_a_second
 
 WEIGHTS = "model.safetensors"
 
@@ -168,6 +170,7 @@ def test_a_damaged_llm_is_refused_in_a_sentence(llm, name):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
+@pytest.mark.real_input("B19-llm-folders")
 @pytest.mark.parametrize("name", ["gptq", "bad_index", "no_map", "cut off"])
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_plan_and_train_refuse_a_damaged_llm(llm, manifest, tmp_path, tiny_recipe, command, name):
@@ -196,6 +199,20 @@ def test_an_encoder_of_another_size_is_refused_before_extraction(encoder, manife
     with pytest.raises(ModelError, match=r"weights of the encoder in .* do not fit its config\.json"):
         extract_features(recipe, [manifest], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_permission_are_not_called_damaged(tiny_models):
+    with tempfile.TemporaryDirectory() as root:
+        folder = shutil.copytree(tiny_models["llm"], Path(root) / "llm")
+        for path, mode in ((Path(root), 0o755), (folder, 0o755), (folder / WEIGHTS, 0)):
+            path.chmod(mode)
+        user = os.geteuid()
+        os.seteuid(65_534 if user == 0 else user)  # root may read everything
+        try:
+            with pytest.raises(PermissionError, match=WEIGHTS):
+                require_usable_llm(folder, Llm())
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("kind", [WEIGHTS, "pytorch_model.bin"])
@@ -237,14 +254,14 @@ def damaged_header(content: bytes, chance: random.Random) -> bytes:
 
 def test_a_random_header_is_read_or_refused_in_a_sentence(llm):
     content = (llm / WEIGHTS).read_bytes()
-    chance = random.Random(0)
-    refused = 0
-    for _ in range(40):
+    chance, refused = random_choices(), 0
+    for _ in range(number_of(40)):
         (llm / WEIGHTS).write_bytes(damaged_header(content, chance))
         try:
-            require_sound_files(llm, "LLM")
+            with within_a_second():
+                require_sound_files(llm, "LLM")
             load_weights(AutoModelForCausalLM, llm, torch.float32, "LLM")
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 25
+    assert refused > number_of(25)

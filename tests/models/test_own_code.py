@@ -117,6 +117,7 @@ def run_with(tmp_path, tiny_recipe, model):
     return run_stage
 
 
+@pytest.mark.real_input("B08-custom-code-asked-for")
 @pytest.mark.parametrize(
     ("stage", "where"),
     [

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+import tracemalloc
 import types
+import zipfile
 from collections import defaultdict
 from enum import Enum
 from typing import Optional
@@ -10,9 +12,12 @@ from typing import Optional
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
 
 from slam_asr.errors import UserError
 from slam_asr.pretrained.unpickle import plain, read_pickle
+from tests.random_inputs import examples, within_a_second
+from tests.test_audio_fuzz import damaged
 
 
 class Harm:
@@ -112,3 +117,46 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(tmp_path, content
     with pytest.raises(UserError, match="damaged or not a checkpoint") as raised:
         read_pickle(tmp_path / "file.pt")
     assert "\n" not in str(raised.value)
+
+
+def test_a_zip_archive_that_unpacks_to_far_more_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("file/data.pkl", bytes(2**26))
+    assert (tmp_path / "file.pt").stat().st_size < 2**17
+    tracemalloc.start()
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        read_pickle(tmp_path / "file.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_few_bytes_that_stand_for_a_huge_tensor_are_refused(tmp_path):
+    huge = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"args": argparse.Namespace(weights=[huge])}, tmp_path / "file.pt")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        read_pickle(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_randomly_damaged_file_is_read_or_refused_in_one_sentence(tmp_path, is_zip, recwarn):
+    content = {"model": {"weight": torch.ones(2)}, "step": 3, "args": argparse.Namespace(a=[1, ("x", None)])}
+    file = tmp_path / "file.pt"
+    torch.save(content, file, _use_new_zipfile_serialization=is_zip)
+    sound = file.read_bytes()
+    # A list of members before the file's beginning.
+    place = sound.rindex(b"PK\x06\x06") + 50 if is_zip else 0
+
+    @examples(100)
+    @given(damaged(sound))
+    @example(sound[:place] + b"\1" + sound[place + 1 :])
+    @example(sound.replace(b"\x80\x02", b"\x80\xaa"))  # another protocol, of which torch warns
+    def check(damaged_content):
+        file.write_bytes(damaged_content)
+        try:
+            with within_a_second():
+                read_pickle(file)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    check()
+    assert not recwarn.list

@@ -112,6 +112,15 @@ def test_files_that_do_not_match_are_refused(tmp_path, outputs, pred, gt, messag
         compare(str(tmp_path / "x_pred"), outputs[0])
 
 
+def test_a_single_utterance_has_no_interval(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_hypotheses(tmp_path / f"{name}.jsonl", [Hypothesis("u", "one two", "one")])
+    compare(*(str(tmp_path / f"{name}.jsonl") for name in "ab"), output=str(tmp_path / "out.json"))
+    assert "nan" not in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out.json").read_text())["compared"]
+    assert (row["low"], row["high"], row["p"]) == (None, None, 1.0)
+
+
 def test_different_references_are_refused(outputs, tmp_path):
     rows = hypotheses(0.3, 3)
     rows[7].reference += " more"

@@ -40,6 +40,7 @@ def row(reference: str, hypothesis: str, language: str = "") -> Hypothesis:
     return Hypothesis("u", reference, hypothesis, language=language)
 
 
+@pytest.mark.real_input("B16-languages-without-spaces")
 def test_characters_are_counted_where_words_are_not_separated():
     numbers = analyse(measure(CHINESE))
     assert numbers["unit"] == "characters"
@@ -81,6 +82,7 @@ def test_neither_an_english_word_in_chinese_nor_a_chinese_name_in_english_decide
     assert character_errors(rows).tolist() == [[0, 15]]
 
 
+@pytest.mark.real_input("B17-nfc")
 def test_two_unicode_forms_are_the_same_text(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "café déjà") for form in ("NFC", "NFD"))
     total = analyse(measure([row(nfd, nfc)]))["all"]
@@ -116,6 +118,7 @@ def test_build_manifest_writes_nfc(form):
     assert unicodedata.is_normalized("NFC", transcript(unicodedata.normalize("NFD", "Café déjà"), form))
 
 
+@pytest.mark.real_input("B18-normaliser-of-other-languages")
 def test_english_rules_are_applied_to_english_alone():
     rows = [row("यह किताब", "यह कितब"), row("मेरी किताबें", "मेर किताबे")]
     total = analyse(measure(rows))["all"]
@@ -141,6 +144,7 @@ def test_a_language_in_the_manifest_counts_more_than_the_letters():
     assert not looks_english([FRENCH])
 
 
+@pytest.mark.real_input("B18-normaliser-of-other-languages")
 @pytest.mark.parametrize(
     ("text", "extra"), [("यह किताब", {}), ("bonjour", {"language": "fr"}), ("hallo", {"locale": "de"})]
 )

@@ -65,6 +65,7 @@ def slam_asr(options: list[str]) -> None:
 SCORE = ["score", "--recipe", "demo", "--model", "m", "--output", "x", "--parts"]
 
 
+@pytest.mark.real_input("B32-address-without-bucket")
 @pytest.mark.parametrize(
     ("command", "options"),
     [
@@ -81,6 +82,7 @@ def test_no_option_takes_an_address_without_a_bucket(command, options, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.real_input("B32-address-without-bucket")
 @pytest.mark.parametrize(
     ("command", "options", "name"),
     [

@@ -27,6 +27,7 @@ def refuse_checksums(status: int, code: str):
     )
 
 
+@pytest.mark.real_input("B09-s3-without-checksums")
 @pytest.mark.parametrize(
     "answer", [(400, "InvalidArgument"), (501, "NotImplemented"), (400, "InvalidRequest")]
 )
@@ -62,6 +63,7 @@ def test_the_first_request_of_any_kind_may_be_refused(faulty_s3, small_pieces, t
     assert fetch(f"{ROOT}/x").read_bytes() == content
 
 
+@pytest.mark.real_input("B09-s3-without-checksums")
 def test_the_variable_of_boto3_that_switches_checksums_off_is_honoured(
     faulty_s3, small_pieces, tmp_path, monkeypatch
 ):

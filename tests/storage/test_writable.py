@@ -1,5 +1,6 @@
 """Outputs are tried before the work begins; a training run stops if it cannot write a checkpoint."""
 
+import os
 import stat
 
 import pytest
@@ -45,6 +46,7 @@ def stage():
     return run
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 @pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
 def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     faulty_s3.rule = refuse(method, text=".writable-")
@@ -64,6 +66,7 @@ def test_a_stage_tries_its_output_before_it_works(faulty_s3, stage, method):
     assert exists("s3://bucket/y/stage.json")
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 def test_a_missing_bucket_and_a_file_in_place_of_a_folder_are_noticed_first(bucket, stage, tmp_path):
     with pytest.raises(
         StorageError, match=r"^s3://no-such-bucket/y cannot be written: there is no such bucket"
@@ -111,6 +114,7 @@ def weight(folder: str) -> float:
     return float(checkpoint.require(folder).tensors("weights")["w"][0])
 
 
+@pytest.mark.real_input("B07-store-not-writable")
 def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_on_local_disk(
     faulty_s3, process_group, tmp_path, monkeypatch, capsys
 ):
@@ -185,6 +189,21 @@ def test_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(process_
         StorageError, match=r"could not be written: .* is a file.*; there is no earlier checkpoint: make"
     ):
         writer.close()
+
+
+def test_whoever_may_read_the_folder_may_read_a_checkpoint(process_group, tmp_path):
+    for name, mode in (("shared", 0o755), ("private", 0o700)):
+        folder = tmp_path / name
+        folder.mkdir(mode)
+        writer = CheckpointWriter(str(folder), tmp_path, keep=2)
+        before = os.umask(0o777 - mode)
+        try:
+            writer.save(snapshot(1))
+            writer.close()
+        finally:
+            os.umask(before)
+        files = list(folder.rglob("*.safetensors"))
+        assert files and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600 | mode & 0o444}
 
 
 def test_a_function_for_local_files_refuses_an_address(tmp_path, monkeypatch):
