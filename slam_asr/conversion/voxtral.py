@@ -8,8 +8,8 @@ from the other two parts. A linear projector is rewritten to that form without c
 - The encoder ends with a LayerNorm, y = γ · n + β, whose n has mean 0. Therefore Σ (yᵢ - βᵢ) / γᵢ = 0, and
   Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (c · γᵢ) give 1 for every frame, and these
   weights times the first layer's bias replace the bias.
-- A spare hidden unit computes this 1, which ReLU leaves unchanged. Its weights in the second layer are the
-  second bias. All other spare units are 0.
+- A spare hidden unit computes this 1, and its weights in the second layer are the second bias. ReLU leaves
+  the 1 unchanged. All other spare units are 0.
 """
 
 from collections.abc import Mapping
@@ -69,8 +69,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
         ModelError: the prompt's token ids differ from those in training, or the logits differ.
     """
     spec, recipe = _require_conditions(parts), parts.recipe
-    tokenizer = load_tokenizer(locate_model(recipe.llm.name))
-    prompt = Prompt(tokenizer, recipe.llm)
+    prompt = Prompt(tokenizer := load_tokenizer(locate_model(recipe.llm.name)), recipe.llm)
     positions = spec.window_frames // recipe.projector.downsampling
     ids, audio_id = _prepare_tokenizer(tokenizer, prompt, recipe, positions)
     encoder, llm = _load_encoder(spec, parts), _load_llm(parts)
@@ -96,8 +95,8 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     generation = generation_of(recipe.decoding, prompt)
     if generation.repetition_penalty != 1.0:
         log_line(
-            f"decoding.repetition_penalty ({generation.repetition_penalty}) is left out: with Voxtral, "
-            "transformers would apply it to the prompt too, so answers may differ from those of decode"
+            f"decoding.repetition_penalty ({generation.repetition_penalty}) is left out: answers may differ, as "
+            "transformers would apply it to Voxtral's prompt too"
         )
         generation.repetition_penalty = 1.0
     generation.save_pretrained(folder)
@@ -123,9 +122,7 @@ def _require_conditions(parts: Parts) -> WhisperSpec:
         f"at least 4 frames per position (projector.downsampling is {k})": k >= 4,
         f"a hidden width of the projector (projector.hidden, {projector.hidden}) below the LLM's "
         f"({parts.widths[1]})": projector.hidden < parts.widths[1],
-        f"every position of the audio (projector.drop_blanks is {projector.drop_blanks})": (
-            not projector.drop_blanks
-        ),
+        f"every position (projector.drop_blanks is {projector.drop_blanks})": not projector.drop_blanks,
         "no Python code of the LLM (llm.trust_remote_code is true)": not recipe.llm.trust_remote_code,
     }
     if isinstance(spec, WhisperSpec):

@@ -28,11 +28,7 @@ from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.downloads import download
 from slam_asr.storage.locks import exclusive
 
-DEMO_MODELS = (
-    "openai/whisper-tiny.en",
-    "openai/whisper-base",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-)
+DEMO_MODELS = ("openai/whisper-tiny.en", "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct")
 """Models that `python -m demo.models` in the checkout fetches without the hub. Error messages mention it."""
 
 _MEGABYTE = 1_000_000

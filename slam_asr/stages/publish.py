@@ -46,8 +46,7 @@ def publish(
 ) -> Record:
     """Register a model in a model registry, if its error rate passes the gate.
 
-    Publishing a model again changes nothing: the model keeps its version. A model that does not pass the gate
-    is not an error: the result states why it was not published.
+    A model that is published again keeps its version. If a model does not pass the gate, the result says why.
 
     Args:
         recipe: `publish` names the registry, and `gate` the condition; on the command line, the recipe that
