@@ -13,13 +13,14 @@ class Decoding:
 
     checkpoint: Literal["latest", "best", "average"] = "latest"
     """Checkpoint that the pipeline converts to a model: the last (`latest`), the one with the lowest dev loss
-    (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints)."""
+    (`best`), or the mean of all retained checkpoints (`average`; see training.checkpoints), without those of
+    the beginning."""
     beams: int = bounded(4, at_least=1)
     """Hypotheses that beam search retains at each token; 1 is greedy search, the fastest. More beams can find
     better hypotheses but need more memory and time."""
     nbest: int = bounded(1, at_least=1)
     """Hypotheses per utterance that are written to nbest.jsonl with their scores, best first. Must not exceed
-    beams."""
+    beams. 1: no nbest.jsonl is written."""
     max_new_tokens: int = bounded(200, at_least=1)
     """Maximum number of tokens in a hypothesis; longer hypotheses are cut."""
     repetition_penalty: float = bounded(1.0, at_least=1e-06)
@@ -31,8 +32,9 @@ class Decoding:
     nobody said rarer. It needs a model that was trained with `projector.ctc_weight` or
     `projector.beginning.keep_head`."""
     positions_per_batch: int = bounded(20_000, at_least=1)
-    """Maximum number of LLM positions in one decoding batch. An utterance counts its audio, its prompt and
-    max_new_tokens, multiplied by beams. Larger batches use the GPU better but need more memory."""
+    """Maximum number of LLM positions in one decoding batch. Each utterance counts as the longest one of the
+    batch: its audio, its prompt and max_new_tokens, multiplied by beams. Larger batches use the GPU better
+    but need more memory."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of decoding."""
     parts: int = bounded(1, at_least=1)
@@ -47,8 +49,8 @@ class Decoding:
     seed: int = 0
     """Seed of the shuffle for `shuffled_control`."""
     report_audio: float = bounded(0.0, at_least=0.0)
-    """Maximum megabytes of audio in the report, so that the worst utterances can be played on the page. 0: no
-    audio."""
+    """Maximum megabytes of audio in the report, so that the worst utterances can be played on the page. With
+    several work shards, the limit applies to each of them. 0: no audio."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence if more answers are requested than the search finds."""

@@ -3,7 +3,7 @@
 Voxtral consists of a Whisper encoder, a projector without biases, and an LLM. The projector's sizes follow
 from the other two parts. A linear projector is rewritten to that form without changing what it computes:
 
-- Voxtral joins n frames per position if the encoder's feed-forward layers are n times as wide as a frame. So
+- Voxtral joins k frames per position if the encoder's feed-forward layers are k times as wide as a frame. So
   these layers, usually 4 times as wide, are padded to k times, with zeros on both sides of the activation.
 - The encoder ends with a LayerNorm, y = γ · n + β, whose n has mean 0. Therefore Σ (yᵢ - βᵢ) / γᵢ = 0, and
   Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (c · γᵢ) give 1 for every frame, and these
@@ -95,8 +95,8 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     generation = generation_of(recipe.decoding, prompt)
     if generation.repetition_penalty != 1.0:
         log_line(
-            f"decoding.repetition_penalty ({generation.repetition_penalty}) is left out: answers may differ, as "
-            "transformers would apply it to Voxtral's prompt too"
+            f"decoding.repetition_penalty ({generation.repetition_penalty}) is left out: transformers would "
+            "apply it to Voxtral's prompt too, so answers may differ from those of decode"
         )
         generation.repetition_penalty = 1.0
     generation.save_pretrained(folder)
@@ -285,8 +285,8 @@ def _require_same_shapes(weights: Mapping[str, torch.Tensor], config: VoxtralCon
     actual = {name: tensor.shape for name, tensor in weights.items()}
     if differing := sorted(n for n in expected | actual if expected.get(n) != actual.get(n)):
         raise ConfigurationError(
-            f"{recipe.llm.name} cannot be the LLM of a Voxtral, which needs a base model and "
-            f"a linear output layer without bias, and no more ({differing[0]} differs): use --to huggingface."
+            f"{recipe.llm.name} cannot be the LLM of a Voxtral, because it is not just a decoder and a "
+            f"linear output layer without bias ({differing[0]} differs): use --to huggingface."
         )
 
 

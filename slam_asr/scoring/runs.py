@@ -144,7 +144,7 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
         dev=dev,
         markers=RUN_MARKERS,
         curves=[] if same_training else draw_runs(trainings),
-        alike=all(run.against_best for run in runs[1:]),
+        same_test=all(run.against_best for run in runs[1:]),
     )
     write_atomically(folder / PAGE, page)
     write_atomically(folder / MARKDOWN, _markdown(title, rows, subsets))

@@ -43,7 +43,7 @@ def convert_checkpoint(
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
             `llm.trust_remote_code` are used: where the models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
-            or the average (the mean of all saved checkpoints).
+            or the average (the mean of all saved checkpoints, without those of the beginning).
         half: save projector and LoRA adapter in fp16, which halves their size; computations use the recipe's
             precision anyway.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does

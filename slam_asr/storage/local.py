@@ -96,7 +96,7 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
 
 
 def allow_readers(path: Path) -> None:
-    """Let everyone who may read a folder read the files in it, or one of them.
+    """Let everyone who may read a folder also read the files in it; given a file, only that file.
 
     safetensors creates files that only their owner can read, but another user may run the next stage.
 

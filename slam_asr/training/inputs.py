@@ -60,7 +60,7 @@ class CheckedInputs:
     base: dict[str, Any]
     """`encoder_fingerprint`, and `llm_sha256`: the digest of the LLM's weights."""
     inputs: dict[str, Any]
-    """Everything that the trained weights depend on by more than rounding."""
+    """Everything that changes the trained weights by more than rounding errors."""
 
     @property
     def init_adapter(self) -> bool:

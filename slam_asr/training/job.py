@@ -26,12 +26,13 @@ class TrainingJob:
     published: str
     """The stage's output folder, perhaps in object storage.
 
-    During the training, checkpoints are written there, and the page with the curves if the folder is in
-    object storage. All other results follow at the end.
+    During the training, checkpoints are written there. If the folder is in object storage, the recipe is
+    written before, and the page with the curves, its data and TensorBoard's files are updated there. All
+    other results follow at the end.
     """
     rows: dict[str, str | None] = field(default_factory=dict)
-    """For each set (`train`, `dev`), the file with the numbers of the manifest's rows that fit the encoder's
-    window; None if all rows fit."""
+    """For each set (`train`, `dev`), the file with the indices, from 0, of the manifest's utterances that fit
+    the encoder's window; None if all fit."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
     init_adapter: bool = False
@@ -41,4 +42,4 @@ class TrainingJob:
     ctc_sharpness: float | None = None
     """Sharpness of the initial model's CTC head; None without such a head."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """Everything that the trained weights depend on by more than rounding."""
+    """Everything that changes the trained weights by more than rounding errors."""

@@ -303,7 +303,7 @@ def test_a_killed_decoding_resumes(model, manifest, tiny_recipe, tmp_path):
 
 @pytest.mark.parametrize("part", ["llm", "encoder"])
 @pytest.mark.parametrize("change", ["other weights", "gone"])
-def test_a_base_model_other_than_the_trained_one_is_refused(tiny_recipe, manifest, tmp_path, part, change):
+def test_a_base_model_other_than_that_of_training_is_refused(tiny_recipe, manifest, tmp_path, part, change):
     recipe = load_recipe(str(tiny_recipe))
     base = shutil.copytree(getattr(recipe, part).name, tmp_path / "base")
     changed_recipe = tmp_path / "changed.yaml"
