@@ -122,7 +122,7 @@ def _run(count: int, megabytes: int, repeats: int) -> None:
 
         print(
             f"{count} objects of {megabytes} MiB, {os.cpu_count()} cores, {repeats} repeats; "
-            "ratio: our speed / boto3's speed (lowest to highest of a repeat)"
+            "ratio: our speed / boto3's speed (lowest and highest ratio of a single repeat)"
         )
         for threads in (1, 2, 4):
             methods = {

@@ -11,7 +11,8 @@ from slam_asr.generation.beam_cache import is_plain
 
 PREFILL_POSITIONS = 4096
 """Maximum number of positions of audio and prompt in one forward pass. It is large enough to occupy a GPU,
-and small enough that the utterances of a group have similar lengths."""
+and small enough that the utterances of a group have similar lengths. A single utterance may exceed it, and so
+may a batch whose cache cannot be gathered from groups."""
 
 
 def forward(
@@ -71,8 +72,8 @@ def prefill(
     utterances, width = mask.shape
     if utterances * width <= PREFILL_POSITIONS:
         return run_group(slice(None), width)
-    # The order is longest first, so that a group's first utterance gives its padded length, and the largest
-    # pass runs before the cache of all utterances is allocated.
+    # The order is longest first, so that a group's first utterance gives its padded length, and the pass with
+    # the longest utterances runs before the cache of all utterances is allocated.
     lengths, order = mask.sum(1).sort(descending=True)
     logits: list[torch.Tensor] = []
     complete: DynamicCache | None = None
@@ -82,7 +83,8 @@ def prefill(
         rows = order[start : start + max(1, PREFILL_POSITIONS // longest)]
         group_logits, cache = run_group(rows, longest)
         if not is_plain(cache):
-            # Layers with sliding windows cannot be gathered by position, so the batch runs in one pass.
+            # The caches of sliding windows and recurrent layers cannot be gathered by position, so the batch
+            # runs in one pass.
             return run_group(slice(None), width)
         complete = _gather(complete, cast(DynamicCache, cache), rows, mask.shape)
         logits.append(group_logits)

@@ -1,1 +1,1 @@
-"""Estimates the memory, time and storage that a recipe needs, from its models' configurations alone."""
+"""Estimates the memory, time and storage that a recipe needs, without its models' weights."""

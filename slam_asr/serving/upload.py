@@ -36,7 +36,8 @@ _UNSUPPORTED = {
 """Parameters that request something that this server cannot give, and the reason."""
 _OVERHEAD = 1_000_000
 """Bytes that a body may have in addition to the file, for boundaries and other fields."""
-_MAX_FIELDS, _MAX_FIELD = 64, 65_536
+_MAX_FIELDS, _MAX_FIELD_BYTES = 64, 65_536
+"""Maximum number of a form's fields besides the file, and maximum size of each in bytes."""
 _PATIENCE = 30.0
 """Seconds without a new byte after which an upload is refused."""
 
@@ -49,7 +50,7 @@ class Keys:
             one.
 
     Raises:
-        ConfigurationError: the file does not exist or has no key.
+        ConfigurationError: the file cannot be read or has no key.
     """
 
     def __init__(self, file: str) -> None:
@@ -224,22 +225,24 @@ class Body:
         """The request; its form is read through this object."""
 
     async def form(self) -> FormData:
-        """Read a form. Its file must be closed: `await form.close()`.
+        """Read a form, which is empty for a body of another type. Close its file: `await form.close()`.
 
         Raises:
-            Refusal: the body is too large, is no form, or stopped arriving.
+            Refusal: the body is too large, is a damaged form, exceeds a form's limits, or stopped arriving.
         """
-        # Refused before the first byte is read. `receive` counts the bytes if no length is announced.
+        # Refused before the first byte is read. `receive` notices a length that is missing or wrong.
         if self._announced > self._max_bytes:
             raise _too_large(self._max_bytes)
         try:
-            return await self.request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD)
+            return await self.request.form(
+                max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+            )
         except (HTTPException, KeyError, ValueError) as error:
             why = error.detail if isinstance(error, HTTPException) else "it is damaged"
             raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
 
     async def discard(self) -> None:
-        """Read the rest of a refused upload, within limits: some clients read an answer only after it."""
+        """Read the rest of a refused upload, within limits: some clients send all of it before they read."""
         if self._announced > 2 * self._max_bytes:
             return
         with contextlib.suppress(Refusal, TimeoutError):

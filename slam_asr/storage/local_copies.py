@@ -43,7 +43,8 @@ def fetch_folder(path: PathOrUri) -> Path:
 
     Raises:
         OSError: the local disk is full, or fails.
-        StorageError: nothing exists below the prefix, or an object cannot be read.
+        StorageError: nothing exists below the prefix, an object cannot be read, or its name points outside the
+            folder.
     """
     path = os.fspath(path)
     if not is_s3(path):

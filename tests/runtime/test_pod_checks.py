@@ -1,4 +1,4 @@
-"""The checks of `doctor --run` find what is wrong inside a pod. Storage, folders and names are real."""
+"""The checks of `doctor --run` find what is wrong inside a pod. Folders and names are real, storage is moto's."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_store_is_written_read_listed_and_cleared(bucket):
     assert list(bucket.objects.all()) == []
 
 
-def test_store_that_refuses_is_named_with_the_command_that_replaces_its_keys(bucket):
+def test_finding_on_an_unusable_store_says_where_the_pods_access_rights_come_from(bucket):
     _, store = lines(store="s3://no-such-bucket/store", secret="keys")
     assert store.startswith("✗ store s3://no-such-bucket/store: s3://no-such-bucket/store/.doctor-")
     assert "there is no such bucket" in store and "a-secret-that-nobody-may-see" not in store
@@ -50,7 +50,7 @@ def test_store_that_refuses_is_named_with_the_command_that_replaces_its_keys(buc
     assert store.endswith("so the pod's account needs a role that may use the bucket.")
 
 
-def test_store_on_a_full_or_missing_disk_is_a_finding(tmp_path):
+def test_local_store_whose_folder_cannot_be_created_is_a_finding(tmp_path):
     (tmp_path / "file").write_text("")
     finding = check_store(str(tmp_path / "file" / "store"), "choose another store")
     assert finding.sign == BAD and finding.detail.endswith("; choose another store.")
