@@ -43,7 +43,7 @@ def fetch_folder(path: PathOrUri) -> Path:
 
     Raises:
         OSError: the local disk is full, or fails.
-        StorageError: nothing exists below the prefix, an object cannot be read, or its name points outside the
+        StorageError: nothing exists below the prefix, an object cannot be read, or its name leaves the
             folder.
     """
     path = os.fspath(path)
