@@ -35,6 +35,7 @@ from slam_asr.options import (
     option_name,
     parse_options,
     refuse_empty,
+    take_words,
 )
 from slam_asr.runtime.utf8 import ensure_utf8
 from slam_asr.steps import STEPS
@@ -195,8 +196,8 @@ def positionals_of(command: str) -> str:
 def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """Turn arguments that a command takes by position into options.
 
-    `features`, `ls STORE …` becomes `features ls`, `--store=STORE …`; `transcribe`, `FILE FILE …` becomes
-    `--model=MODEL --files+=FILE --files+=FILE …`. A recipe may come first if a command has no such arguments.
+    `features`, `ls STORE` becomes `features ls`, `--store=STORE`; `transcribe`, `A B` becomes `--model=MODEL
+    --files+=A --files+=B`. A recipe may come first if a command has no such arguments.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
@@ -204,15 +205,16 @@ def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]
     if command == "features":
         verbs = [known.partition(" ")[2] for known in COMMANDS if known.startswith("features ")]
         if not arguments or arguments[0] not in verbs:
-            raise ConfigurationError(
-                f"slam-asr features needs one of {', '.join(verbs)}, such as `slam-asr features ls STORE`."
-            )
+            one_of = ", ".join(verbs)
+            raise ConfigurationError(f"slam-asr features needs one of {one_of}, such as `features ls STORE`.")
         command, arguments = f"features {arguments[0]}", arguments[1:]
     positionals = positionals_of(command).split()
     if not positionals and arguments and _is_recipe(arguments[0]):
         positionals = ["RECIPE"]
     values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options, rest = [], arguments[len(values) :]
+    if not values and positionals == ["FILES…"]:
+        values, rest = take_words(rest, "--files")
     by_default = command == "transcribe" or (command == "serve" and not values)
     if by_default and _value_of("--model", arguments) is None:
         options.append(f"--model={_take_model(values)}")

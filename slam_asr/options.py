@@ -157,6 +157,24 @@ def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
     return [_known_name(match[1], known).removeprefix("--") for match in matches if match]
 
 
+def take_words(arguments: list[str], own: str) -> tuple[list[str], list[str]]:
+    """Separate the words that follow an option and its value from the other arguments.
+
+    Args:
+        arguments: options with one value each, and words between them.
+        own: the option of these words; all words after it are its values, and remain.
+    """
+    words, rest, option = [], [], ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument
+        elif option != own and ("=" in option or option != rest[-1]):
+            words.append(argument)
+            continue
+        rest.append(argument)
+    return words, rest
+
+
 def _complete_usage(parser: ArgumentParser) -> None:
     """Add the options to the usage line, with one placeholder for the recipe's keys, which fill a screen."""
     usage = parser.usage or "%(prog)s"

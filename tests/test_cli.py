@@ -120,7 +120,11 @@ def test_usage_line_has_every_option_and_one_placeholder_for_the_keys_of_the_rec
         (["transcribe", "x.wav", "[y].wav"], [f"--model={MODEL}", "--files+=x.wav", "--files+=[y].wav"]),
         (["transcribe", MODEL, "x.wav"], [f"--model={MODEL}", "--files+=x.wav"]),
         (["transcribe", "x.wav", "--model", "m"], ["--files+=x.wav", "--model", "m"]),
-        (["transcribe", "--files", "x.wav"], [f"--model={MODEL}", "--files", "x.wav"]),
+        (["transcribe", "--files", "x.wav", "y.wav"], [f"--model={MODEL}", "--files", "x.wav", "y.wav"]),
+        (
+            ["transcribe", "--model", "m", "x.wav", "--format=json", "y.wav"],
+            ["--files+=x.wav", "--files+=y.wav", "--model", "m", "--format=json"],
+        ),
         (["serve"], [f"--model={MODEL}"]),
         (["serve", "m", "--port", "1"], ["--model=m", "--port", "1"]),
         (["serve", "--model", "m"], ["--model", "m"]),
