@@ -1,11 +1,12 @@
 """Compare feature extraction with the encoder alone, to see whether the encoder waits for anything else.
 
     python benchmarks/extraction.py CORPUS              # a LibriSpeech tree; Whisper tiny.en
-    python benchmarks/extraction.py --synthetic         # noise; needs no corpus and no network
+    python benchmarks/extraction.py --synthetic         # noise; needs no corpus, only the encoder's weights
 
-Two methods alternate in one process, on the same utterances. One runs only the encoder, on prepared batches
-of the same composition. The other runs all of `extract-features` (reading, decoding, spectrograms, encoder,
-writing, checksums). Prints the utterances per second of both and their ratio.
+Two methods alternate, on the same utterances. One runs only the encoder, on prepared batches of the same
+composition. The other does all that `extract-features` does with an utterance (reading, decoding,
+spectrogram, encoder, writing, checksums), but neither loads weights nor plans shards. Prints the utterances
+per second of both and their ratio.
 """
 
 import argparse

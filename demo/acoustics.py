@@ -69,7 +69,10 @@ def disturb(samples: np.ndarray, conditions: Conditions, rng: np.random.Generato
 
 
 def _with_echo(samples: np.ndarray, seconds: float, direct: float, rng: np.random.Generator) -> np.ndarray:
-    """Add an echo: noise that decays by 60 dB in `seconds`, `direct` dB below the direct sound in total."""
+    """Add an echo: noise that decays by 60 dB in `seconds`.
+
+    Its energy is `direct` dB below that of the direct sound.
+    """
     times = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     echo = rng.standard_normal(len(times)) * 10 ** (-3 * times / seconds)
     echo[: round(rng.uniform(0.001, 0.01) * SAMPLE_RATE)] = 0  # until the first reflection

@@ -60,7 +60,7 @@ OTHER_COMMANDS = {
         "slam_asr.stages.plan:plan", "RECIPE", "estimate memory, time and storage before anything is loaded"
     ),
     "copy-models": Command(
-        "slam_asr.pretrained.copy_to_bucket:copy_models", "RECIPE", "copy a recipe's models to a bucket"
+        "slam_asr.pretrained.copy_to_bucket:copy_models", "[RECIPE]", "copy a recipe's models to a bucket"
     ),
     "features ls": Command(
         "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"

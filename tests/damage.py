@@ -11,7 +11,7 @@ def damage(file: Path, name: str, fault: str) -> None:
 
     Args:
         file: file of safetensors.
-        name: name of a weight with two dimensions.
+        name: name of a weight with at least 6 rows and 3 columns.
         fault: `missing` removes the weight, `shape` changes its shape, `nan` puts a NaN into it, and `cut`
             truncates the file. Any other value rewrites the file unchanged.
     """

@@ -1,4 +1,4 @@
-"""A webhook that saves the messages that it receives, and answers with the statuses that a test chooses."""
+"""A webhook that saves the messages that it accepts, and answers with the statuses that a test chooses."""
 
 import http.server
 import json
@@ -13,11 +13,11 @@ SECRET = "T0000-a-secret-that-nobody-may-see"
 
 @dataclass
 class Webhook:
-    """The messages that the server received, and its next answers."""
+    """The messages that the server accepted, and its next answers."""
 
     url: str = ""
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Content type and JSON of each message that was accepted."""
+    """Content type and JSON of each message that was sent to `url` and answered with 200."""
     statuses: list[int] = field(default_factory=list)
     """Statuses of the next answers, in order; after the last one, 200."""
     requests: int = 0

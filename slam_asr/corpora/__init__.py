@@ -43,7 +43,8 @@ class Candidate:
 
     key: str
     source: str
-    """The audio file: an absolute path or s3:// URI. If `content` is set, it is only a name for messages."""
+    """The audio file: an absolute path or s3:// URI. If `content` is set, it is only a name: messages show
+    it, and its suffix is used if the content does not show the format."""
     text: str
     """The transcript, unchanged."""
     extra: dict[str, Any] = field(default_factory=dict)

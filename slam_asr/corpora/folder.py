@@ -41,7 +41,8 @@ _TEXT = ".txt"
 _SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
 """Matches the sample numbers at the beginning of a TIMIT transcript."""
 _MAX_CHECKED = 200
-"""If so many audio files have no text file, the folder is regarded as another kind of corpus."""
+"""Number of audio files, from the first, whose text file is looked for. If none of them has one, the folder
+is regarded as another kind of corpus."""
 _TEXTS_CHECKED = 10
 """Number of transcripts that are read to recognise TIMIT's form."""
 
@@ -132,7 +133,8 @@ def _without_sample_numbers(transcript: str, audio: str, text: str) -> str:
     try:
         samples = soundfile.info(os.fsencode(fetch(audio))).frames
     except soundfile.LibsndfileError:
-        return transcript  # the check of the audio rejects the utterance
+        # The file is damaged, and the check of the audio rejects it; or only PyAV reads it, as for .m4a.
+        return transcript
     if int(numbers[1]) != samples:
         raise InputError(
             f"{text} begins with `{numbers[0].strip()}`, like TIMIT's transcripts with their first and last "

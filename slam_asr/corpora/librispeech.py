@@ -1,7 +1,7 @@
 """Reader for a LibriSpeech tree, as unpacked from the archives (Panayotov et al., 2015; openslr.org/12).
 
-LibriSpeech/                      optional; or the corpus folder itself
-    train-clean-100/              subset; or the corpus folder itself
+LibriSpeech/                      may be missing, or be the corpus folder itself
+    train-clean-100/              a subset; may be the corpus folder itself
         19/198/                   speaker and chapter
             19-198.trans.txt      `19-198-0000 NORTHANGER ABBEY`, one utterance per line
             19-198-0000.flac      or another audio file

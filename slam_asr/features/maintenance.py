@@ -178,7 +178,7 @@ def prune_store(
 ) -> None:
     """Remove files that are not needed. Without --yes true, only report them.
 
-    Shards that nothing refers to are always removed. Do not run an extraction at the same time.
+    Shards that nothing refers to always count as not needed. Do not run an extraction at the same time.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
@@ -188,7 +188,7 @@ def prune_store(
         yes: remove the files instead of only reporting them.
 
     Raises:
-        InputError: no store exists there, or it has no folder of that name.
+        InputError: no store exists there, or it lacks a folder that `drop` names.
     """
     namespaces = _require_namespaces(store)
     unknown = sorted(set(drop or []) - {name_of(n.root) for n in namespaces})

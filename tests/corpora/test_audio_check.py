@@ -1,4 +1,4 @@
-"""Every candidate gets a result, in the order of the candidates, for its file at the time of the check."""
+"""The check gives a result for every candidate, in their order, even if a file has disappeared meanwhile."""
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import Candidate, Rejection, audio_check

@@ -1,4 +1,4 @@
-"""With any causal LM, results do not depend on padding or batch, and inputs are those of the reference."""
+"""With any causal LM, results depend on neither padding nor batch; inputs equal those of SLAM-LLM."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ FAMILIES = {
     "gpt-neox": ("gpt_neox", {"max_position_embeddings": 256}, None),
 }
 UTTERANCES = ((12, "one"), (61, "two three four"), (7, "a much longer answer than the others"))
-"""Encoder frames and answer of each utterance."""
+"""The number of encoder frames and the target of each utterance."""
 WIDTH = 8
 
 
@@ -58,10 +58,10 @@ def byte_tokenizer(begin: str | None = None, adds_end: bool = False) -> PreTrain
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    frame = f"{begin or ''} $A {'</s>' if adds_end else ''}".split()
-    if len(frame) > 1:
+    single = f"{begin or ''} $A {'</s>' if adds_end else ''}".split()
+    if len(single) > 1:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=" ".join(frame), special_tokens=[("<s>", 0), ("</s>", 1)]
+            single=" ".join(single), special_tokens=[("<s>", 0), ("</s>", 1)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token="</s>")
 
@@ -245,7 +245,7 @@ def test_target_logits_equal_those_of_the_full_sequence(joined):
     )
 
 
-def test_targets_follow_the_references_rule(joined):
+def test_targets_are_tokenised_as_in_slam_llm(joined):
     tokenizer, batch = joined[1].tokenizer, make_batch(joined, [0, 1, 2])
     text = "USER: Transcribe speech to text. \n ASSISTANT:"
     for row, (_, answer) in enumerate(UTTERANCES):

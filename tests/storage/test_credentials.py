@@ -35,7 +35,7 @@ def in_use() -> tuple[str | None, ...]:
 
 @pytest.fixture
 def no_credentials(bucket, s3_server, monkeypatch, tmp_path):
-    """Remove all AWS settings from the environment and the home folder."""
+    """Remove all AWS settings from the environment, and set a home folder without any."""
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
