@@ -2,10 +2,10 @@
 
 A component declares a step's typed inputs, outputs and image, and contains no logic. kfp copies only the
 function's source into the container. Each body therefore imports everything that it uses, and then calls the
-same function as the command line.
+step's function in `slam_asr`. If the step has a command, the command calls the same function.
 
 Images are named at compile time. `SLAM_ASR_IMAGES` is a template such as
-`registry.example/team/{stage}:{version}`, or the file of digests that `make images` writes.
+`registry.example/team/{stage}:{version}`, or the list of images that `make images` writes.
 """
 
 import importlib

@@ -164,7 +164,9 @@ def take_words(arguments: list[str], own: str) -> tuple[list[str], list[str]]:
         arguments: options with one value each, and words between them.
         own: the option of these words; all words after it are its values, and remain.
     """
-    words, rest, option = [], [], ""
+    words: list[str] = []
+    rest: list[str] = []
+    option = ""
     for argument in arguments:
         if argument.startswith("-"):
             option = argument

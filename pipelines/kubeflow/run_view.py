@@ -29,11 +29,14 @@ class RunStep:
     """Identifies the step in the run, also among the iterations of a loop."""
     name: str
     state: str
-    """not started, starting, waiting, running, succeeded, failed, stopped or never reached."""
+    """not started, starting, waiting, running, succeeded, failed, stopped or never reached.
+
+    Without a workflow, it may also be another state of the API v2beta1, in lower case, such as skipped.
+    """
     started: datetime | None = None
     ended: datetime | None = None
     detail: str = ""
-    """What the step waits for, or why it failed; empty if neither applies."""
+    """What the step waits for, why it failed or stopped, and which attempt this is; empty if none applies."""
 
     @property
     def seconds(self) -> float:
@@ -99,9 +102,9 @@ def new_run_hint(run_id: str) -> str:
 def broken_driver(workflow: Workflow) -> Node | None:
     """Return a driver whose failure a restart of the run would repeat; None if there is none.
 
-    Before it fails, a driver that ran has recorded what it resolved, such as the pipeline root. After a
-    restart, the server would find two executions of one name. A driver whose pod was never created has
-    recorded nothing, and is not returned.
+    A driver that ran has recorded an execution with what it resolved, such as the pipeline root, even if it
+    failed afterwards. A restart would record a second execution of the same name, and fail again because of
+    it. A driver whose pod was never created has recorded nothing, and is not returned.
     """
     return next((node for node in workflow.failed_drivers() if node.phase == "Failed"), None)
 
@@ -195,7 +198,7 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
     if workflow is not None and run.state not in ENDED:
         # Only the last attempt at a step can be waiting.
         pods = [nodes[-1] for nodes in workflow.attempts().values()]
-        # Kubernetes is asked only if the workflow gives no reason: many users may not read pods.
+        # Kubernetes is asked only if the workflow gives no reason: many users are not allowed to read pods.
         if any(pod.phase == "Pending" and not pod.reason for pod in pods):
             waiting = waiting_pods(workflow.namespace, run_id)
     attempts = {name: cluster.steps[name].retries + 1 for name in STEPS}
@@ -303,7 +306,7 @@ def _step_of_attempts(
 
 
 def _steps_of_tasks(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
-    """Return the steps by the states of the API v2beta1, which has no reasons."""
+    """Return the steps with the states of the API v2beta1, which gives no reasons."""
     details = (run.run_details.task_details if run.run_details else None) or []
     return [
         RunStep(

@@ -1,4 +1,4 @@
-"""The formats that a checkpoint can be written in: model folder, SLAM-LLM's model.pt, and a trained LLM."""
+"""Writes a checkpoint in one of the formats of `convert_checkpoint`, and verifies what was written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,9 +74,10 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         target: the format.
 
     Raises:
-        ModelError: the weights do not fit encoder or LLM, or the written weights differ from the
-            checkpoint's.
-        ConfigurationError: the format cannot hold what was trained.
+        ModelError: the weights do not fit encoder or LLM, or the written weights, or the loss that they
+            give, differ from the checkpoint's.
+        ConfigurationError: the format cannot hold what was trained, or the recipe is not that of the
+            training.
         InputError: the report is that of another model.
     """
     if target.report:
@@ -183,7 +184,7 @@ def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
             str(folder),
         )
     except BaseException:
-        # Without this file, nothing recognises the folder as a model. For `llm`, it is transformers' own
-        # config.json, which has the same name.
+        # Without this file, nothing loads the folder as a model. For `huggingface` and `llm`, it is
+        # transformers' own config.json, which has the same name as ours.
         (folder / (FILE if target.to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
         raise

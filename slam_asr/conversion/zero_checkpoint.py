@@ -3,7 +3,8 @@
 The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
 
 - Stage 0: `mp_rank_00_model_states.pt` contains the weights. In half precision it also contains the fp32
-  master weights, in `optimizer.fp32_groups`, in the order of the trainable weights.
+  master weights, in `optimizer.fp32_groups`, in the order of the trainable weights. A fused optimiser writes
+  them to `fp32_groups_flat` instead, which is not read: the half-precision weights are then converted.
 - Stages 1 and 2: the master weights of each parameter group are flattened and concatenated, and each rank's
   `*zero_pp_rank_R_*_optim_states.pt` contains a slice of the result. `param_shapes` in the model file gives
   the order and shapes of the weights.
@@ -11,8 +12,9 @@ The layout, as DeepSpeed 0.19 writes it below `global_stepN/`:
   concatenation of its slices of all weights.
 
 The files are read by `slam_asr.pretrained.unpickle`: the few classes of DeepSpeed that they contain are
-replaced by inert stand-ins, and any other class is refused. No code from a file ever runs, and DeepSpeed
-need not be installed. The files are memory-mapped, and each tensor is assembled when it is accessed.
+replaced by inert stand-ins, and any class that is neither one of these nor torch's is refused. No code from a
+file ever runs, and DeepSpeed need not be installed. The files are memory-mapped, and each tensor is assembled
+when it is accessed.
 """
 
 import math
@@ -47,8 +49,8 @@ def fp32_weights(folder: Path) -> LazyTensors:
         The complete tensors, float32, each in the shape of its weight.
 
     Raises:
-        ModelError: files are missing or damaged, do not belong together, or contain classes that are not
-            DeepSpeed's.
+        ModelError: files are missing or damaged, do not belong together, or contain classes that are neither
+            DeepSpeed's nor torch's.
     """
     models = _by_rank(folder, "*model_states.pt")
     if not models:
@@ -209,8 +211,9 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 def _stage_0(model: dict[str, Any]) -> LazyTensors:
     weights = model["module"]
-    # `module` lists a tied weight under each of its names, and frozen weights too. `trained_weights`, which
-    # this project's training adds, lists each trained weight once, in the optimiser's order.
+    # `module` lists a tied weight under each of its names, and frozen weights too. The key `trained_weights`,
+    # if the training program has added it, lists each trained weight once, in the optimiser's order.
+    # DeepSpeed itself does not write it.
     names = [n for group in model.get("trained_weights") or [] for n in group]
     names = names or [n for n in weights if n not in model["buffer_names"]]
     masters = (model["optimizer"] or {}).get("fp32_groups")
@@ -259,11 +262,12 @@ def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
 
 
 def _require_values(found: int, needed: int) -> None:
-    # Padding may add values, but a complete checkpoint never has fewer values than its weights.
+    # The numbers are those of a parameter group (stages 1 and 2) or of a rank (stage 3). Padding may add
+    # values, but a complete checkpoint never has fewer than its weights need.
     if found < needed:
         raise ModelError(
-            f"The checkpoint holds fewer values ({found:,}) than the {needed:,} of its weights: it is "
-            "incomplete; copy it again."
+            f"A part of the checkpoint holds {found:,} values instead of at least {needed:,}: the checkpoint "
+            "is incomplete; copy it again."
         )
 
 

@@ -57,7 +57,7 @@ def train(
     from slam_asr.training.launch import require_same_training, train_as_worker_node
 
     checked = check_inputs(recipe, train_manifest, dev_manifest, feature_store)
-    # The folder is computed as in `run_stage`. Worker nodes need the same folder, but do not call it.
+    # Computed as in `run_stage`, because worker nodes need the same folder but do not call `run_stage`.
     published = output.replace(FINGERPRINT, digest(checked.inputs)[:16]).rstrip("/")
     published = published if is_s3(published) else str(local_path(published).absolute())
 
@@ -102,7 +102,8 @@ def _train_in(
         _remove(folder / leftover)
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     if is_s3(published):
-        # The other results are uploaded at the end. With this file, checkpoints can be converted earlier.
+        # Most other results are uploaded at the end. With this file, checkpoints, which are uploaded during
+        # the training, can be converted earlier.
         write_bytes(join(published, "recipe.yaml"), dump_recipe(recipe))
     job = TrainingJob(
         recipe=dump_recipe(recipe),

