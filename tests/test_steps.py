@@ -144,7 +144,7 @@ ROW = """        Step(
         ),
 """
 CALL = "        counting = count_words(store=store, manifests=manifests)\n"
-LOOP = "        for task in (manifest, "
+SETTINGS = "        apply_settings(place, manifest, "
 
 
 def replace_once(path: Path, old: str, new: str) -> None:
@@ -179,7 +179,7 @@ def program(tmp_path_factory):
     asr = copy / "pipelines" / "asr.py"
     imports = "from components.convert_checkpoint.component"
     replace_once(asr, imports, f"from components.count_words.component import count_words\n{imports}")
-    replace_once(asr, LOOP, f"{CALL}{LOOP}counting, ")
+    replace_once(asr, SETTINGS, f"{CALL}{SETTINGS}counting, ")
 
     def run(*words: str, code: int = 0) -> str:
         done = subprocess.run(
