@@ -296,7 +296,7 @@ def test_the_keys_of_an_unused_beginning_are_no_inputs_of_a_training_run(prepare
     recipe = load_recipe(prepared[0])
     off = dataclasses.replace(recipe.projector.beginning, steps=7, dropout=0.5)
     changed = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, beginning=off))
-    assert {"beginning", "ctc_weight", "dropout"}.isdisjoint(
+    assert {"beginning", "ctc_weight", "drop_blanks", "dropout"}.isdisjoint(
         settings_that_affect_weights(recipe)["projector"]
     )
     assert "answer_prefix" not in settings_that_affect_weights(recipe)["llm"]
