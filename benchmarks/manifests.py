@@ -96,7 +96,7 @@ def step(name: str, folder: Path, count: int) -> None:
     elif name == "build":
         build(folder, count)
     seconds = time.perf_counter() - started
-    print(f"{seconds:.2f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+    print(f"{seconds:.2f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f}")
 
 
 def build(folder: Path, count: int) -> None:

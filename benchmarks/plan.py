@@ -3,11 +3,11 @@
     python benchmarks/plan.py                     # several sizes, on this machine's CPU or GPU
     python benchmarks/plan.py --only 2 --json     # a single case, as a line of JSON
 
-Each case trains an LLM with random weights for two optimiser steps, in a separate process. The features are
-random, and their batches are packed and scored as in training. On a CPU, the measurement is the peak resident
-memory less that of the same process before a model is loaded (torch, transformers and DeepSpeed imported,
-process group started). On a GPU, it is torch's peak of allocated memory. If DeepSpeed is not installed, DDP
-is measured.
+Each case trains a projector in front of a frozen LLM with random weights for two optimiser steps, in a
+separate process. The features are random. Their batches are packed or padded, and scored, as in training. On
+a CPU, the measurement is the peak resident memory minus the resident memory of the same process just before a
+model is loaded (torch, transformers and DeepSpeed imported, process group started). On a GPU, it is torch's
+peak of allocated memory. If DeepSpeed is not installed, DDP is measured.
 """
 
 import argparse
@@ -41,8 +41,8 @@ CASES = [
     (_llama(1024, 2816, 8, 16, 32000), {"precision": "bf16"}, 16, 200, 140, 40),
     (_llama(512, 1408, 16, 8, 16000), {"packing": False}, 40, 120, 80, 20),
     (_llama(1280, 3456, 10, 20, 8000), {"packing": False}, 8, 300, 240, 50),
-    # In these two, most of the memory is for logits. They are computed in chunks, but under ZeRO-3 all at
-    # once.
+    # These two have a large vocabulary. Their logits are computed in chunks in the first, and all at once in
+    # the second, under ZeRO-3, where they are the largest part.
     (_llama(512, 1408, 6, 8, 128000), {}, 24, 100, 40, 50),
     (_llama(512, 1408, 6, 8, 128000), {"zero_stage": 3}, 24, 100, 40, 50),
 ]

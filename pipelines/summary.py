@@ -30,8 +30,10 @@ def summary(steps: list[LocalStep], seconds: float) -> str:
     name, time = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{a:<{name}}  {b:>{time}}  {c}".rstrip() for a, b, c in rows]
     *_, last = (record for record in records if record.stage != "publish")
-    published = [record.summary for record in records if record.stage == "publish"]
-    return "\n".join([*lines, "", *_result(last), *published])
+    published = [record for record in records if record.stage == "publish"]
+    # The folder of `publish` has the report too, with the decision on it.
+    page_record = published[0] if published else last
+    return "\n".join([*lines, "", *_result(last, page_record), *(record.summary for record in published)])
 
 
 def _time(step: LocalStep, record: Record) -> str:
@@ -40,7 +42,7 @@ def _time(step: LocalStep, record: Record) -> str:
     return f"(cached) {clock(record.seconds)}" if cached else clock(record.seconds)
 
 
-def _result(last: Record) -> list[str]:
+def _result(last: Record, page_record: Record) -> list[str]:
     # Where words are counted, the record has a CER too, so `wer` is looked up first.
     short = "wer" if {"wer", "best wer"} & last.metrics.keys() else "cer"
     if last.stage == "compare-runs":
@@ -54,7 +56,7 @@ def _result(last: Record) -> list[str]:
         for name in METRICS
         if name.format(short) in last.metrics
     ]
-    return [" · ".join(rates), f"report: {last.file('report.html')}"]
+    return [" · ".join(rates), f"report: {page_record.file('report.html')}"]
 
 
 def failure(step: LocalStep, output: Path) -> str:

@@ -21,10 +21,10 @@ def build_manifest(
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
         corpus: Folder, file or s3:// prefix of the corpus, as seen from the step's container.
         store: Folder or s3:// prefix for the results of all stages; results that exist already are reused.
-        manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json. Like the
-            pointers of all later steps, it carries the resolved recipe, in which every key has a value.
-        statistics: Page with hours, durations, characters, and the rejected utterances with reasons.
-        corpus_metrics: Utterances and hours, accepted and rejected.
+        manifests: Pointer to the folder with train.jsonl, dev.jsonl, test.jsonl and statistics.json. It
+            carries the resolved recipe, in which every key has a value, to the later steps.
+        statistics: Page with hours, durations, characters, and the reasons for rejections with examples.
+        corpus_metrics: Utterances and hours of each split, and the number of rejected utterances.
         recipe_overrides: Changes to single keys of the recipe, by full name, such as {"training.epochs": 1}.
 
     Returns:

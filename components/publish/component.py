@@ -12,6 +12,7 @@ def publish(
     scores: dsl.Input[dsl.Dataset],
     publication: dsl.Output[dsl.Artifact],
     decision: dsl.Output[dsl.Markdown],
+    run_report: dsl.Output[dsl.HTML],
     publication_metrics: dsl.Output[dsl.Metrics],
     run: str = "",
 ) -> None:
@@ -23,6 +24,7 @@ def publish(
         scores: Pointer to the result folder of score; it carries the recipe.
         publication: Pointer to the folder with decision.json.
         decision: Page that states whether the model was published, why, and as which version.
+        run_report: The report of score, with the decision, and with the time and cost of the complete run.
         publication_metrics: 1 if the model is published, else 0.
         run: Id of the run, which becomes a property of the registered version.
     """
@@ -32,7 +34,8 @@ def publish(
         import shutil
 
         from slam_asr.artifacts.stage_record import follow_pointer, log_metrics, recipe_of, write_pointer
-        from slam_asr.stages.publish import PAGE
+        from slam_asr.scoring.run_page import write_run_page
+        from slam_asr.stages.publish import PAGE, REPORT
         from slam_asr.stages.publish import publish as stage
 
         record = stage(
@@ -42,6 +45,7 @@ def publish(
             f"{store}/publish/{{fingerprint}}",
             run,
         )
-        write_pointer(record, publication.path)
+        write_pointer(record, publication.path, store=store)
         shutil.copyfile(record.file(PAGE), decision.path)
+        write_run_page(record.file(REPORT), run_report.path, store)
         log_metrics(record, publication_metrics.log_metric)

@@ -30,4 +30,4 @@ def open_registry(
         record = check_registry(
             load_recipe(recipe, recipe_overrides), f"{store}/open-registry/{{fingerprint}}"
         )
-        write_pointer(record, registry.path)
+        write_pointer(record, registry.path, store=store)

@@ -91,19 +91,19 @@ class Checkpoint:
         if not exists(path):
             raise ModelError(
                 f"The checkpoint {self.folder} lacks {name}: copy the complete folder, or write the name of "
-                f"an older checkpoint into the file {LATEST} beside it, from which the training then resumes."
+                f"an older checkpoint into the file {LATEST} beside it, to resume from that one."
             )
         local = fetch(path)
         if sha256_of_file(local) != self.files[name]["sha256"]:
             raise ModelError(
                 f"{path} is damaged (its SHA-256 is not the one in {DESCRIPTION}): copy {self.folder} again "
                 f"from where it came, or write the name of an older checkpoint into the file {LATEST} beside "
-                "it, from which the training then resumes."
+                "it, to resume from that one."
             )
         return str(local)
 
     def tensors(self, kind: str) -> LazyTensors:
-        """Open the tensors in all files of one kind, without reading them yet.
+        """Check the SHA-256 of all files of one kind, and open their tensors without loading them yet.
 
         Args:
             kind: `weights` or `moments`.
@@ -164,8 +164,8 @@ def _read(folder: str, name: str) -> Checkpoint:
         return Checkpoint(**{**json.loads(read_bytes(description)), "folder": join(folder, name)})
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"{description} is not a checkpoint's description: remove that folder, or train with the version "
-            "that wrote it."
+            f"{description} is not a checkpoint's description: copy the complete folder {folder} again, "
+            "remove it and train again, or use the version of slam-asr that wrote it."
         ) from error
 
 
@@ -200,9 +200,10 @@ def all_complete(folder: str) -> list[Checkpoint]:
 
 
 def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
-    """Publish a checkpoint whose other files are complete, and prune older ones.
+    """Write a checkpoint's description and the pointers to it, and prune older checkpoints.
 
-    The description is written before the pointers, so readers never find an incomplete checkpoint.
+    All other files of the checkpoint must be complete. The description is written before the pointers, so
+    readers never find an incomplete checkpoint.
 
     Args:
         folder: the folder that contains all checkpoints.

@@ -61,7 +61,7 @@ class Archives(CorpusReader):
         """Open the archives at a path; return None if the path has none.
 
         Raises:
-            InputError: an archive is damaged, or holds no LibriSpeech tree.
+            InputError: an archive is damaged, holds no LibriSpeech tree, or holds a subset that another has.
         """
         files = files_at(root, SUFFIXES)
         return cls(root, files) if files else None
@@ -75,7 +75,8 @@ class Archives(CorpusReader):
         """Unpack the archives of these subsets.
 
         Raises:
-            InputError: an archive is damaged, or lacks the subset that its name promises.
+            InputError: an archive is damaged, lacks the subset that its name promises, unpacks to far more
+                than audio can, or does not fit on the disk.
         """
         self._folder = folder
         target = folder / AUDIO_FOLDER
@@ -85,7 +86,8 @@ class Archives(CorpusReader):
         for subset in subsets:
             if not (target / OUTER / subset).is_dir():
                 raise InputError(
-                    f"{self.by_subset[subset]} holds no {OUTER}/{subset}, unlike its name: download it again."
+                    f"{self.by_subset[subset]} holds no {OUTER}/{subset}, although its name says so: "
+                    "download it again."
                 )
 
     def read(self, subset: str) -> Iterator[Candidate | Rejection]:

@@ -79,7 +79,7 @@ def write_manifests(
     if statistics.downmixed:
         log_line(
             f"{STAGE}: the channels of {statistics.downmixed} utterances are averaged, because the corpus "
-            "does not name one of them"
+            "does not say which channel to use"
         )
     numbers = statistics.as_dict(without_dev)
     write_json(folder / "statistics.json", numbers)
@@ -116,13 +116,13 @@ def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
     log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
     matched = {name for names in subsets.values() for name in names}
     if unused := [subset for subset in reader.subsets() if subset not in matched]:
-        log_line(f"{STAGE}: unused subsets, which match no pattern of the recipe: {', '.join(unused)}")
+        log_line(f"{STAGE}: unused subsets, which the recipe does not select: {', '.join(unused)}")
     for note in reader.notes:
         log_line(f"{STAGE}: {note}")
 
 
 def _warn_of_tags(overview: Survey, data: Data) -> None:
-    """Warn of tags in the transcripts, unless the recipe says how to treat them."""
+    """Warn of tags in the transcripts, unless the recipe removes or converts them."""
     if overview.tagged and data.tags == "keep":
         tags = ", ".join(tag for tag, _ in overview.tags.most_common(4))
         log_line(
@@ -207,7 +207,7 @@ class _SharedAudio:
     def add(self, split: str, utterance: Utterance) -> None:
         """Add an utterance. All train utterances must be added before those of other splits."""
         # Hashes of text differ between Python processes, but these are used only in this one. The duration is
-        # part of a segment's hash, but not of a complete file's, where it may be missing or rounded.
+        # part of a segment's hash, but not of a complete file's, whose SHA-256 already determines it.
         is_segment = utterance.start is not None
         duration = utterance.duration if is_segment else None
         audio = hash((utterance.sha256, utterance.start, duration, utterance.audio_channel))
@@ -245,7 +245,7 @@ def _refuse_too_many(
 def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, list_file: Path) -> None:
     for split, size in sizes.items():
         if not size:
-            reasons = statistics.reasons() or "too few to hold any out"
+            reasons = statistics.reasons() or "the corpus has too few"
             raise InputError(
                 f"No utterance is left for {split} ({reasons}; see {list_file}): "
                 f"correct the corpus, or choose other subsets with --data.train, --data.dev and --data.test."

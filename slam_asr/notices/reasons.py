@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from slam_asr.notices.workflow import Node, Workflow
+from slam_asr.steps import STEPS
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ _EXPLANATIONS = (
     ),
     _Explanation(
         r"deadline|DeadlineExceeded",
-        "it ran longer than steps.{key}.timeout_hours of the profile permits: raise it",
+        "it ran longer than steps.{key}.timeout_hours of the profile permits (for training on several nodes: "
+        "trainer.timeout_hours): raise it",
     ),
     _Explanation(r"pod deleted", "its pod was deleted, with its node or by somebody"),
     _Explanation(r"(?i)preempt", "its pod was preempted by one of higher priority"),
@@ -197,7 +199,8 @@ def explain(message: str, step: str, namespace: str, run_id: str) -> str:
     explanation, groups = found
     return explanation.sentence.format(
         namespace=namespace,
-        key=step.replace("-", "_"),
+        # Some steps use the settings of another one.
+        key=(STEPS[step].settings_of or step if step in STEPS else step).replace("-", "_"),
         logs=f"python -m pipelines logs {run_id} --step {step}",
         **groups,
     )
@@ -225,8 +228,9 @@ def failure_of(workflow: Workflow, run_id: str) -> tuple[str, str]:
         run_id: id of the run, for the commands in the reason.
 
     Returns:
-        The name of the step, and the reason without a full stop. Both are empty if no step failed. The reason
-        is also empty if Argo gave none.
+        The name of the step, and the reason without a full stop, which is empty if Argo gave none. If no step
+        failed, but a driver did: the task that it was to prepare, and the reason. Both are empty if nothing
+        failed.
     """
     for nodes in workflow.attempts().values():
         last = nodes[-1]

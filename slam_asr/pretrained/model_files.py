@@ -12,7 +12,7 @@ DIGESTS = ".weights-sha256.json"
 """File in a model's folder that caches the digest of the weights, so that gigabytes are not read again."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of a model's weights in a single file, in the order in which transformers looks for them."""
+"""Possible names of a single file with all weights, in the order in which transformers looks for them."""
 _SAFETENSORS, _PICKLES = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]
 """Patterns for all files but the weights. Python files are fetched, but run only with
@@ -64,8 +64,8 @@ def weight_names(folder: Path) -> dict[Path, list[str] | None]:
     """List the files with a model's weights, and for each the weights that the index places in it.
 
     Returns:
-        For each file, whether it exists or not, the names of its weights; None for a single file, which has
-        no index. Empty if the folder has neither a single file nor an index.
+        The names of each file's weights, keyed by the file's path; None for a single file, which has no
+        index. Missing files are included. Empty if the folder has neither a single file nor an index.
 
     Raises:
         ModelError: the index is damaged.

@@ -1,14 +1,15 @@
-"""The page that the dashboard shows for a run: the report, with a table of the run's time and cost.
+"""Copies of a report with facts of one run: its time and cost, and whether its model was published.
 
-Several runs may reuse one result and its report in the store, so only this copy of the report has the table.
+Several runs may reuse one result and its report in the store, so only these copies have the facts of a run.
 """
 
+import html
 import os
 from pathlib import Path
 
 from slam_asr.artifacts.costs import cost_table, prices_from_environment
 from slam_asr.artifacts.run_records import RUN, read_steps
-from slam_asr.pages.render import render
+from slam_asr.pages.render import capital, render
 
 
 def write_run_page(report: Path, output: str | Path, store: str) -> None:
@@ -30,3 +31,14 @@ def write_run_page(report: Path, output: str | Path, store: str) -> None:
         table = render("costs.html", rows=cost_table(steps, prices), priced=bool(prices))
         page = f"{before}{table}{end}{after}"
     Path(output).write_text(page, encoding="utf-8")
+
+
+def add_decision(page: str, decision: str) -> str:
+    """Return a report's page with one more line below its heading.
+
+    Args:
+        page: HTML of the report.
+        decision: whether the model was published, and why, as a sentence without a capital and a full stop.
+    """
+    heading = "</h1>"
+    return page.replace(heading, f"{heading}\n<p><b>{html.escape(capital(decision))}.</b></p>", 1)

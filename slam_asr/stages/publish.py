@@ -15,10 +15,11 @@ from slam_asr.errors import InputError
 from slam_asr.publishing.connection import open_registry
 from slam_asr.publishing.registry import FINGERPRINT, SCORES, Registry
 from slam_asr.scoring.gate import Verdict, check_better, check_limit
+from slam_asr.scoring.run_page import add_decision
 from slam_asr.storage import digest, exists, join, read_bytes, sha256_of_bytes, write_atomically, write_json
 
 OPEN, STAGE = "open-registry", "publish"
-DECISION, PAGE = "decision.json", "decision.md"
+DECISION, PAGE, REPORT = "decision.json", "decision.md", "report.html"
 
 
 def check_registry(recipe: Recipe, output: str) -> Record:
@@ -58,7 +59,8 @@ def publish(
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder contains decision.json and decision.md.
+        The stage's record; its folder contains decision.json, decision.md, and report.html, which is the
+        report with the decision below its heading.
 
     Raises:
         InputError: the model or the report is missing, or the report is that of another model.
@@ -78,6 +80,7 @@ def publish(
     inputs = _place(registry) | {"model": fingerprint, "scores": scores.inputs, "gate": asdict(recipe.gate)}
 
     def work(folder: Path) -> Outcome:
+        report_page = scores.file(REPORT).read_text(encoding="utf-8")
         verdicts = _verdicts(recipe, registry, fingerprint, scores)
         version = None
         if failed := [verdict.reason for verdict in verdicts if not verdict.passed]:
@@ -98,6 +101,7 @@ def publish(
         }
         write_json(folder / DECISION, facts)
         write_atomically(folder / PAGE, _page(facts))
+        write_atomically(folder / REPORT, add_decision(report_page, summary))
         return Outcome(summary, {"published": float(version is not None)}, facts)
 
     return run_stage(STAGE, output, inputs, work, overwrite, intact=_never)

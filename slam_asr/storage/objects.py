@@ -151,6 +151,7 @@ def get(
 
     Raises:
         Replaced: the object has another etag.
+        TemporaryFailure: the answer is truncated.
         Exception: errors of boto3.
     """
     from botocore.exceptions import ClientError
@@ -220,7 +221,7 @@ def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
     """Return whether boto3 has already compared the bytes with this checksum."""
     from botocore.httpchecksum import StreamingChecksumBody
 
-    # boto3 compares only one of the checksums in an answer, so no other may be in it.
+    # boto3 compares only one of an answer's checksums. It is surely this one only if there is no other.
     sums = [name for name in answer if name.startswith("Checksum") and name != "ChecksumType"]
     return (
         isinstance(answer["Body"], StreamingChecksumBody)
@@ -245,6 +246,12 @@ def remove(uri: str) -> None:
     """
     bucket, key = split_uri(uri)
     _require(uri, "removed", lambda: client().delete_object(Bucket=bucket, Key=key))
+
+
+def open_object(uri: str) -> io.BufferedReader:
+    """Open an object for reading from start to end; see `ObjectStream`."""
+    # Without a buffer, a reader in small steps would make a request for each of them.
+    return io.BufferedReader(ObjectStream(uri), _STREAM_BYTES)
 
 
 class ObjectStream(io.RawIOBase):

@@ -1,7 +1,6 @@
 """File operations that work in the same way for local paths and for `s3://bucket/key`."""
 
 import errno
-import io
 import os
 import posixpath
 import shutil
@@ -18,7 +17,6 @@ from slam_asr.storage.local import FILE_URI, local_path, temporary_path, write_a
 from slam_asr.storage.objects import Info
 
 PARALLEL_FILES = 8
-_STREAM_BUFFER_BYTES = 8 * 2**20
 
 
 def join(base: PathOrUri, *names: str) -> str:
@@ -201,7 +199,7 @@ def open_stream(path: PathOrUri) -> BinaryIO:
     """
     path = os.fspath(path)
     if is_s3(path):
-        return io.BufferedReader(objects.ObjectStream(path), buffer_size=_STREAM_BUFFER_BYTES)
+        return objects.open_object(path)
     return open(local_path(path), "rb")
 
 

@@ -38,7 +38,7 @@ from slam_asr.storage.failures import (
     server_words,
 )
 from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
-from slam_asr.storage.objects import SHA256, WRITER, Info, ObjectStream, head
+from slam_asr.storage.objects import SHA256, WRITER, Info, head, open_object
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
 
@@ -247,7 +247,7 @@ class _Upload:
         # An object with another checksum is not an error, because another writer has replaced this one since.
         if known is None or known.sha256 not in (None, self.sha256):
             return
-        with ObjectStream(self.uri) as stream:
+        with open_object(self.uri) as stream:
             received = hashlib.file_digest(stream, "sha256").hexdigest()
         if received != self.sha256:
             raise StorageError(f"{self.uri} is damaged (its checksum differs): write it again.")

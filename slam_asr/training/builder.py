@@ -37,7 +37,7 @@ class Phase:
 
 @dataclass
 class Parts:
-    """What a training run consists of, as one of its processes has it."""
+    """The parts of a training run in one of its processes."""
 
     job: TrainingJob
     recipe: Recipe
@@ -76,7 +76,7 @@ class Parts:
     def distance_weight(self, step: int) -> float:
         """Return the weight of the distance loss in a step of the beginning.
 
-        The weight grows linearly, because an output that is drawn to a wrong token early stays there.
+        The weight grows linearly, because an output that an early step draws to a wrong token stays there.
         """
         options = self.recipe.projector.beginning
         return options.distance_weight * step / options.steps

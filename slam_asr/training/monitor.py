@@ -105,7 +105,7 @@ class Monitor:
         self.interval = _Interval(operations, peak)
 
     def step(self, numbers: StepNumbers) -> None:
-        """Record an optimiser step; log it every `training.log_every` steps."""
+        """Record an optimiser step; log the first, the last and every `training.log_every`-th."""
         assert self.meter is not None, "enter has been called"
         self.interval.add(numbers)
         self.done = numbers.step
@@ -261,7 +261,7 @@ class Plateau:
     def __init__(self) -> None:
         self.mean, self.weight = 0.0, 0.0
         self.best, self.since = 0.0, 0
-        """Highest smoothed accuracy, and the step at which it last rose."""
+        """Smoothed accuracy at the last progress or report, and the step of the last progress."""
         self.reported = 0
         """Length of the plateau, in steps, when it was last reported."""
 
@@ -296,6 +296,6 @@ class Plateau:
             "without the audio. A plateau often ends suddenly, and sooner with a better encoder "
             "(WavLM-large, HuBERT) and a chat LLM. A training run with projector.beginning has hardly any "
             "plateau. If this one does not end, try more data, a longer warm-up or another learning rate, "
-            "encoder.frames: speech with Whisper, or transcripts in lower case; see "
+            "`encoder.frames: speech` if the encoder is Whisper, or transcripts in lower case; see "
             "docs/how-to/troubleshooting.md."
         )

@@ -98,7 +98,7 @@ def test_a_weight_with_nan_is_refused_by_name(tiny_recipe, tmp_path):
         convert_checkpoint(str(file), str(tmp_path / "model"), recipe=r)
 
 
-def test_a_missing_recipe_is_named_in_the_error(tiny_recipe, tmp_path):
+def test_without_a_recipe_the_error_names_the_option(tiny_recipe, tmp_path):
     file = checkpoint(tmp_path / "model.pt", recipe(tiny_recipe).projector)
     with pytest.raises(UserError, match="name them with --recipe"):
         convert_checkpoint(str(file), str(tmp_path / "model"))

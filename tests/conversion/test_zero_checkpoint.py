@@ -39,7 +39,7 @@ def test_every_stage_and_precision_converts_to_the_engines_own_weights(checkpoin
 
 
 @pytest.mark.slow
-def test_all_stages_take_the_same_steps(checkpoints):
+def test_all_of_deepspeeds_stages_have_the_same_losses(checkpoints):
     for precision, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
         losses = [
             load_file(checkpoints / f"{s}-{precision}" / "expected.safetensors")["losses"] for s in STAGES

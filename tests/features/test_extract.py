@@ -125,7 +125,7 @@ def test_only_new_audio_is_computed(tiny_models, manifest, tmp_path):
     assert all(len(store.read(u.audio_id)) for u in [*manifest[1], *new])
 
 
-def test_audio_of_an_earlier_manifest_of_the_same_command_is_saved_once(tiny_models, manifest, tmp_path):
+def test_audio_in_two_manifests_of_one_command_is_saved_once(tiny_models, manifest, tmp_path):
     extra = utterances_in(tmp_path, (0.5,), first=10)
     write_manifest(tmp_path / "dev.jsonl", [dataclasses.replace(manifest[1][1], key="duplicate"), *extra])
     record = extract_features(

@@ -104,7 +104,7 @@ def test_pruning_retains_the_shards_that_a_manifest_needs(store_of_three, tmp_pa
     assert len(FeatureStore(store).index) == 30
 
 
-def test_unreferenced_shards_and_complete_namespaces_are_removed(store_of_three):
+def test_unreferenced_shards_and_a_namespace_with_all_its_shards_are_removed(store_of_three):
     store, _, extract = store_of_three
     extract()
     before = contents(store)

@@ -124,7 +124,7 @@ def test_single_losses_agree(reference, index):
     )
 
 
-def test_a_batchs_loss_is_the_mean_over_utterances_weighted_by_targets(reference):
+def test_a_batchs_loss_is_the_mean_over_utterances_weighted_by_target_tokens(reference):
     labels = [reference.expected[f"labels_single_{i}"] for i in range(4)]
     singles = [reference.mean_loss([i]).item() for i in range(4)]
     mean = sum(n * loss for n, loss in zip(labels, singles, strict=True)) / sum(labels)
@@ -132,7 +132,7 @@ def test_a_batchs_loss_is_the_mean_over_utterances_weighted_by_targets(reference
 
 
 def test_batch_loss_and_gradients_agree(reference, request):
-    # The reference's mask includes one frame per WavLM utterance that is half padding.
+    # For each WavLM utterance, the reference's mask includes one frame that is half padding.
     leaks = "wavlm" in request.node.name
     loss = reference.mean_loss([0, 1, 2, 3])
     assert loss.item() == pytest.approx(reference.expected["loss_batch_0_1_2_3"], abs=5e-4 if leaks else 1e-4)

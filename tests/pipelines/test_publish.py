@@ -45,9 +45,15 @@ def refused(
 def test_refused_model_is_a_finished_run_that_says_why(refused):
     output, stdout, state, _ = refused
     assert re.findall(r"^\d/8 (\S+)$", stdout, re.MULTILINE) == list(outputs_of(PUBLISHING))
-    rate, last = re.search(
-        r"^WER (\S+) % · .*\nreport: .*/report\.html\n(.*)\n\Z", stdout, re.MULTILINE
+    rate, report, last = re.search(
+        r"^WER (\S+) % · .*\nreport: (.*/report\.html)\n(.*)\n\Z", stdout, re.MULTILINE
     ).groups()
+    line = f"<p><b>Not published: WER {rate} % is above gate.max_wer 25 %.</b></p>"
+    assert line in Path(report).read_text(encoding="utf-8")
+    [shown_report] = output.glob("steps/*/publish/run_report")
+    page_of_run = shown_report.read_text()
+    costs = page_of_run[page_of_run.index("What the run took") :]
+    assert line in page_of_run and all(f">{step}<" in costs for step in outputs_of(PUBLISHING))
     assert last == f"not published: WER {rate} % is above gate.max_wer 25 %"
     assert state.versions == []
     [page] = output.glob("steps/*/publish/decision")

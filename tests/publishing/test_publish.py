@@ -12,7 +12,7 @@ from slam_asr.artifacts.stage_record import read_record
 from slam_asr.errors import ClusterError, ConfigurationError, InputError, UserError
 from slam_asr.publishing import connection, kubeflow_registry
 from slam_asr.publishing.registry import Version
-from slam_asr.stages.publish import DECISION, PAGE, check_registry, publish
+from slam_asr.stages.publish import DECISION, PAGE, REPORT, check_registry, publish
 from slam_asr.storage import sha256_of_bytes
 from tests.publishing.server import TOKEN
 
@@ -58,6 +58,9 @@ def test_a_published_version_has_the_models_address_its_wer_and_the_digests_of_i
     page = record.file(PAGE).read_text()
     assert page.startswith(f"**Published as version {version.name} of demo: WER 5.00 %")
     assert f"- scores: `{scores}`\n" in page
+    report, copy = read_record(scores).file(REPORT).read_text(), record.file(REPORT).read_text()
+    heading, line = "</h1>\n", f"<p><b>Published{record.summary.removeprefix('published')}.</b></p>\n"
+    assert line in copy and copy == report.replace(heading, heading + line)
 
 
 def test_registered_run_has_the_id_of_its_notice_and_records(

@@ -1,4 +1,7 @@
-"""A program that starts warm behaves like one that starts cold."""
+"""A program that starts warm behaves like one that starts cold.
+
+`sitecustomize` explains warm starts, and the stand-in that the tests see in place of the program.
+"""
 
 import os
 import signal
@@ -16,7 +19,7 @@ pytestmark = [
     ),
 ]
 
-# Only programs of this name start warm; see `sitecustomize._program`.
+# A script starts warm only if its name ends in `_program.py`; see `sitecustomize._program`.
 NAME = "this_program.py"
 
 
@@ -105,7 +108,7 @@ def test_killing_the_stand_in_kills_the_program(start, tmp_path):
         time.sleep(0.05)
 
 
-def test_workers_of_multiprocessings_fork_server_are_forked_from_it_too(start):
+def test_workers_of_multiprocessings_fork_server_start_warm_too(start):
     source = (
         "import multiprocessing, sys\n"
         "def modules(_):\n    return 'torch' in sys.modules\n"

@@ -1,1 +1,4 @@
-"""Source files that `convert-checkpoint --to huggingface` copies: they need only torch and transformers."""
+"""Source files that `convert-checkpoint --to huggingface` copies.
+
+They need only torch and transformers, and soxr to resample recordings.
+"""

@@ -440,3 +440,7 @@ def test_logs_end_with_the_reason_of_a_failure_that_no_log_contains(recording, k
 def test_message_of_kubernetes_is_explained(message, sentence, purpose):
     assert explain(message, "train", "team", "run-7").startswith(sentence)
     assert waits_for(message) == purpose
+
+
+def test_advice_for_a_step_without_settings_names_those_that_apply_to_it():
+    assert "raise steps.score.memory" in explain("Evicted", "vary-recipe", "team", "run-7")
