@@ -94,7 +94,12 @@ class WhisperEncoder(SpeechEncoder):
         windows = torch.stack(padded).to(
             self.device, self.dtype, non_blocking=True
         )  # [windows, bins, columns]
-        hidden = self.model(windows).last_hidden_state  # [windows, frames, width]
+        # On a CPU, the activations of several windows do not fit into the caches. With eight at a time, a
+        # window took 1.1 (base) to 1.4 times (tiny.en) as long as alone, with the same output.
+        at_once = 1 if self.device.type == "cpu" else len(windows)
+        hidden = torch.cat(
+            [self.model(part).last_hidden_state for part in windows.split(at_once)]
+        )  # [windows, frames, width]
         parts = hidden.split([len(u.inputs) for u in utterances])
         return [
             p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)
