@@ -42,7 +42,7 @@ from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
-"""Steps that are commands. Each writes a folder with a record, to which `--pointer` can write a pointer."""
+"""Steps that are commands. Each writes a folder with a record; `--pointer` also writes a pointer to it."""
 _FACTS = "slam_asr.artifacts.shipped:describe_default"
 OTHER_COMMANDS = {
     "transcribe": Command(
@@ -155,8 +155,8 @@ def run(command: str, arguments: list[str]) -> Any:
         parser.add_argument(
             "--pointer",
             type=str,
-            help="also write a small JSON file {uri, sha256, bytes} that points to the result's folder, "
-            "as the pipeline's steps do",
+            help="also write a pointer, a small JSON file that names the result's folder (uri, sha256, "
+            "bytes, stage, summary, fingerprint), as the pipeline's steps do",
         )
     values = parse_options(parser, arguments)
     if takes_recipe:
@@ -196,8 +196,9 @@ def positionals_of(command: str) -> str:
 def resolve_command(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     """Turn arguments that a command takes by position into options.
 
-    `features`, `ls STORE` becomes `features ls`, `--store=STORE`; `transcribe`, `A B` becomes `--model=MODEL
-    --files+=A --files+=B`. A recipe may come first if a command has no such arguments.
+    (`features`, `ls STORE`) becomes (`features ls`, `--store=STORE`), and (`transcribe`, `A B`) becomes
+    (`transcribe`, `--model=MODEL --files+=A --files+=B`), where MODEL is the default model. A recipe may come
+    first if a command takes no other argument by position.
 
     Raises:
         ConfigurationError: `features` without one of its sub-commands.
@@ -250,7 +251,7 @@ def add_recipe_options(parser: ArgumentParser, recipe: str | None) -> None:
         UserError: the recipe does not exist, or is not valid.
     """
     shipped = ", ".join(shipped_recipes())
-    # The help shows the default, and a model's recipe is the complete YAML.
+    # The help shows the default. For a model's own recipe, that would be the complete YAML text.
     default = "the model's own" if recipe and "\n" in recipe else recipe
     parser.add_argument("--recipe", default=default, help=f"a shipped recipe ({shipped}) or a YAML file")
     parser.add_class_arguments(Recipe, None)

@@ -184,7 +184,8 @@ class Beginning:
     zero as a cosine. After the beginning, `training.learning_rate` applies, with a warm-up of its own."""
     distance_weight: float = bounded(1.0, at_least=0.0)
     """Final weight of a second loss, which draws outputs to the embeddings of the tokens that they stand for.
-    The weight rises from zero. At 0, outputs may be where the LLM has never seen an embedding."""
+    The weight rises from zero. If the final weight is 0, outputs may lie where the LLM has never seen an
+    embedding."""
     dropout: float = bounded(0.2, at_least=0.0, at_most=0.9)
     """Share of the features' values that are set to zero in the beginning."""
     keep_head: bool = False
@@ -282,13 +283,13 @@ class Llm:
     the audio comes before the text. `chat`: the model's own chat template, with the audio at the start of the
     user's turn."""
     answer_prefix: str = ""
-    """Text that training puts before each transcript. With a space, the first word has the tokens that it has
-    within a sentence, with which CTC spells it (`decoding.ctc_weight`). Spaces at the start of a hypothesis
-    are removed; any other prefix remains."""
+    """Text that training puts before each transcript. If it is a space, the first word is tokenised as it is
+    within a sentence, which is also how CTC spells it (`decoding.ctc_weight`). Spaces at the start of a
+    hypothesis are removed; any other prefix remains."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the LLM may run in this program. Some models on the hub need their
     own code; transformers' own models do not. A model folder records the value but does not grant it to
-    others: `decode`, `transcribe` and `convert-checkpoint` need the option again."""
+    others: `decode`, `transcribe`, `serve` and `convert-checkpoint` need the option again."""
     tuning: Literal["frozen", "lora", "full"] = "frozen"
     """Which of the LLM's weights are trained: none, low-rank adapters, or all."""
     learning_rate: float | None = bounded(None, above=0)

@@ -37,8 +37,9 @@ class Training:
     """Save only each LLM layer's input and recompute the layer in the backward pass. This needs a fraction of
     the memory, but a third more time."""
     compile: bool = False
-    """Let torch.compile fuse the operations of each LLM layer. Needs a C++ compiler on the training machine,
-    and the first steps wait for compilation. Does not work with ZeRO stage 3."""
+    """Let torch.compile fuse the operations of each LLM layer. The training machine needs Python's headers
+    and a compiler: for C++ if it trains on a CPU, for C on a GPU. The first step waits for compilation. Does
+    not work with ZeRO stage 3."""
     liger: bool = False
     """Use Liger's kernels for the LLM's norms, rotary embeddings and feed-forward layers. Needs a GPU and the
     package liger-kernel."""
@@ -84,13 +85,14 @@ class Training:
     """Validations without a lower dev loss after which training ends early; 0: never."""
     nonfinite_steps: int = bounded(3, at_least=1)
     """Training stops after this many consecutive steps with a loss or gradient that is not finite. Each such
-    step is skipped, and its utterances are written to nonfinite.jsonl."""
+    step is skipped, and its utterances are written to nonfinite.jsonl. In fp16, steps that are skipped while
+    the loss scale adapts do not count."""
     checkpoint_every: int = bounded(1000, at_least=0)
     """Steps between checkpoints; 0: by time alone. Training also saves one at its end and at each validation
     with the lowest dev loss so far."""
     checkpoint_minutes: float = bounded(10.0, at_least=0.0)
-    """Maximum minutes between checkpoints. This much work can be lost when a cluster ends the pod, because it
-    leaves too little time for a last checkpoint. 0: by steps alone."""
+    """Maximum minutes between checkpoints. This much work can be lost if a cluster leaves too little time for
+    a last checkpoint when it ends the pod. 0: by steps alone."""
     checkpoints: int = bounded(2, at_least=1)
     """Number of most recent checkpoints to retain, in addition to the one with the lowest dev loss."""
     log_every: int = bounded(10, at_least=1)

@@ -34,6 +34,7 @@ from slam_asr.conversion.voxtral import write_voxtral
 from slam_asr.errors import ConfigurationError
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
+from slam_asr.storage import allow_readers
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     else:
         writers[target.to](folder, parts, target)
         checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
+    allow_readers(folder)
     trained = {"projector": parts.projector, "llm": parts.llm, "encoder": parts.encoder}
     counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in trained.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())

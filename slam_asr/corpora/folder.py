@@ -41,8 +41,8 @@ _TEXT = ".txt"
 _SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
 """Matches the sample numbers at the beginning of a TIMIT transcript."""
 _MAX_CHECKED = 200
-"""Number of audio files, from the first, whose text file is looked for. If none of them has one, the folder
-is regarded as another kind of corpus."""
+"""How many of the first audio files are checked for a text file. If none of them has one, the folder is
+regarded as another kind of corpus."""
 _TEXTS_CHECKED = 10
 """Number of transcripts that are read to recognise TIMIT's form."""
 
@@ -70,7 +70,7 @@ class Folder(CorpusReader):
         """Open a folder; return None if none of its first audio files has a text file."""
         if not is_folder(root):
             return None
-        # Generators, so that no more files are listed and looked up than are needed for the first transcript.
+        # Generators, so that no more files are listed and looked up than the transcripts read below need.
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
         stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
         texts = (

@@ -93,8 +93,8 @@ def remove_positions(
 
     Returns:
         The batch and its embeddings without these positions, with at most L columns. A padded batch is still
-        padded on the left, so that all answers begin in the same column. `audio` and `positions` remain those
-        of the audio itself.
+        padded on the left, so that all answers begin in the same column. `audio` and `positions` are
+        unchanged: they include the removed positions.
     """
     remaining = batch.mask.bool()
     remaining[batch.is_audio] = ~dropped

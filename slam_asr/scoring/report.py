@@ -66,11 +66,12 @@ def write_report(
         controls: other hypotheses for the same utterances, keyed by `shuffled audio` and `empty output`.
         training: facts about the model's training: recipe, encoder, llm, trained_parameters (or, if that is
             absent, projector_parameters), all_parameters, precision, device, processes, steps, epochs,
-            seconds, train_utterances, train_hours, curve (list of {step, loss, accuracy, learning_rate}) and
-            validation (list of {step, loss, accuracy}), with accuracies as fractions. Absent facts are not
-            shown, and any other facts are shown under their own names.
-        decoding: facts about the decoding: beams, seconds, audio_hours, utterances, answers_cut,
-            empty_answers; absent and other facts as in `training`.
+            seconds, train_utterances and train_hours; and the curves, which are `curve`, `validation` and
+            `beginning` of `slam_asr.pages.curves.write_curves`. Absent facts are not shown. Other numbers and
+            texts are shown under their own names, other lists and dictionaries are not shown.
+        decoding: facts about the decoding: beams, seconds, audio_hours, hours_decoded (for the speed, if it
+            differs from audio_hours), utterances, answers_cut, empty_answers, close_calls; absent and other
+            facts as in `training`.
         audio: MP3 in base64 of some of the worst utterances, to be played on the page.
 
     Returns:
@@ -227,7 +228,7 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
 def _group_table(
     heading: str, label: str, groups: list[tuple[str, dict[str, Any]]], note: str
 ) -> dict[str, Any]:
-    # The lengths of the bars are divided by this, so it is 1 if no group has errors.
+    # The rates are divided by this to get the lengths of the bars, so it is 1 if no group has errors.
     highest = max((group["rate"] or 0 for _, group in groups), default=0) or 1
     rows = [
         group | {"label": name, "bar": round(100 * (group["rate"] or 0) / highest, 1)}

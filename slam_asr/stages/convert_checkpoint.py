@@ -10,7 +10,7 @@ from typing import Literal
 from slam_asr.artifacts.stage_record import Outcome, Record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.storage import allow_readers, sha256_of_file
+from slam_asr.storage import sha256_of_file
 
 STAGE = "convert-checkpoint"
 
@@ -31,21 +31,19 @@ def convert_checkpoint(
     """Convert a checkpoint to projector.safetensors and config.json, or to another format.
 
     Args:
-        checkpoint: folder that train wrote or is writing; or SLAM-LLM's model.pt, DeepSpeed's folder or what
-            its zero_to_fp32.py wrote, which need `recipe`; or the original file of Whisper, WavLM, HuBERT or
-            wav2vec 2.0; or a model folder; or a shipped model's name.
+        checkpoint: folder that train wrote or is writing; SLAM-LLM's model.pt, DeepSpeed's folder or what its
+            zero_to_fp32.py wrote, which need `recipe`; the original file of Whisper, WavLM, HuBERT or wav2vec
+            2.0; a model folder; or a shipped model's name.
         output: folder of the model; {fingerprint} in it is replaced by a digest of the inputs.
-        to: `model` writes this project's model folder; `huggingface` writes a folder that transformers loads
-            by itself, on machines without slam-asr; `voxtral` writes a folder for transformers' own class
-            Voxtral, so that the folder contains no code; `slam-llm` writes SLAM-LLM's model.pt; `llm` writes
-            only the trained LLM, as transformers does, with LoRA merged into it.
+        to: `model` writes this project's model folder; `huggingface` a folder that transformers loads by
+            itself, on machines without slam-asr; `voxtral` a folder for transformers' own class Voxtral,
+            without code; `slam-llm` SLAM-LLM's model.pt; `llm` only the trained LLM, with merged LoRA.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
             model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
             `llm.trust_remote_code` are used: where the models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints, without those of the beginning).
-        half: save projector and LoRA adapter in fp16, which halves their size; computations use the recipe's
-            precision anyway.
+        half: save projector and LoRA adapter in fp16, which halves the folder's size.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
         complete: with `--to huggingface`, copy encoder and LLM into the folder; by default, it contains only
@@ -75,12 +73,8 @@ def convert_checkpoint(
     if isinstance(source, OriginalEncoder):
         return _convert_encoder(source.file, output, target.inputs, overwrite)
 
-    def work(folder: Path) -> Outcome:
-        outcome = write(folder, source.read(), target)
-        allow_readers(folder)
-        return outcome
-
-    return run_stage(STAGE, output, {**source.inputs, **target.inputs}, work, overwrite)
+    inputs = {**source.inputs, **target.inputs}
+    return run_stage(STAGE, output, inputs, lambda folder: write(folder, source.read(), target), overwrite)
 
 
 def _check(to: str, half: bool, complete: bool, report: str | None, verify: bool) -> None:
