@@ -13,9 +13,6 @@ PREFILL_POSITIONS = 4096
 """Maximum number of positions of audio and prompt in one forward pass. It is large enough to occupy a GPU,
 and small enough that the utterances of a group have similar lengths. A single utterance may exceed it, and so
 may a batch whose cache cannot be gathered from groups."""
-CPU_PREFILL_POSITIONS = 1024
-"""The same on a CPU, which smaller passes occupy too. With 64 utterances of 20 to 110 positions, passes of
-1024 took 0.84 of the time of passes of 4096, and passes of 256 as long as those of 1024."""
 
 
 def forward(
@@ -73,8 +70,7 @@ def prefill(
         return forward(llm, group_positions, group_mask, inputs_embeds=embeddings[rows, width - longest :])
 
     utterances, width = mask.shape
-    at_once = CPU_PREFILL_POSITIONS if mask.device.type == "cpu" else PREFILL_POSITIONS
-    if utterances * width <= at_once:
+    if utterances * width <= PREFILL_POSITIONS:
         return run_group(slice(None), width)
     # The order is longest first, so that a group's first utterance gives its padded length, and the pass with
     # the longest utterances runs before the cache of all utterances is allocated.
@@ -84,7 +80,7 @@ def prefill(
     start = 0
     while start < utterances:
         longest = int(lengths[start])
-        rows = order[start : start + max(1, at_once // longest)]
+        rows = order[start : start + max(1, PREFILL_POSITIONS // longest)]
         group_logits, cache = run_group(rows, longest)
         if not is_plain(cache):
             # The caches of sliding windows and recurrent layers cannot be gathered by position, so the batch

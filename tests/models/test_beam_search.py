@@ -250,7 +250,7 @@ def test_an_attention_that_ignores_the_prefix_is_noticed():
 def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
     llm, (embeddings, mask) = random_llm(family), random_batch()
     together = beam_search(llm, embeddings, mask, configuration())
-    monkeypatch.setattr(prefill, "CPU_PREFILL_POSITIONS", 40)
+    monkeypatch.setattr(prefill, "PREFILL_POSITIONS", 40)
     rows = count_rows(llm, monkeypatch)
     found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)
