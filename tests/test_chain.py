@@ -1,4 +1,4 @@
-"""All six programs together train a model that knows eight real utterances by heart."""
+"""All six programs together train a model that knows four real utterances by heart."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from slam_asr.artifacts.stage_record import read_record
 
-UTTERANCES, STEPS = 8, 140
+UTTERANCES, STEPS = 4, 90
 OVERRIDES = [
     "--training.max_steps",
     str(STEPS),
@@ -49,7 +49,7 @@ def short_utterances(libri_mini):
 
 
 @pytest.mark.slow
-def test_a_model_trained_by_all_stages_knows_eight_utterances_by_heart(libri_mini, tmp_path):
+def test_a_model_trained_by_all_stages_knows_four_utterances_by_heart(libri_mini, tmp_path):
     chosen = [u for u, _ in zip(short_utterances(libri_mini), range(UTTERANCES), strict=False)]
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import random
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.manifest import read_manifest
+from slam_asr.artifacts.stage_record import read_record
 from slam_asr.config.recipe import load_recipe
 from slam_asr.decoding.model import open_model
 from slam_asr.errors import UserError
@@ -29,7 +32,9 @@ from slam_asr.stages.train import train
 from slam_asr.training.inputs import settings_that_affect_weights
 from slam_asr.training.live import read_curve
 from slam_asr.training.step_plan import Budget, TrainingPlan
+from tests.training.test_resuming import ended, start, succeed, wait_for_step
 
+SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 BORDER, STEPS = 8, 14
 OPTIONS = {
     "projector.beginning.kind": "ctc",
@@ -132,6 +137,29 @@ def test_a_resumed_training_run_is_bit_equal(prepared, uninterrupted, tmp_path, 
         expected, actual = tensors_of(output, later), tensors_of(tmp_path / "t", later)
         assert expected.keys() == actual.keys() and len(expected) > 12
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SOAK, reason="takes minutes: make soak")
+def test_kills_at_random_steps_of_both_phases_change_no_bit(prepared, tmp_path):
+    border, steps = 40, 80
+    options = OPTIONS | LORA | {"projector.beginning.steps": border, "training.max_steps": steps - border}
+    options |= {"training.checkpoint_every": 3}
+    succeed(start(prepared, tmp_path / "uninterrupted", **options))
+    kills = [*random.sample(range(2, border), 4), border, *random.sample(range(border + 1, steps - 5), 4)]
+    for step in sorted(kills):
+        process = start(prepared, tmp_path / "killed", **options)
+        wait_for_step(process, tmp_path / "killed", step)
+        process.kill()
+        ended(process)
+    succeed(start(prepared, tmp_path / "killed", **options))
+    folders = [tmp_path / "uninterrupted", tmp_path / "killed"]
+    expected, actual = (curve_of(read_record(str(folder))) for folder in folders)
+    assert len(expected) > steps and actual == expected
+    expected, actual = (tensors_of(folder, steps) for folder in folders)
+    assert expected.keys() == actual.keys() and len(expected) > 12
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    print(f"killed after steps {sorted(kills)}")
 
 
 @pytest.mark.slow
