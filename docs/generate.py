@@ -136,7 +136,8 @@ def _commands() -> str:
         "",
         "The pipelines run these stages as their steps: "
         + ", ".join(f"`{name}`" for name, step in STEPS.items() if step.function)
-        + ".",
+        + ". With `--pointer FILE`, each of them also writes a [pointer](../glossary.md) to its result's "
+        "folder, as it does in a pipeline.",
         "",
     ]
     for command, source in COMMANDS.items():
