@@ -1,4 +1,4 @@
-"""Compare the speed of training with the reference's method.
+"""Compare the speeds of two methods of training: this project's, and that of the reference, SLAM-LLM.
 
     python benchmarks/training.py MANIFEST                     # train.jsonl by build-manifest
     python benchmarks/training.py MANIFEST --utterances 96 --repeats 3 --precisions fp32 bf16

@@ -1,1 +1,1 @@
-"""The demo's speech and models, and the scripts that make speech and fetch models without the hub."""
+"""The demo's speech, and the scripts that make speech and fetch models, if necessary without the hub."""

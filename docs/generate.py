@@ -130,9 +130,14 @@ def _commands() -> str:
         NOTE.format(source="the stage functions"),
         "",
         "Option names use dashes. A list is given as separate values: `--manifests a.jsonl b.jsonl`.",
-        "Every path is a local path or `s3://bucket/key`. A command with `--recipe` accepts "
-        "every [recipe key](recipe.md) as an option too, such as `--training.max_steps 200`. `decode`, "
-        "`transcribe` and `serve` refuse the keys that have no effect on a model that is already trained.",
+        "Every path is a local path or `s3://bucket/key`; only that of `--api-key-file` must be local. A "
+        "command with `--recipe` accepts every [recipe key](recipe.md) as an option too, such as "
+        "`--training.max_steps 200`.",
+        "",
+        "A trained model contains its recipe. `convert-checkpoint`, `decode`, `score`, `publish`, "
+        "`transcribe` and `serve` refuse options for keys that have no effect on such a model; `score` and "
+        "`publish` accept all keys if `--recipe` is given. The base models are those of the training, even "
+        "if `--recipe` names a recipe with others, unless `--encoder.name` or `--llm.name` is given.",
         "",
         "The pipelines run these stages as their steps: "
         + ", ".join(f"`{name}`" for name, step in STEPS.items() if step.function)

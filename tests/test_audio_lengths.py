@@ -151,7 +151,7 @@ def test_an_mp3_without_an_encoders_header_is_decoded_to_its_end():
     assert len(read(headless).samples) == 2 * 576 * (len(frames) - 1)
 
 
-def test_a_flac_whose_first_block_has_another_size_is_refused():
+def test_a_flac_whose_first_metadata_block_has_a_wrong_size_is_refused():
     content = bytearray(encoded("FLAC", noise(0.5)))
     content[7:9] = b")\xf1"
     assert "cannot be read" in refusal(bytes(content)) or "is damaged" in refusal(bytes(content))

@@ -20,7 +20,7 @@ def extract_features(
         manifests: Pointer to the result folder of build-manifest; it carries the recipe.
         shard: The work shard of this step, i/n.
         features: Pointer to the record of this work shard in the feature store.
-        extraction_metrics: Number of utterances, hours of audio, megabytes of features.
+        extraction_metrics: Number of utterances, number of new ones, hours of audio, megabytes of features.
     """
     from slam_asr.errors import exit_on_user_error
 

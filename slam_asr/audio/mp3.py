@@ -4,7 +4,7 @@ The length that libsndfile reports for an mp3 is not reliable. It is the count i
 if more streams follow; without such a header, it is an estimate from the bit rate. libsndfile's seeking is
 not exact either. But the header of every frame gives the size of the frame, so all frames of a file are found
 in milliseconds. A stretch is decoded from copies of its frames and of the frames before it that it depends
-on. The samples are then equal to those of the complete file, bit by bit.
+on. The samples are then equal to those of the complete file, except for the last bit of the decoder's sums.
 
 The data of a layer III frame may begin in the unused space of the frames before it, the bit reservoir. The
 first field of the frame's side information, main_data_begin, is the number of these bytes.

@@ -17,7 +17,7 @@ _PROJECTOR, _LORA = "encoder_projector.", "llm.base_model.model."
 
 
 def is_slam_llm(content: object) -> bool:
-    """Return whether the content of a `.pt` file is a dictionary with the weights of SLAM-LLM's projector."""
+    """Return whether a checkpoint's content is a mapping with the weights of SLAM-LLM's projector."""
     return isinstance(content, Mapping) and any(
         isinstance(n, str) and n.startswith(_PROJECTOR) for n in content
     )
@@ -28,7 +28,7 @@ def from_slam_llm(content: Mapping[str, torch.Tensor], where: str) -> LazyTensor
 
     Args:
         content: the weights by SLAM-LLM's names, as the file contains them.
-        where: the file's name, for error messages.
+        where: the checkpoint's file or folder, for error messages.
 
     Returns:
         The same tensors by their new names; shapes and dtypes do not change.

@@ -5,6 +5,9 @@ after the other. Both must give the same loss, bit for bit, on a probe of three 
 no corpus, so the probe's encoder outputs are random numbers and its texts are made up. The loss on the probe
 is therefore large and says nothing about the model's quality, but it depends on every trained weight of
 projector and LLM. A trained encoder does not take part in the probe; its weights are compared one by one.
+
+An LLM that is written without a projector is an exception: it is loaded by itself, and its loss may differ by
+`MERGED_TOLERANCE`, because its weights were rounded.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +56,7 @@ MEMORY_SHARE = 0.6
 
 @dataclass
 class TrainedWeights:
-    """The weights that a training run changed."""
+    """The trained weights of projector and LLM."""
 
     projector: SpeechProjector
     """In float32."""
@@ -91,7 +94,8 @@ def compare_written_loss(
         recipe: the training's recipe.
         llm_folder: the base LLM's folder.
         encoder_width: values per frame.
-        before: the checkpoint's weights, rounded to the precision of the written file.
+        before: the checkpoint's weights. Those of the projector and of an adapter are already rounded to the
+            precision of the written file; those of a fully trained LLM are rounded here.
         after: reads the written weights.
         where: the written folder, for error messages.
 
@@ -102,8 +106,8 @@ def compare_written_loss(
         ModelError: weights or losses differ.
     """
     written = after()
-    # A fully trained LLM is written in the training's precision, with each tied weight once. The checkpoint
-    # has fp32 weights, under every name.
+    # A fully trained LLM is written in the training's precision, with each tied weight once. The checkpoint's
+    # weights are in fp32, and a tied weight is there under each of its names.
     llm = before.llm
     if recipe.llm.tuning != "lora":
         names = [name for name in before.llm if name in written.llm]
@@ -127,7 +131,7 @@ def compare_written_loss(
 def compare_merged_loss(
     recipe: Recipe, llm_folder: Path, encoder_width: int, before: TrainedWeights, folder: Path
 ) -> str:
-    """Compare the loss of a written LLM with that of the base LLM and the checkpoint's weights.
+    """Compare the loss of a written LLM with that of the base LLM that has the checkpoint's weights in it.
 
     Args:
         recipe: the training's recipe.
@@ -177,7 +181,7 @@ def _probe_losses(
 
     Args:
         recipe: the training's recipe, which decides on LoRA, prompt and downsampling.
-        llm_folder: folder of the LLM without the trained weights.
+        llm_folder: folder of the LLM whose weights those of `models` replace.
         encoder_width: values per frame.
         models: the trained weights.
 
@@ -234,7 +238,7 @@ def _overwrite(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> N
 
 
 def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) -> TrainedWeights:
-    """Read what a conversion wrote, with the functions that users of the model call.
+    """Read the trained weights from the files that a conversion wrote.
 
     Args:
         folder: folder of the model, or of SLAM-LLM's model.pt.
@@ -267,7 +271,7 @@ def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) ->
 
 
 def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Require that the written encoder has exactly the checkpoint's weights.
+    """Require that the written encoder has the checkpoint's weights, rounded to the training's precision.
 
     Args:
         folder: the written model's folder.

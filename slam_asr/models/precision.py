@@ -22,7 +22,7 @@ def processes_here(key: str, requested: int) -> int:
         requested: the number; 0 requests one process per GPU, or a single one without a GPU.
 
     Raises:
-        ConfigurationError: more processes are requested than this machine has GPUs.
+        ConfigurationError: this machine has GPUs, but fewer than the requested processes.
     """
     gpus = torch.cuda.device_count()
     if gpus and requested > gpus:
@@ -48,8 +48,8 @@ def explain_precision(precision: str, device: torch.device) -> str:
         "faster than bf16 on CPUs without matrix units for it" if device.type == "cpu" else "for comparisons"
     )
     reasons = {
-        "bf16": "half of fp32's memory and its full range; the projector's master weights stay in fp32",
-        "fp16": "for GPUs without bf16; with loss scaling, and the projector's master weights in fp32",
+        "bf16": "half of fp32's memory and its full range; in training, the master weights are in fp32",
+        "fp16": "for GPUs without bf16; in training, with loss scaling and fp32 master weights",
         "fp32": f"as the recipe requests; {use}",
     }
     return f"{precision} on {device.type} ({reasons[precision]})"

@@ -1,1 +1,1 @@
-"""Messages to a webhook when a run ends, and the reasons for its failure that they report."""
+"""Messages to a webhook when a run ends, and explanations of why a step failed or waits."""

@@ -11,7 +11,7 @@ from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 MAX_BARS = 60
-"""Maximum number of bars in the histogram. If utterances exceed this many seconds, a bar covers several."""
+"""Maximum number of bars in the histogram. Each bar covers one second, or several in a long histogram."""
 MAX_CHARACTERS = 200
 """Maximum number of different characters on the page."""
 _MAX_EXAMPLE = 160
@@ -85,7 +85,8 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         splits: for each split, `durations`: the numbers of utterances that last [0, 1) s, [1, 2) s and so on.
 
     Returns:
-        Bars, axis ticks and sizes in units of the drawing, keyed by their names in the page's template.
+        Bars; axis ticks, each with its position and its number; sizes in units of the drawing; and `bin`, the
+        seconds that a bar covers. The keys are the names in the page's template.
     """
     longest = max(len(m["durations"]) for m in splits.values())
     # There is one count per second, and none can be divided, so a bar's width is a whole number of seconds.
@@ -122,7 +123,7 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scale(highest: int) -> tuple[int, int]:
-    """Return the distance between an axis's ticks, and the end of the axis, a multiple of it.
+    """Return two numbers: the distance between an axis's ticks, and the axis's last value, a multiple of it.
 
     The distance is the smallest of 1, 2, 5, 10, 20 and so on that reaches `highest` in at most four steps.
     """

@@ -15,7 +15,7 @@ def copy_models(to: str, recipe: Recipe | None = None, models: list[str] | None 
 
     Args:
         to: an s3:// prefix. Below it, a copy has the model's name on the hub, or the last component of the
-            folder's path.
+            folder's path. A relative path of two components, such as models/tiny, is used completely.
         recipe: a recipe whose encoder and LLM are copied.
         models: names on the hub, or folders. Models that are already in object storage are not copied.
 

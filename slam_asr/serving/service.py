@@ -31,9 +31,9 @@ from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
 T = TypeVar("T")
 
 CLIENT_GONE = 499
-"""The status, in logs and metrics, of a request whose client disconnected before the answer."""
+"""The status, in logs and metrics, of a request whose client disconnected before the end of the answer."""
 MAX_SECONDS_IN_MEMORY = 3600.0
-"""While this many seconds of decoded audio are in memory, further uploads wait in their files."""
+"""While this many seconds of decoded audio are in memory, further uploads wait and are not decoded yet."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Service:
             The recording's duration in seconds, and the pieces.
 
         Raises:
-            Refusal: the file is no audio, or too long.
+            Refusal: the file cannot be used, for one of the reasons of `decode_audio`.
         """
         file, recognizer = form["file"], self.batcher.recognizer
         assert isinstance(file, UploadFile) and recognizer is not None, "`read_order` and `admit` check this"
@@ -134,7 +134,8 @@ class Service:
             return clip.duration, recognizer.pieces(clip.samples)
 
         async with self._decoders:
-            # The semaphore covers this wait too, so at most one recording per core can exceed the limit.
+            # The semaphore is held during this wait too. Beyond the limit, at most one more recording per
+            # core is therefore decoded.
             # Nothing is awaited between the check and `clear`, so no release is missed.
             while self._seconds >= MAX_SECONDS_IN_MEMORY:
                 self._freed.clear()
@@ -185,7 +186,7 @@ class Exchange:
         """Return the complete transcript, or a stream of its events.
 
         Raises:
-            Refusal: the request is wrong or took too long.
+            Refusal: the request is wrong or took too long, or the model failed.
             ClientDisconnect: the client has disconnected.
         """
         served = self.service.served

@@ -28,7 +28,8 @@ def compare(
         output: a JSON file to write the numbers to, local or s3://.
         common: compare only the utterances that both outputs have, and count the others. By default, an
             utterance that only one output has is an error.
-        seed: seed of the resampling and of the random exchanges.
+        seed: seed of the two random computations: the bootstrap of the 95 % interval, and the randomisation
+            test that gives p.
 
     Returns:
         One comparison per test subset, if the utterances come from several subsets, and finally one over all

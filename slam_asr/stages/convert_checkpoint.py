@@ -43,15 +43,15 @@ def convert_checkpoint(
             `llm.trust_remote_code` are used: where the models are now, and whether the LLM's code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints, without those of the beginning).
-        half: save projector and LoRA adapter in fp16, which halves the folder's size.
+        half: save projector and LoRA adapter in fp16, which halves their size.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
         complete: with `--to huggingface`, copy encoder and LLM into the folder; by default, it contains only
             the trained weights, and the names of encoder and LLM.
         report: with `--to huggingface` or `voxtral`, folder that score wrote for this model; its error rates
             become part of the model card.
-        verify: compare the result with the checkpoint before publishing it: all weights, and the loss on a
-            few utterances of random audio.
+        verify: before publishing a result, compare all weights with the checkpoint's and, if the LLM fits in
+            memory, the loss on random audio; with `--to llm` only the loss, with `--to voxtral` the logits.
         overwrite: replace a model that was made from another checkpoint.
 
     Returns:

@@ -55,7 +55,7 @@ def decode(
             are the same as without work shards.
 
     Returns:
-        The stage's record. Its folder holds hypotheses.jsonl, which `slam-asr score --parts` takes.
+        The stage's record. Its folder, which `slam-asr score --parts` takes, holds hypotheses.jsonl.
 
     Raises:
         ModelError: a base model is not the one that the model was trained with.
@@ -94,7 +94,7 @@ def decode(
 
 def _summary(decoded: int, utterances: int, shard: WorkShard) -> str:
     return (
-        f"{decoded} of {utterances} utterances, work shard {shard}"
+        f"{decoded} of {utterances} utterances, work shard {shard.number}/{shard.total}"
         if shard.total > 1
         else f"{decoded} utterances"
     )
@@ -103,8 +103,9 @@ def _summary(decoded: int, utterances: int, shard: WorkShard) -> str:
 def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
     """Return a run's recipe with the base models of a model that the run only evaluates.
 
-    The recipes of run and model may name different encoders and LLMs. The run's name is used only if it ends
-    in the same path component as the model's: then it is most likely another place of the same base model.
+    The recipes of run and model may name different encoders and LLMs. A base model's name in the run's recipe
+    is used only if it ends in the same path component as the one in the model's recipe: then it is most
+    likely another place of the same base model.
 
     Args:
         recipe: the run's recipe.

@@ -39,9 +39,10 @@ def split_uri(uri: str) -> tuple[str, str]:
     # password.
     if "@" in authority or ":" in authority:
         raise StorageError(
-            "An s3:// address begins with a name, password or server instead of a bucket (it contains : or "
-            "@): write s3://bucket/prefix, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for "
-            "credentials, and AWS_ENDPOINT_URL for the server."
+            "One of the s3:// addresses (not shown, as it may contain a password) begins with a name, "
+            "password or server instead of a bucket (it contains : or @): write s3://bucket/prefix, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for credentials, and AWS_ENDPOINT_URL for the "
+            "server."
         )
     match = re.fullmatch(r"s3://([a-zA-Z0-9][a-zA-Z0-9._-]+)/?(.*)", uri, re.DOTALL)
     if not match:

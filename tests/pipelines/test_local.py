@@ -157,7 +157,7 @@ def test_decoding_in_work_shards_gives_the_same_texts_and_rates(finished, in_wor
         re.search(r"^WER .*$", done.stdout, re.MULTILINE)[0]
         == re.search(r"^WER .*$", undivided.stdout, re.MULTILINE)[0]
     )
-    parts = re.findall(r"decode: (\d+) of (\d+) utterances, work shard (\d)-of-3", done.stdout)
+    parts = re.findall(r"decode: (\d+) of (\d+) utterances, work shard (\d)/3", done.stdout)
     assert sorted(number for *_, number in parts) == ["1", "2", "3"]
     assert (
         sum(int(mine) for mine, *_ in parts) == int(parts[0][1]) and min(int(mine) for mine, *_ in parts) > 0

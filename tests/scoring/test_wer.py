@@ -112,7 +112,7 @@ def test_white_space_of_any_kind_is_no_error():
     assert score([Hypothesis("a", " a\tb\n c\u00a0d ", "a b  c d")]).wer == 0
 
 
-def test_case_and_punctuation_count():
+def test_differences_in_case_and_punctuation_are_errors():
     assert score([Hypothesis("a", "Hello world,", "hello world")]).substitutions == 2
 
 

@@ -77,7 +77,7 @@ def without_a_compiler(monkeypatch):
         *([(pack, True), (collate, False)] if os.environ.get("SLAM_ASR_SOAK") else []),
     ],
 )
-def test_compiled_layers_compute_the_same(lay_out, checkpointing, without_a_compiler):
+def test_traced_layers_compute_the_same(lay_out, checkpointing, without_a_compiler):
     uncompiled, compiled = tiny(), tiny(checkpointing)
     names = list(compiled.state_dict())
     compile_layers(compiled.llm)
@@ -103,7 +103,7 @@ def test_no_batch_causes_a_recompilation(without_a_compiler):
 
 
 @pytest.mark.slow
-def test_compiled_code_computes_the_same():
+def test_generated_code_computes_the_same():
     torch.compiler.reset()
     uncompiled, compiled = tiny(), tiny()
     compile_layers(compiled.llm)
@@ -130,7 +130,7 @@ def test_kernels_do_not_count_as_settings_that_affect_weights():
 
 @pytest.fixture
 def liger(monkeypatch) -> list:
-    """A stand-in for Liger's package that supports only Llama; a list of what it was asked to patch."""
+    """Install a stand-in for Liger's package that supports only Llama; return the list of its calls."""
     patched = []
     module = types.ModuleType("liger_kernel.transformers.monkey_patch")
     module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}

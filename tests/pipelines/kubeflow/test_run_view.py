@@ -289,7 +289,7 @@ def test_refusal_of_a_restart_has_the_servers_words_and_the_way_out(recording, k
 
 
 @recorded
-def test_server_without_the_old_api_shows_states_alone(recording, kubeflow, program):
+def test_states_are_shown_even_if_the_workflow_cannot_be_read(recording, kubeflow, program):
     run_id = recording("oom-killed")
     v2, v1 = kubeflow.recorded[run_id]
     kubeflow.recorded[run_id] = (v2, v1 | {"pipeline_runtime": {"workflow_manifest": "not JSON"}})
@@ -442,5 +442,5 @@ def test_message_of_kubernetes_is_explained(message, sentence, purpose):
     assert waits_for(message) == purpose
 
 
-def test_advice_for_a_step_without_settings_names_those_that_apply_to_it():
+def test_advice_names_the_settings_that_apply_to_a_step_without_its_own():
     assert "raise steps.score.memory" in explain("Evicted", "vary-recipe", "team", "run-7")
