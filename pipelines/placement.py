@@ -33,7 +33,7 @@ REGISTRY_KEYS = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
 )
-"""Keys of the secret `registry.secret`, which the steps that publish get as environment variables."""
+"""Keys of the secret `registry.secret`. `open-registry` and `publish` get them as environment variables."""
 
 COORDINATOR = StepSettings(cpu="100m", cpu_limit="1", memory="512Mi", scratch="10Gi")
 """Settings of the step `train` in multi-node training: it only starts a TrainJob and watches it."""

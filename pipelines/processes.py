@@ -14,7 +14,8 @@ import psutil
 GRACE = 15.0
 """Seconds that an interrupted step has to end by itself; torchrun needs some to end its workers."""
 _ONE_SIGNAL = 1.0
-"""Seconds within which a second signal counts as the first: `timeout` signals a process and its group."""
+"""Seconds after a signal in which another one is ignored. `timeout` signals a process, and then its group,
+so the process gets two."""
 _interrupted = threading.Event()
 _stoppers: set[Callable[[], None]] = set()
 """Functions that end the steps that run outside the main thread."""

@@ -167,8 +167,9 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
         in_a_cluster: whether the pipeline runs in a cluster, where variations may run at the same time.
 
     Raises:
-        UserError: the recipe has no training data, the model was trained on other features, the variations
-            are invalid, or both a model and a sweep are given.
+        UserError: an option is empty, two options contradict each other, a sweep has no recipe, the recipe
+            has no training data, the variations are invalid, or the model does not exist or was trained on
+            other features.
     """
     model, sweep, parallel = options["model"], options["sweep"], options.get("parallel", 0)
     # An unset variable in a script gives an empty option, which is most likely a mistake.

@@ -21,7 +21,7 @@ SINGLE_STAGE_RESULTS = "results"
 RUN_ALONE = tuple(name for name, step in STEPS.items() if step.options)
 """Stages that `--only` can run."""
 CORPUS_READER = next(name for name, step in STEPS.items() if "{corpus}" in step.options.values())
-"""The stage that reads the corpus; the record of its result names it."""
+"""The stage that reads the corpus. Its record names the corpus."""
 
 _NAME = re.compile(r"\{([a-z-]+)(\*?)\}")
 """Matches a name in braces, with or without a star, in the text of an option: see `Step.options`."""
@@ -97,7 +97,7 @@ def corpus_of(output: Path, stage: str) -> str:
 
 
 def require_stage(name: str, request: RunRequest) -> str:
-    """Return a stage's name, after checking that the requested pipeline runs it exactly once.
+    """Return a stage's name, after checking that the requested pipeline has it and is not a sweep.
 
     Raises:
         ConfigurationError: the pipeline has no such stage, or runs it once per variation.

@@ -117,7 +117,7 @@ def run_stage(
         ConfigurationError: the folder holds results of other inputs, and `overwrite` is false.
         InputError: the folder's `stage.json` is damaged.
         OSError: the local folder cannot be written.
-        StorageError: the bucket cannot be written. Both are tried before the work begins.
+        StorageError: the bucket cannot be written. A small file is written as a test before the work begins.
     """
     output = output.replace(FINGERPRINT, digest(inputs)[:16])
     remote = is_s3(output)
@@ -224,7 +224,7 @@ def write_pointer(
         record: the stage's record.
         path: the pointer's file.
         recipe: the run's recipe, which the next steps read with `recipe_of`. A recipe in the folder cannot
-            replace it, because the folder may be the result of a run whose recipe differed in later stages.
+            replace it: an earlier run may have written the folder, with other settings for later stages.
         store: if given, the record of this step of the run is also saved in this store; see `save_step`.
     """
     pointer: dict[str, Any] = {

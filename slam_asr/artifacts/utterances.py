@@ -46,7 +46,7 @@ def load_utterance(utterance: Utterance) -> np.ndarray:
 
     Raises:
         InputError: the file's SHA-256 differs from the manifest's.
-        AudioError: the file is missing, damaged or empty, or too short for the segment.
+        AudioError: as for `load_checked`.
     """
     return load_checked(
         utterance.source, utterance.sha256, utterance.start, utterance.duration, utterance.audio_channel
@@ -65,8 +65,8 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
     """
     files: list[str] = []
     for path in paths:
-        # A path that does not exist is treated as a manifest, because the message of `read_manifest` fits
-        # better.
+        # A local path that does not exist is treated as a manifest, and so is an s3:// path that ends in
+        # .jsonl, because the message of `read_manifest` fits better.
         if is_s3(path):
             is_folder = not path.endswith(".jsonl") and not exists(path)
         else:

@@ -115,7 +115,8 @@ def load_checked(
 
     Raises:
         InputError: the file has another SHA-256.
-        AudioError: the file is missing, damaged or empty, or too short for the segment.
+        AudioError: the file is missing, damaged or empty, lacks the channel, or is too short for the segment;
+            its format allows no segments; or its samples are NaN, infinite or far above full scale.
     """
     if start is None:
         content = _content(path)
@@ -153,7 +154,7 @@ def read_clip(
 
     Raises:
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
-            the file, or the file lacks the channel.
+            the file, the file's format allows no segments, or the file lacks the channel.
     """
     file: Path | bytes | None = content
     if file is None:
@@ -213,7 +214,8 @@ def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
     """Return the number of a file's channels; `content` is the file's bytes, if they are already in memory.
 
     Raises:
-        AudioError: as for `count_samples`.
+        AudioError: as for `count_samples`; also if the file holds less or more than its header announces.
+        ConfigurationError: as for `count_samples`.
     """
     file = content if content is not None else _local_copy(path)
     with open_sound(file, path) as sound:

@@ -124,14 +124,15 @@ def _check_chunks(stream: BinaryIO, layout: _ChunkLayout, size: int, magic: byte
                 raise ContainerFault(TRUNCATED_TEXT)
             samples = length - layout.before_samples
             if name == b"SSND":
-                # AIFF may put the first sample at an offset, so as to align blocks. libsndfile skips it.
+                # AIFF may have an offset before the first sample, to align blocks. libsndfile skips that many
+                # bytes.
                 stream.seek(start)
                 samples -= (offset := int.from_bytes(stream.read(4)))
                 if offset > _MAX_REST:
                     raise ContainerFault("has a damaged header: its first samples would be missing")
         elif end is not None:
-            # Samples that follow a length that is too small hardly ever look like a complete chunk. A file
-            # that was appended to this one does, so its name is excluded.
+            # If the length is too small, the samples that follow hardly ever look like a complete chunk. A
+            # second file that was appended does look like one, so the names that begin a file are excluded.
             if name[:4] in _LAYOUTS or name[:4] == b"FORM" or not _CHUNK_NAME.match(name):
                 break
             if start + length > size:

@@ -74,7 +74,7 @@ def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
 
     Raises:
         ContainerFault: the file ends too early, is encrypted, or is damaged.
-        AudioError: the file has no audio track, or its codec is not in `DECODERS`.
+        AudioError: the file has no audio track or no samples, or its codec is not in `DECODERS`.
         ConfigurationError: PyAV is not installed.
     """
     if importlib.util.find_spec("av") is None:

@@ -119,7 +119,7 @@ class Mp3:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the file is one recording with its encoder's header: libsndfile then knows its length."""
+        """Whether the file is one recording with LAME's tag: libsndfile then knows its length."""
         return len(self.parts) == 1 and self.parts[0].delay > 0
 
     def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:

@@ -22,8 +22,9 @@ from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 _MIN_SAMPLE_RATE = 4000
 """Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
 ESTIMATE_ERROR = 0.05
-"""Fraction of the announced samples that may be missing from MPEG audio of layers I and II, or of a free bit
-rate. libsndfile estimates their length from the bit rate."""
+"""Fraction of the announced samples that may be missing if their number is an estimate. libsndfile estimates
+MPEG audio of layers I and II, or of a free bit rate, from the bit rate. `media` estimates the length of files
+that ffmpeg decodes from the times of their packets."""
 _SAMPLE_BYTES = {
     **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
@@ -80,7 +81,8 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 
     Raises:
         LengthError: the file holds less or more than its header announces.
-        AudioError: the file is empty or not audio.
+        AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
+            sample rate or number of channels changes.
         ConfigurationError: the file needs PyAV, and that is not installed.
     """
     with contextlib.ExitStack() as stack:
@@ -114,7 +116,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 
 
 def _limit_frames(sound: Sound, announced: int) -> None:
-    """Limit a file to the samples that its header announces, in bytes.
+    """Limit a file to the samples that its header announces; `announced` is their size in bytes.
 
     In some formats, libsndfile reads everything after the header as samples, even the tags of music players.
 

@@ -32,9 +32,9 @@ class Decoding:
     nobody said rarer. It needs a model that was trained with `projector.ctc_weight` or
     `projector.beginning.keep_head`."""
     positions_per_batch: int = bounded(20_000, at_least=1)
-    """Maximum number of LLM positions in one decoding batch. Each utterance counts as the longest one of the
-    batch: its audio, its prompt and max_new_tokens, multiplied by beams. Larger batches use the GPU better
-    but need more memory."""
+    """Maximum number of LLM positions in one decoding batch. Every utterance counts as many positions as the
+    longest one of its batch: audio, prompt and max_new_tokens, multiplied by beams. Larger batches use the
+    GPU better but need more memory."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of decoding."""
     parts: int = bounded(1, at_least=1)

@@ -1,8 +1,8 @@
 """Accepts DeepSpeed's own JSON as part of a recipe (`training.deepspeed`).
 
-Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, batch) are
-moved into those keys. A recipe that sets such a key to another value is refused, with a message that names
-both. Settings without a key in a recipe are passed on to DeepSpeed unchanged. Keys that DeepSpeed does not
+Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, learning rate, weight decay,
+batch, accumulation) are moved into those keys. A recipe that sets such a key to another value is refused,
+with a message that names both. Other settings are passed on to DeepSpeed. Keys that DeepSpeed does not
 know are refused, because DeepSpeed would silently ignore them. Settings for things that slam-asr does in
 its own way are refused too. `train_batch_size` is dropped: it is the product of the batch, the accumulation
 and the number of processes.

@@ -234,7 +234,7 @@ class Projector:
     `ctc_weight` above 0. 0: the LLM reads every position, as in the publication."""
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence if CTC cannot train this kind of projector."""
+        """Yield a sentence if CTC cannot train this kind of projector, or `drop_blanks` lacks CTC's loss."""
         if self.uses_ctc and self.kind == "q-former":
             yield (
                 "CTC cannot train a q-former, whose positions do not follow the order of the audio: choose "

@@ -42,7 +42,10 @@ _SCALES = ".scales"
 
 @dataclass(frozen=True)
 class FeatureNamespace:
-    """The part of a store that belongs to one fingerprint. Its methods give the paths of its files."""
+    """The part of a store that belongs to one fingerprint.
+
+    Its methods give the paths of its files, read its indexes, and read and write its fingerprint.
+    """
 
     root: str
 

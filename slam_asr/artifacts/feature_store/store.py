@@ -130,7 +130,7 @@ class FeatureStore:
 
         Raises:
             InputError: the store has no features of this audio, or they are damaged.
-            StorageError: object storage cannot be read.
+            StorageError: the shard's file or object storage cannot be read.
         """
         position = self.find(audio_id)
         entry = self.index.entry(position)
