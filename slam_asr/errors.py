@@ -98,8 +98,8 @@ def exit_on_user_error() -> Iterator[None]:
     Every program begins with it, before it imports torch, so it also limits the threads. After a failure of a
     GPU's driver that is usually temporary, it starts the program again.
 
-    The exit code is 2 after a `UserError` and after the errors that `from_os_error` explains. After `Stopped`
-    it is that exception's code, and after Ctrl-C it is 130.
+    The exit code is 2 after a `UserError`, after the errors that `from_os_error` explains, and if a GPU still
+    fails after the last restart. After `Stopped` it is that exception's code, and after Ctrl-C it is 130.
     """
     limit_threads()
     try:

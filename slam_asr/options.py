@@ -158,11 +158,17 @@ def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
 
 
 def take_words(arguments: list[str], own: str) -> tuple[list[str], list[str]]:
-    """Separate the words that follow an option and its value from the other arguments.
+    """Separate words that are not the value of any option from the other arguments.
+
+    In `--model M a.wav --files b.wav`, with `own` = `--files`, the only such word is `a.wav`.
 
     Args:
         arguments: options with one value each, and words between them.
-        own: the option of these words; all words after it are its values, and remain.
+        own: the only option that takes several values. Words after it are its values, so they are not
+            separated.
+
+    Returns:
+        The separated words, and the other arguments.
     """
     words: list[str] = []
     rest: list[str] = []

@@ -2,7 +2,8 @@
 
 After an error of CUDA, all further calls of the same process fail too, so the program replaces itself; each
 stage finds again what it had finished. Kubeflow would not do it: since 2.17.0, it starts a step again only if
-its pod is lost. The processes of a training run are started again by `training.launch` instead.
+its pod is lost. The processes of a training run on one machine are started again by `training.launch`
+instead; a training run on several machines is not started again.
 """
 
 import os
@@ -19,7 +20,7 @@ GPU_FAILURE = re.compile(
 )
 """Matches the messages of failures that are usually over when the program starts again."""
 EXIT_CODE = os.EX_TEMPFAIL
-"""Exit code of a process of several that ends after such a failure."""
+"""Exit code with which one of several processes of a stage ends after such a failure."""
 RESTARTS = "SLAM_ASR_RESTARTS"
 """Environment variable: how often this program has started again."""
 PAUSES = (5.0, 20.0, 60.0)
@@ -27,7 +28,7 @@ PAUSES = (5.0, 20.0, 60.0)
 
 
 class ProcessFailure(RuntimeError):
-    """A process that this program started ended with `EXIT_CODE`."""
+    """One of this program's child processes ended with `EXIT_CODE`."""
 
 
 def is_gpu_failure(error: BaseException) -> bool:
@@ -38,7 +39,7 @@ def is_gpu_failure(error: BaseException) -> bool:
 
 
 def start_again_after(error: BaseException) -> None:
-    """Replace this program by itself, started again; return if that was done often enough."""
+    """Start this program again in the same process. Return if that was already done `len(PAUSES)` times."""
     restarts = int(os.environ.get(RESTARTS) or 0)
     if restarts >= len(PAUSES):
         return

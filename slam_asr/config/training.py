@@ -28,8 +28,9 @@ class Training:
     """DeepSpeed's ZeRO stage. 0 is fastest if the LLM fits on one GPU; 3 shards the frozen LLM too. Must be
     0 for the other engines."""
     deepspeed: dict[str, Any] | str = field(default_factory=dict)
-    """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key, and all
-    others are passed on to DeepSpeed; contradictions are refused."""
+    """DeepSpeed's own JSON, or a path to it. Values that have a recipe key are moved to that key. Unknown
+    keys, contradictions, and settings for what slam-asr does in its own way are refused. All other values are
+    passed on to DeepSpeed."""
     offload_optimizer: bool = False
     """Keep the optimiser's state (12 bytes per trained weight) in host memory and compute its steps there,
     which saves GPU memory but is slower. Needs ZeRO stage 1, 2 or 3."""
@@ -39,7 +40,7 @@ class Training:
     compile: bool = False
     """Let torch.compile fuse the operations of each LLM layer. The training machine needs Python's headers
     and a compiler: for C++ if it trains on a CPU, for C on a GPU. The first step waits for compilation. Does
-    not work with ZeRO stage 3."""
+    not work with ZeRO stage 3 or with `liger`."""
     liger: bool = False
     """Use Liger's kernels for the LLM's norms, rotary embeddings and feed-forward layers. Needs a GPU and the
     package liger-kernel."""
@@ -98,7 +99,8 @@ class Training:
     log_every: int = bounded(10, at_least=1)
     """Steps between two lines of the log."""
     seed: int = 0
-    """Seed of the projector's initial weights and of the order of the utterances."""
+    """Seed of everything that is drawn at random, such as the initial weights of projector and LoRA adapter,
+    and the order of the utterances."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence for each value that cannot work, alone or with another one."""

@@ -58,7 +58,7 @@ class Variation:
         return json.dumps({"name": self.name, **self.overrides}, ensure_ascii=False)
 
     def describe(self) -> str:
-        """Return the changes in words: `training.learning_rate 0.0001, projector.layers 2`."""
+        """Return the changes in words: `projector.layers 2, training.learning_rate 0.0001`."""
         return (
             ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
             or "the recipe unchanged"
@@ -109,8 +109,9 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         entries: mappings of full keys to values, each optionally with a `name`.
 
     Raises:
-        UserError: too few or too many variations, a key that all variations share, an unknown key, a value
-            that is not valid, or two variations with the same name or the same recipe.
+        UserError: too few or too many variations, an entry that is not a mapping, a key that all variations
+            share, an unknown key, a value or a name that is not valid, or two variations with the same name
+            or the same recipe.
     """
     if not MIN_VARIATIONS <= len(entries) <= MAX_VARIATIONS:
         raise ConfigurationError(

@@ -114,7 +114,8 @@ def read_trained(folder: Path, tuning: str) -> tuple[Mapping[str, torch.Tensor],
 
     Returns:
         The projector's weights, keyed by name in `SpeechProjector`; and the LLM's trained weights, keyed by
-        name in the LLM: an adapter's, all or none.
+        name in the LLM. These are all of its weights if `tuning` is `full`, an adapter's weights if it is
+        `lora`, and none otherwise.
     """
     tensors = lazy_tensors([folder / SAFE_WEIGHTS_NAME])
     projector = {n.removeprefix("projector."): n for n in tensors if n.startswith("projector.")}

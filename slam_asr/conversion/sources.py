@@ -97,7 +97,7 @@ def find_source(
     if adapter and exists(join(checkpoint, RECORD)):
         raise ConfigurationError(
             f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
-            "one: leave it out."
+            "one: leave out --adapter."
         )
     # A model folder has a stage's record too, so it must be recognised before a training run.
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):

@@ -66,7 +66,8 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
 
     Raises:
         ConfigurationError: the model does not meet a condition; the message names it.
-        ModelError: the prompt's token ids differ from those in training, or the logits differ.
+        ModelError: the prompt cannot be written as a chat template, the LLM has no unused special token for
+            the audio, the prompt's token ids differ from those in training, or the logits differ.
     """
     spec, recipe = _require_conditions(parts), parts.recipe
     prompt = Prompt(tokenizer := load_tokenizer(locate_model(recipe.llm.name)), recipe.llm)
@@ -151,7 +152,8 @@ def _prepare_tokenizer(
         Token ids of the prompt, and the audio's token id.
 
     Raises:
-        ModelError: the tokenizer gives the text other token ids if the audio's tokens are in it.
+        ModelError: the tokenizer gives the text other token ids if the audio's tokens are in it; or as for
+            `add_audio_token`.
     """
     # `apply_chat_template` adds no bos, so the template must write it if the tokenizer would add it.
     adds_bos = not prompt.chat and tokenizer.encode("a")[0] == tokenizer.bos_token_id
@@ -327,7 +329,7 @@ def _compare(folder: Path, config: Any, ids: list[int], expected: torch.Tensor) 
             f"{folder} does not compute what the checkpoint computes: its logits differ by {difference:.1g} "
             "of the largest. Nothing is published; use --to huggingface, and please report this."
         )
-    return f"logits on random audio equal, but for {difference:.1g} of the largest"
+    return f"logits on random audio differ by at most {difference:.1g} of the largest"
 
 
 def _usage(recipe: Recipe) -> str:

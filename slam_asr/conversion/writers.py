@@ -75,8 +75,8 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         target: the format.
 
     Raises:
-        ModelError: the weights do not fit encoder or LLM, or the written weights, or the loss that they
-            give, differ from the checkpoint's.
+        ModelError: the weights do not fit encoder or LLM; or the written weights differ from the
+            checkpoint's, or give another loss.
         ConfigurationError: the format cannot hold what was trained, or the recipe is not that of the
             training.
         InputError: the report is that of another model.

@@ -16,7 +16,7 @@ from slam_asr.config.recipe import Data
 SPLITS = ("train", "dev", "test")
 
 SPLIT_NAMES = {**dict(zip(SPLITS, SPLITS, strict=True)), "validation": "dev", "valid": "dev", "val": "dev"}
-"""For each subset name that denotes a split regardless of the recipe's patterns: that split."""
+"""Subset names that denote a split, whatever the recipe's patterns are. The values are the splits."""
 
 AUDIO_SUFFIXES = (
     *(".flac", ".wav", ".ogg", ".opus", ".mp3"),

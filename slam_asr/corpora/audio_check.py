@@ -1,4 +1,4 @@
-"""Checks the audio of a corpus. Threads decode every file once, a few chunks ahead of the results."""
+"""Checks the audio of a corpus. Threads decode each utterance once, a few chunks ahead of the results."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ from slam_asr.progress import Meter
 from slam_asr.storage import name_of
 
 _CHUNK = 8
-"""Files per task of a thread. A larger number reduces overhead, but progress is shown less often."""
+"""Utterances per task of a thread. A larger number reduces overhead, but progress is shown less often."""
 _MIN_REMOTE_THREADS = 16
 """Minimum number of threads for audio in object storage, because they mostly wait for the network."""
 _CHUNKS_AHEAD = 3

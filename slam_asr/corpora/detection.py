@@ -41,8 +41,10 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
         data: the recipe's `data` section; its `kind` limits the choice to one kind of corpus.
 
     Raises:
-        InputError: the path does not exist, it is empty, or no reader recognises it.
-        ConfigurationError: the corpus is not of the kind that `data.kind` names.
+        InputError: the path does not exist, it is empty, no reader recognises it, or a file of the corpus is
+            damaged or of the wrong form.
+        ConfigurationError: the corpus is not of the kind that `data.kind` names, or a column of a table is
+            missing or ambiguous.
     """
     root = absolute(corpus)
     if not is_file(root) and not is_folder(root):

@@ -1,11 +1,12 @@
 """Reader for Hugging Face datasets on disk, without the `datasets` library. Three layouts are read:
 
 1. The output of `save_to_disk`: dataset_dict.json, and data-*.arrow with state.json in a folder per split; or
-   the folder of a single split.
+   the folder of a single split. A folder of the `datasets` library's cache, with dataset_info.json and arrow
+   files, is read too.
 2. Parquet files as on the hub: data/train-00000-of-00004.parquet, or <split>/0000.parquet; or several
    configurations, <configuration>/train-00000-of-00004.parquet or <configuration>/<split>/0000.parquet.
 3. An `audiofolder`: metadata.csv or metadata.jsonl with a column file_name, in the dataset's folder or in a
-   subfolder per split.
+   subfolder per split, which may also be in the subfolder data.
 
 Audio that is embedded in a table (a column of {bytes, path}) is written to files in the stage's folder.
 """

@@ -18,7 +18,8 @@ from slam_asr.errors import InputError
 
 SUFFIX = ".jsonl"
 _REJECTIONS = "rejected.jsonl"
-"""`build-manifest` writes this file without utterances to its output folder, which may serve as a corpus."""
+"""`build-manifest` writes this file to its output folder, which may serve as a corpus. The file is not read,
+because it lists rejections, not utterances."""
 
 
 class JsonLines(ListedCorpus):

@@ -2,8 +2,9 @@
 
 A cut with one supervision is an utterance. A cut with several supervisions gives one utterance for each. The
 subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz holds the
-subset train-clean-100. A cut that is not one channel of one recording is rejected: mixed cuts, cuts of
-several channels, and recordings with transforms other than Resample.
+subset train-clean-100. Without `cuts_`, it is the file's name without suffixes. Some cuts are rejected: mixed
+cuts, cuts of several channels, padding, and cuts of a recording that has several channels or files, a
+transform other than Resample, or audio that is neither a file nor a URL.
 """
 
 import gzip
@@ -25,7 +26,8 @@ _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
 """A cut counts as its complete recording if their starts and durations differ by less than these seconds."""
 _MAX_LINE = 2**26
-"""Maximum length of a line in bytes. Compressed, a line of zeros has a thousandth of its length."""
+"""Maximum length of a line in bytes. Without it, a small compressed file could fill the memory: a line of
+zeros grows a thousandfold when it is decompressed."""
 
 
 class Lhotse(ListedCorpus):
@@ -109,7 +111,7 @@ class Lhotse(ListedCorpus):
 
 
 def _unsupported(cut: dict[str, Any]) -> str:
-    """Return why a cut is not a segment of one channel of one file; empty if it is."""
+    """Return why a cut cannot be used; empty if it is a segment of one file with one channel."""
     if cut.get("type", "MonoCut") != "MonoCut":
         return f"is a {cut['type']}"
     recording = cut.get("recording") or {}

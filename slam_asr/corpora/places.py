@@ -46,7 +46,8 @@ def is_file(path: str) -> bool:
 
 
 def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Return the sorted paths of the files directly in a folder with one of the suffixes; none are hidden."""
+    """Return the sorted paths of the files directly in a folder with one of the suffixes, without hidden
+    files."""
     return [
         join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
     ]

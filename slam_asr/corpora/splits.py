@@ -41,8 +41,8 @@ _PUNCTUATION_TAG = re.compile(rf"\s*<({'|'.join(_PUNCTUATION)})>", re.IGNORECASE
 def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
     """Match subsets against the recipe's patterns, and return their names by split.
 
-    A subset named train, dev (or validation) or test, in lower or upper case, belongs to that split,
-    regardless of the patterns. If no subset is for dev, a part of train is held out for it later.
+    A subset named train, dev (or validation, valid or val) or test, in lower or upper case, belongs to that
+    split, regardless of the patterns. If no subset is for dev, a part of train is held out for it later.
 
     Raises:
         ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
@@ -275,7 +275,8 @@ def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rej
 def _refuse_unwritable(item: Candidate) -> None:
     """Raise if an utterance cannot be written to a manifest.
 
-    JSON can express times such as NaN, and lone surrogates, which UTF-8 cannot. A corpus may contain both.
+    A corpus in JSON may contain times such as NaN. It may also contain lone surrogates, which UTF-8 cannot
+    encode.
     """
     for seconds in (item.start or 0.0, item.duration or 0.0):
         if not 0 <= seconds < _MAX_SECONDS:
@@ -309,7 +310,8 @@ def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repea
 def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
     """Raise for the first utterance that is in two splits.
 
-    `across` has the hashes of the identities in question. In rare cases, only the hashes of two are equal.
+    `across` has the hashes of the identities in question. In rare cases, two different identities have the
+    same hash; then this returns.
     """
     split_of: dict[str, str] = {}
     for split, item in _items(reader, subsets):

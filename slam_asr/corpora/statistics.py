@@ -70,7 +70,8 @@ class CorpusStatistics:
         self._reasons: Counter[str] = Counter()
         self._examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
         self.resampled = self.downmixed = 0
-        """Numbers of utterances with a rate other than 16 kHz, and of those whose channels are averaged."""
+        """Number of utterances with a sample rate other than 16 kHz; number of utterances whose channels are
+        averaged."""
 
     def add(self, split: str, utterance: Utterance) -> None:
         """Count an utterance of a manifest."""

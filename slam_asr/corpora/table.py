@@ -44,7 +44,8 @@ _USUAL = {
     "split": ("split", "subset", "partition"),
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
 }
-"""For each role, the names by which its column is recognised, in any case, if the recipe names none."""
+"""For each role, the names by which its column is recognised if the recipe names none. Upper and lower case
+are not distinguished."""
 _FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5}(?:-[0-9a-f]{16})?)?$")
 """Matches the number at the end of a file's name if a data set is divided into several files.
 
@@ -198,8 +199,8 @@ class Table(ListedCorpus):
             _PATH: f"the column {column} has the same value for different audio, so keys are made of the "
             "audio's path; --data.columns.key names another column",
             _SUBSET_AND_PATH: "the same path stands for different audio, so keys are made of subset and path",
-            _ROW: "the same path stands for different audio in one subset, so keys are made of the table's "
-            "name and the row's number",
+            _ROW: "the same path stands for different audio in one subset, so keys are made of the subset, "
+            "the table's name and the row's number",
         }[self._key_form]
 
 

@@ -48,9 +48,11 @@ def load_transcriber(
             encoder's window limits it further.
 
     Raises:
-        ModelError: a base model is not the one that the model was trained with, or weights are damaged.
-        UserError: the model or a base model does not exist, or this machine cannot compute in the recipe's
-            precision.
+        ModelError: a base model does not exist or is not the one that the model was trained with, or weights
+            are missing or damaged.
+        ConfigurationError: as for `Transcriber`; or the recipe names an encoder or LLM that the model
+            replaces by its own.
+        UserError: the model does not exist.
     """
     from slam_asr.decoding.model import open_model
 
@@ -68,8 +70,9 @@ class Transcriber:
 
     Raises:
         ModelError: weights are missing or damaged.
-        ConfigurationError: this machine cannot compute in the recipe's precision, or a segment of maximum
-            length leaves too few LLM positions for its answer.
+        ConfigurationError: this machine cannot compute in the recipe's precision, a segment of maximum length
+            leaves too few LLM positions for its answer, or the recipe requests CTC's scores and the model has
+            no CTC head.
     """
 
     def __init__(self, model: "Model", recipe: Recipe, max_segment_seconds: float) -> None:
@@ -105,6 +108,7 @@ class Transcriber:
 
         Raises:
             InputError: the file does not exist, is not audio or is damaged.
+            ConfigurationError: the file needs PyAV, and that is not installed.
         """
         (transcript,) = self.transcribe_files([file])
         return transcript
@@ -120,7 +124,8 @@ class Transcriber:
 
         Args:
             files: as for `transcribe`.
-            seconds: duration of each file, if known; by default, it is read from the files' headers.
+            seconds: duration of each file, if known; by default, it is read from the files' headers. Files
+                that only ffmpeg reads are then decoded once more, to measure it.
             meter: counts seconds of audio.
             on_error: called with a damaged file and its error; the file is then skipped. Without it, the
                 error is raised.
@@ -131,6 +136,7 @@ class Transcriber:
         Raises:
             InputError: a file does not exist or is not audio (raised before any is transcribed if `seconds`
                 is None), or is damaged.
+            ConfigurationError: a file needs PyAV, and that is not installed.
         """
         if seconds is None:
             seconds = [count_samples(file) / SAMPLE_RATE for file in files]

@@ -69,7 +69,9 @@ def _require_namespaces(store: str) -> list[FeatureNamespace]:
 
 
 def list_store(store: str) -> None:
-    """Print a feature store's contents: encoders, utterances, hours, megabytes, unfinished and lost shards.
+    """Print a feature store's contents: encoders, utterances, hours, megabytes and shards.
+
+    Unfinished shards, their pieces, shards that nothing refers to, and lost shards are counted separately.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.

@@ -76,7 +76,7 @@ def beam_search(
         ctc_weight: CTC's share of the scores, from 0 to 1.
 
     Returns:
-        The answers; None if the LLM's cache does not consist of keys and values per position, as in Mamba.
+        The answers; None if the LLM's cache is not a `DynamicCache`, as in Mamba.
     """
 
     def scorer() -> CtcScorer | None:
@@ -207,8 +207,8 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
     An answer would therefore depend on the other utterances of the batch.
     """
-    # Since https://github.com/huggingface/transformers/pull/45389, `generate` applies no penalty at all if it
-    # gets embeddings.
+    # https://github.com/huggingface/transformers/pull/45389 has only added a warning: `generate` of
+    # transformers 5.23 still applies the penalty to embeddings in this way.
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 

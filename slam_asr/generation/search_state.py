@@ -109,8 +109,8 @@ def choose(
     # The best candidates that do not end become the running beams. One more candidate is selected, but only
     # to detect near ties.
     best, order = (scores + candidates.ends * _NEVER).topk(beams + 1)  # at least 2 · beams candidates exist
-    # Two choices can be close: which candidates are among the `beams` best of all, and so may end an answer;
-    # and which ones continue.
+    # Two decisions can be close: which candidates are among the best n, for n = `beams`, so that they may end
+    # an answer; and which candidates continue.
     nearly_tied = _is_near(scores[:, beams - 1], scores[:, beams])
     if beams > 1:
         nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])

@@ -100,8 +100,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
-        ModelError: the folder has no readable tokenizer, or it needs the LLM's own Python code, which
-            is not trusted.
+        ModelError: the folder has no readable tokenizer; or the tokenizer needs the LLM's own Python code,
+            which is not trusted; or it belongs to another LLM.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

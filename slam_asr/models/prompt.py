@@ -91,8 +91,8 @@ class Prompt:
         end of the prompt and the start of the answer. This is SLAM-LLM's rule.
 
         Returns:
-            Token ids of the prompt's text after the audio; and the targets, which are the answer's token ids
-            and the end token.
+            Token ids of the prompt's text after the audio; and the targets, which are the token ids of
+            `llm.answer_prefix` and the answer, and the end token.
         """
         ids = self._encode(prompt.text + self.answer_prefix + answer, start=not prompt.before)
         prompt_length = len(prompt.ids)

@@ -226,7 +226,8 @@ class Slam(nn.Module):
         Returns:
             Logits [targets, vocabulary] at the positions that predict targets, in the order of
             `batch.labels[batch.labels != IGNORED]`; or what the scorer returns, if one is set. No other
-            logits are computed. If CTC's loss is added, the fields of `AnswerScores`, with it in `loss`.
+            logits are computed. If CTC's loss is added, the result is the fields of `AnswerScores`; its
+            `loss` includes CTC's.
         """
         batch, embeddings = self.prepare(batch)
         arguments = {}

@@ -54,7 +54,7 @@ class Notice:
 
 
 _VERBS = {"stopped": "was stopped", "lost": "is lost"}
-"""Verbs of the states whose name is not a verb that fits a sentence about the run."""
+"""Verbs for the states whose name cannot follow `The run`. The other names, such as `failed`, can."""
 
 
 def webhook_url() -> str:
@@ -89,7 +89,7 @@ def send(notice: Notice, form: str, url: str) -> bool:
                 return True
             if pause is not None:
                 time.sleep(pause)
-    log_line(f"warning: the notice that the run {notice.state} did not reach the webhook: {problem}")
+    log_line(f"warning: the notice of the run's end ({notice.state}) did not reach the webhook: {problem}")
     return False
 
 

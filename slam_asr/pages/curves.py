@@ -17,7 +17,7 @@ from slam_asr.storage import write_atomically
 RUN_MARKERS = "●■▲◆▼★"
 """Markers of the first six lines in `draw_runs`. Their colours are --run-1 to --run-6 in the style sheet."""
 CURVE_POINTS = 400
-"""Maximum number of points per curve. More could not be distinguished on a screen and make the page large."""
+"""Maximum number of points per curve. A screen cannot show more points, and the page would be large."""
 
 
 def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ class Memory:
     optimizer: float
     """Adam's two moments. In bf16 and fp16, also fp32 master weights and fp32 gradients."""
     activations: float
-    """Tensors that layers save for the backward pass, and the temporary tensors of the widest layer."""
+    """Tensors that projector and LLM save for the backward pass, the encoder's frames, the LLM's input
+    embeddings, and the temporary tensors of the LLM's widest layer."""
     logits: float
     """The logits that exist at one time, and the tensors that are computed from them."""
     overhead: float
@@ -94,8 +95,8 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
         shapes: sizes of the models, and the recipe.
         load: the largest micro-batch of the process.
         processes: number of processes over which ZeRO shards.
-        on_gpu: whether the process has a GPU. The GPU's software takes memory, and an offloaded optimiser
-            takes none.
+        on_gpu: whether the process has a GPU. If so, the result is GPU memory: it includes that of CUDA and
+            NCCL, and an offloaded optimiser takes none of it.
     """
     options = shapes.recipe.training
     size = DTYPES[options.precision].itemsize

@@ -142,8 +142,8 @@ def propose(
 ) -> dict[str, object]:
     """Find the smallest ZeRO stage with which the recipe fits, and the largest batch that fits with it.
 
-    If no stage is enough, gradient checkpointing is added. If that is not enough either, the optimiser is
-    offloaded too.
+    If no stage is enough, gradient checkpointing is added. If that is not enough either, and training runs on
+    GPUs, the optimiser is offloaded too.
 
     Args:
         shapes: sizes of the models, and the recipe.

@@ -139,7 +139,8 @@ class Shapes:
     def scores_in_chunks(self) -> bool:
         """Whether training computes logits one chunk at a time.
 
-        `answer_loss.allows_chunks` makes the same decision for an LLM with its weights.
+        For an LLM with its weights, training decides in the same way: it uses `answer_loss.allows_chunks`
+        unless the ZeRO stage is 3.
         """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
         if (
@@ -248,7 +249,7 @@ def encoder_flops(spec: EncoderSpec, samples: int) -> float:
     if spec.window_samples:
         frames = spec.window_samples // 320
         width, layers = config.d_model, config.encoder_layers
-        # Two convolutions with kernels of 3. The first has two outputs per frame, the second one.
+        # Two convolutions with kernels of 3. The first has two outputs per frame, and the second has one.
         total = 2 * 2 * frames * 3 * config.num_mel_bins * width + 2 * frames * 3 * width * width
         feed_forward = config.encoder_ffn_dim
     else:

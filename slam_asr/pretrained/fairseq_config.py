@@ -31,7 +31,7 @@ class FairseqOptions:
     Args:
         content: the configuration in the file, as nested dicts.
         tuned: whether the model was fine-tuned. If so, the options of its pretrained model, which are nested
-            in `w2v_args`, come first. In a pretrained model, `w2v_args` is ignored.
+            in `w2v_args`, come first. In a pretrained model, `get` ignores `w2v_args`.
         where: the file's name, for error messages.
     """
 

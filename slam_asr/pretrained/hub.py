@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Unavailable(Exception):
-    """A source does not have the model. The message is a clause that states the reason."""
+    """A source cannot supply the model. The message is a clause that states the reason."""
 
 
 def cached_snapshot(name: str) -> Path | None:

@@ -147,7 +147,7 @@ def locate_config(name: str) -> Path:
 
 
 def _cached_model(name: str) -> Path:
-    """Return the folder in which a model that is not in a bucket is cached."""
+    """Return the folder in which a model from the hub, or from a source added by `add_source`, is cached."""
     return cache_folder() / "models" / name.replace("/", "--")
 
 
@@ -289,7 +289,7 @@ def _fetch(name: str, cached: Path) -> Path:
             continue
         if not is_complete(temporary):
             raise ModelError(
-                f"{name} on the hub is not a complete model with weights that transformers can load: "
+                f"{name}, as fetched, is not a complete model with weights that transformers can load: "
                 "choose another model."
             )
         for file in temporary.iterdir():
@@ -307,7 +307,7 @@ def _not_found(name: str, reasons: list[str]) -> ModelError:
         reasons: a clause for each source that was tried besides the cache.
     """
     close = difflib.get_close_matches(name, DEMO_MODELS, n=1, cutoff=0.8)
-    hint = f"; did you mean {close[0]}? It" if close and close[0] != name else ": it"
+    hint = f" (did you mean {close[0]}?): it" if close and close[0] != name else ": it"
     clauses = [f"is not in the cache {_cached_model(name).parent}", *reasons]
     remedies = [
         "give a folder with its files",

@@ -23,9 +23,10 @@ from slam_asr.pretrained.model_files import read_index
 
 
 class NotLazilyLoadable(Exception):
-    """The tensors in the files do not correspond one to one to the model's weights.
+    """An LLM cannot be loaded weight by weight, so transformers must load all of it.
 
-    Only transformers knows how to convert them. The message is a clause that states the reason, such as
+    Its files are not safetensors, or their tensors do not correspond one to one to the model's weights, or
+    the values of a buffer cannot be computed. The message is a clause that states the reason, such as
     "it is not saved as safetensors".
     """
 

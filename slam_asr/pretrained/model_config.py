@@ -1,8 +1,8 @@
 """Reads the configuration of a pretrained model, and refuses models that this program cannot load.
 
 Some models on the hub bring Python code of their own. transformers asks on the terminal whether to run it,
-unless `trust_remote_code` is given. Here it is always given, so that nothing is asked and no code runs that
-the user has not allowed by `llm.trust_remote_code`.
+unless its argument `trust_remote_code` is True or False. Here it is always one of the two: True only if the
+user has allowed the code by `llm.trust_remote_code`, else False. So transformers never asks.
 """
 
 import json

@@ -80,7 +80,7 @@ class Original:
     config: PretrainedConfig
     """The configuration with which transformers builds the model."""
     tensors: TensorDict
-    """The encoder's tensors by their original names."""
+    """The tensors to convert, by their original names: the encoder's and, for Whisper, also a decoder's."""
     rules: list
     """Patterns and replacements that turn the original names into transformers'."""
     normalize: bool | None = None
@@ -133,7 +133,7 @@ def recognise(content: Any, where: str) -> Original:
         where: the file's name, for error messages.
 
     Returns:
-        The configuration and the encoder's tensors, which are not yet renamed.
+        The configuration and the tensors to convert, which are not yet renamed.
 
     Raises:
         ModelError: the checkpoint is of no known kind, lacks an option, or contradicts itself.

@@ -79,8 +79,9 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
     """Return the dtype of each tensor in a safetensors file or a pickle, keyed by name.
 
     Returns:
-        safetensors' names of the dtypes, such as `BF16`; None for a pickle in the format before torch 1.6,
-        which cannot be memory-mapped and is not read here.
+        safetensors' names of the dtypes, such as `BF16`. In a pickle, dtypes other than F64, F32, F16 and
+        BF16 have torch's names, such as `int64`. None for a pickle in the format before torch 1.6, which
+        cannot be memory-mapped and is not read here.
 
     Raises:
         ModelError: the file is damaged, is no file of weights, or holds something other than tensors.

@@ -42,7 +42,8 @@ class KubeflowRegistry:
         name: name of the registered model.
 
     Raises:
-        ConfigurationError: MODEL_REGISTRY_URL is not an address without a path.
+        ConfigurationError: MODEL_REGISTRY_URL is not set, does not begin with http:// or https://, or has a
+            path.
         ClusterError: the server does not answer, or refuses access.
     """
 

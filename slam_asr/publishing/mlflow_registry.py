@@ -1,5 +1,5 @@
-"""MLflow's model registry. As for MLflow as a tracker, the server and the account are read from MLflow's own
-environment variables."""
+"""MLflow's model registry. MLflow's own environment variables name the server and the account, as they do if
+MLflow is the tracker."""
 
 import contextlib
 import importlib

@@ -16,8 +16,8 @@ UTF8_MODE = "PYTHONUTF8"
 def ensure_utf8() -> None:
     """Start this program again in Python's UTF-8 mode if the locale has another encoding.
 
-    If the user has set `PYTHONUTF8`, the program is not started again. If standard output is not UTF-8 then,
-    it escapes the characters that it cannot encode.
+    If the user has set `PYTHONUTF8`, the program is not started again. If standard output is still not UTF-8,
+    for whatever reason, it escapes the characters that it cannot encode.
     """
     if sys.getfilesystemencoding() != "utf-8" and UTF8_MODE not in os.environ:
         os.environ[UTF8_MODE] = "1"

@@ -38,5 +38,5 @@ def parse_work_shard(shard: str) -> WorkShard:
 
 
 def all_work_shards(count: int) -> list[str]:
-    """Return the texts of all work shards of a division into `count` = n: `1/n`, `2/n` and so on."""
+    """Return the names of all `count` work shards: `1/count`, `2/count` and so on."""
     return [f"{number}/{count}" for number in range(1, count + 1)]

@@ -116,7 +116,7 @@ def counts_of(measured: Measured, indices: np.ndarray | None = None) -> dict[str
 
 
 def percent(errors: WordErrors) -> float | None:
-    """The word error rate in percent, to two decimals; None if there are no reference words."""
+    """The word or character error rate in percent, to two decimals; None if the references are empty."""
     return round(100 * errors.wer, 2) if errors.words else None
 
 

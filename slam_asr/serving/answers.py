@@ -84,6 +84,8 @@ def _verbose(number: int, part: Decoded) -> dict[str, Any]:
 async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded]) -> AsyncIterator[str]:
     """Yield server-sent events: one for each segment as soon as it is decoded, and one at the end.
 
+    A segment without text has an event only in `verbose_json`.
+
     Args:
         format: `verbose_json` for segments with times; all other formats give pieces of text only.
         duration: length of the recording in seconds.

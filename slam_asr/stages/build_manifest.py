@@ -39,8 +39,9 @@ def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = F
     Raises:
         InputError: the corpus does not exist, is of an unknown kind or has no audio or no transcripts; an
             utterance is in two splits, too many utterances are rejected, or a split has none left.
-        ConfigurationError: no subset matches the recipe's patterns for a split, a subset matches the patterns
-            of two splits, or `output` holds files that would be replaced.
+        ConfigurationError: no subset is for train or test, a subset matches the patterns of two splits,
+            `data.kind` or `data.text` does not fit the corpus, or `output` holds files that would be
+            replaced.
     """
     reader = open_corpus(corpus, recipe.data)
     if FINGERPRINT not in output and _is_corpus_folder(output, reader.root):

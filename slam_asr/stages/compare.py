@@ -36,8 +36,8 @@ def compare(
         utterances.
 
     Raises:
-        InputError: an utterance is in only one output or has different references in the two, or no
-            reference contains a word.
+        InputError: an output is missing or damaged; an utterance is in only one of them (unless `common`), is
+            in one twice, or has different references in the two; or no reference contains a word.
     """
     outputs = [(path, read_output(path)) for path in (first, second)]
     pairs, left_out = pair(outputs[0], outputs[1], common)

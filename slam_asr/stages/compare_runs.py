@@ -34,7 +34,8 @@ def compare_runs(
         The stage's record; its folder contains runs.html, runs.md and runs.json.
 
     Raises:
-        UserError: fewer than two runs are given, a run has no report, or a run is named twice.
+        UserError: fewer than two runs are given, a run has no report or no hypotheses, a run is named twice,
+            or a variation is not valid.
     """
     _check(runs)
     known = [variation_of(text) for text in variations or []]

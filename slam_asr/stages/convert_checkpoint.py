@@ -103,8 +103,8 @@ def _convert_encoder(file: Path, output: str, options: dict[str, object], overwr
 
     if options["to"] != "model":
         raise ConfigurationError(
-            f"{file} holds neither a projector nor an LLM, so it cannot be written for SLAM-LLM or as an "
-            "LLM: leave out --to."
+            f"{file} holds neither a projector nor an LLM, so it cannot be converted with "
+            f"--to {options['to']}: leave out --to."
         )
 
     def work(folder: Path) -> Outcome:

@@ -64,6 +64,7 @@ def publish(
 
     Raises:
         InputError: the model or the report is missing, or the report is that of another model.
+        ConfigurationError: the registry is not configured, or cannot take a model from this store.
         ClusterError: the registry does not answer or refuses; it is asked before anything else.
     """
     registry = open_registry(recipe.publish.registry, recipe.registered_name)
@@ -73,7 +74,7 @@ def publish(
         raise InputError(f"{report} is the report of another model than {model}: name this model's report.")
     fingerprint = digest(model_record.inputs)[:16]
     properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint}
-    # On this machine, kfp's id is another one than that of notices and `run-records`.
+    # If the pipeline runs locally, kfp's id of the run differs from the one in RUN, which `run-records` uses.
     run = os.environ.get(RUN) or run
     properties |= {"run": run} if run else {}
     # The run's id is left out: the same model in another run is the same version.
@@ -153,7 +154,7 @@ def _rate(scores: Record) -> tuple[str, float, tuple[float, float] | None]:
 
 
 def _properties(model: Record, config: Mapping[str, Any], scores: Record) -> dict[str, str | int | float]:
-    """Return facts that a registered version shows; the next model is compared by some of them."""
+    """Return facts that a registered version shows. `check_better` compares the next model with `scores`."""
     short, rate, interval = _rate(scores)
     manifests = model.inputs.get("training", {}).get("manifests", {})
     return {

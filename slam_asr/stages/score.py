@@ -48,7 +48,8 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html and report.md.
+        The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html, report.md, the same
+        texts in SLAM-LLM's format (decode_log_pred, decode_log_gt) and, if decode wrote them, n-best lists.
 
     Raises:
         InputError: parts are missing, or come from different models, manifests or options.
@@ -109,7 +110,7 @@ def _report(
 
     The order of `rows` does not matter.
     """
-    # The shuffled control draws by position, so the order must not depend on that of the parts.
+    # The bootstrap intervals draw utterances by position, so the order must not depend on that of the parts.
     rows = sorted(rows, key=lambda row: (row.key, row.subset))
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):

@@ -38,7 +38,7 @@ def serve(
             `llm.name`); by default, the recipe that the model was trained with.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
-        host: address to listen on; 0.0.0.0 for all addresses of this machine.
+        host: address to listen on; 0.0.0.0 for all IPv4 addresses of this machine, :: for all addresses.
         port: port to listen on; 0 for any free port.
         names: names that clients may give for the model, such as whisper-1; by default, its folder's name.
         api_key_file: text file with the keys that clients must send, one per line. Without it, everyone who
@@ -48,7 +48,8 @@ def serve(
     Raises:
         ConfigurationError: the packages of the extra `serve` are not installed, the address or the file with
             keys cannot be used, or a limit is out of bounds (raised before anything is loaded).
-        ModelError: a base model is not the one that the model was trained with.
+        ModelError: the model or a base model is missing or damaged, or a base model is not the one that the
+            model was trained with.
     """
     if not 0 <= port <= 65535:
         raise ConfigurationError(f"--port is {port} but must be from 0 to 65535.")

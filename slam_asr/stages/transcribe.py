@@ -48,7 +48,8 @@ def transcribe(
             (raised after all others are transcribed).
         ConfigurationError: options contradict each other, two transcripts would have the same path, or a file
             needs PyAV, which is not installed.
-        ModelError: a base model is not the one that the model was trained with.
+        ModelError: the model or a base model is missing or damaged, or a base model is not the one that the
+            model was trained with.
         StorageError: the output folder cannot be written (raised before anything is loaded).
     """
     _check(files, format, output, longest)

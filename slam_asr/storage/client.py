@@ -39,7 +39,7 @@ TIMEOUT = "SLAM_ASR_S3_TIMEOUT"
 """Environment variable: seconds without an answer after which a request fails."""
 DEFAULT_TIMEOUT = 30.0
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
-"""boto3's environment variable: with `when_required`, no checksums are sent to a server that refuses them."""
+"""boto3's environment variable. `when_required` stops optional checksums, for servers that refuse them."""
 _WHEN_REQUIRED = "when_required"
 _CONNECT_TIMEOUT = 5.0
 # The maximum number of pieces in transfer: 8 files (`paths.PARALLEL_FILES`) with 8 pieces each. urllib3
@@ -72,6 +72,7 @@ def client(checksums: bool = True) -> Any:
 
     Raises:
         ConfigurationError: the mounted secret, the time-out or the endpoint's address is not valid.
+        BotoCoreError: boto3 refuses its configuration, such as the region or the profile; see `failures`.
     """
     settings = _settings()
     # One thread creates the client while the others wait. Creating it takes 0.1 s of computation, but 1.7 s

@@ -96,12 +96,12 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
 
 
 def allow_readers(path: Path) -> None:
-    """Let everyone who may read a folder also read the files in it; given a file, only that file.
+    """Let everyone who may read a folder also read the files in it.
 
     safetensors creates files that only their owner can read, but another user may run the next stage.
 
     Args:
-        path: the folder, or the file.
+        path: the folder; or a single file, and then only this file is changed.
 
     Raises:
         OSError: a file belongs to another user.
@@ -114,7 +114,8 @@ def allow_readers(path: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left below a folder.
 
-    Files that are still being written are locked and therefore not removed.
+    `write_atomically` locks its file while it writes, so that file is not removed. Other writers of
+    temporary files take no lock.
     """
     for temporary in folder.rglob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError), open(temporary, "rb") as file:

@@ -149,7 +149,9 @@ def _is_loop(entry: os.DirEntry[str]) -> bool:
 
 
 def folders_in(root: PathOrUri) -> list[str]:
-    """Return the sorted names of the folders directly below a folder or prefix, without links to those above.
+    """Return the sorted names of the folders directly below a folder or prefix.
+
+    Links to the folder itself, or to a folder that contains it, are left out.
 
     Raises:
         StorageError: object storage cannot be read.

@@ -32,7 +32,8 @@ _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
 _SILENT_SECONDS = 5.0
 """Seconds of retries before the first log line. Most temporary failures end sooner."""
 _MAX_CHECKSUM_FAILURES = 3
-"""The network may cause single checksum failures. After this many, the object itself counts as damaged."""
+"""The network may cause single checksum failures. After this many, an object that is read counts as damaged,
+and a write fails."""
 
 
 def patience() -> float:
@@ -65,7 +66,8 @@ def call_with_retries(
     Raises:
         Cancelled: `cancelled` is set.
         ObjectMissing: the object does not exist.
-        UserError: the call failed permanently, or for too long; or the limit is not a number.
+        UserError: the call failed permanently, or for too long; or the limit is not valid.
+        Exception: the call's own error, if it is not one of object storage or the network.
     """
     limit = patience()
     cancelled = cancelled or threading.Event()
@@ -77,8 +79,8 @@ def call_with_retries(
         # These are permanent, and need no other message.
         except (UserError, ObjectMissing):
             raise
-        # Any other exception, because botocore, urllib3 and ssl each raise their own. `reason_to_retry`
-        # raises an error if the failure is permanent.
+        # Every other exception is caught here, because botocore, urllib3 and ssl each have classes of their
+        # own. `reason_to_retry` raises an error if the failure is permanent.
         except Exception as error:
             reason = reason_to_retry(error, uri, action)
         checksum_failures += reason == CHECKSUM_DIFFERS

@@ -1,7 +1,7 @@
 """Uploads from disk or memory. Large objects are sent in parallel parts. Only complete objects are visible.
 
-Each part is sent with its SHA-256. The server compares the bytes that it received with this SHA-256, and this
-module compares it with the one in the server's answer. If a server does not support SHA-256, this module
+Each part is sent with its SHA-256. The server checks the bytes that it received against this SHA-256, and
+returns a SHA-256 too; this module compares the two. If a server does not support SHA-256, this module
 compares the MD5 that the server returns as the etag. If the answer contains neither, the complete object is
 read back.
 
@@ -64,8 +64,8 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
 
     Raises:
         OSError: the file cannot be read.
-        StorageError: the bucket does not exist, access is denied, the server cannot be reached, or the file
-            changed.
+        StorageError: the bucket does not exist, access is denied, the server cannot be reached, the file
+            changed, or the server saved other bytes.
     """
     # The file is read twice, because the first request of an upload contains the metadata with the SHA-256.
     transfer = _Upload(uri, sha256_of_file(file))
@@ -91,7 +91,8 @@ def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -
 
     Raises:
         ObjectExists: the object exists and `only_if_absent` is true.
-        StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
+        StorageError: the bucket does not exist, access is denied, the server cannot be reached, or it saved
+            other bytes.
     """
     transfer = _Upload(uri, sha256_of_bytes(content))
     if only_if_absent:

@@ -67,14 +67,15 @@ def tokens_for_ctc(
     )
     if without_path > MAX_WITHOUT_PATH * len(train):
         raise ConfigurationError(
-            f"{without_path} of {len(train)} train utterances have more tokens than audio positions, so CTC "
-            f"cannot align them: lower projector.downsampling ({recipe.projector.downsampling}), or set "
+            f"{without_path} of {len(train)} train utterances have too few audio positions for their tokens, "
+            "so CTC cannot align them: lower projector.downsampling "
+            f"({recipe.projector.downsampling}), or set "
             "projector.beginning.kind to none and projector.ctc_weight to 0."
         )
     if without_path:
         log_line(
-            f"warning: CTC skips {without_path} of {len(train)} train utterances, which have more tokens "
-            "than audio positions (projector.downsampling)"
+            f"warning: CTC skips {without_path} of {len(train)} train utterances, which have too few audio "
+            "positions for their tokens (projector.downsampling)"
         )
     return token_ids
 

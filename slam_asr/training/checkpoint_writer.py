@@ -29,7 +29,8 @@ from slam_asr.training.engines.engine import MOMENTS, Engine
 T = TypeVar("T")
 
 UNSAVED = "unsaved"
-"""Name of the local folder of a checkpoint that could not be uploaded; the next attempt here uploads it."""
+"""Name of the local folder for a checkpoint whose upload failed. The next attempt on this machine uploads
+it."""
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 10.0
 """First and longest pause, in seconds, between two attempts to write a checkpoint."""
 

@@ -39,7 +39,7 @@ class CtcModel(nn.Module):
     def spell(self, batch: CtcBatch) -> list[list[int]]:
         """Return CTC's best path of each utterance.
 
-        A path is a list of indices of `CtcVocabulary`, without repetitions and blanks.
+        A path is a list of indices of `CtcVocabulary`. Repetitions are merged, and then blanks are removed.
         """
         return best_paths(self._outputs_and_logits(batch)[1], batch.positions)
 

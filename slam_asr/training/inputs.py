@@ -1,6 +1,6 @@
-"""Checks the inputs of a training run before any weight is loaded.
+"""Checks the inputs of a training run before the encoder or the LLM is loaded.
 
-It also collects the inputs that the trained weights depend on, for the stage's fingerprint.
+This module also collects the inputs that the trained weights depend on, for the stage's fingerprint.
 """
 
 import itertools

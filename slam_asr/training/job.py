@@ -27,8 +27,8 @@ class TrainingJob:
     """The stage's output folder, perhaps in object storage.
 
     During the training, checkpoints are written there. If the folder is in object storage, the recipe is
-    written before, and the page with the curves, its data and TensorBoard's files are updated there. All
-    other results follow at the end.
+    uploaded before the training, and the page with the curves, its data and TensorBoard's files are updated
+    there during the training. All other results follow at the end.
     """
     rows: dict[str, str | None] = field(default_factory=dict)
     """For each set (`train`, `dev`), the file with the indices, from 0, of the manifest's utterances that fit

@@ -130,7 +130,7 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
 def _load_llm(
     folder: Path, options: Training, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[LazyWeight]]:
-    """Load the LLM; or leave its weights on the meta device, if the engine can read them shard by shard."""
+    """Load the LLM; or leave its weights on the meta device, if the engine can read them one by one."""
     dtype = DTYPES[options.precision]
     if shards_weights(options):
         try:

@@ -4,9 +4,9 @@ Both phases share data, loop and checkpoints, and one plan contains the steps of
 model and engine. The model of the beginning is the projector with a CTC head. Every process can hold it, so
 its engine is always DDP. The LLM is loaded at the end of the beginning.
 
-Only the projector's weights pass from the beginning to the next phase. AdamW's moments do not: they are means
-over CTC's gradients, whose sizes differ from those of the LLM's loss. With them, the first updates would be
-too large or too small in spite of the warm-up.
+The projector's weights and the CTC head's sharpness pass from the beginning to the next phase. AdamW's
+moments do not: they are means over CTC's gradients, whose sizes differ from those of the LLM's loss. With
+them, the first updates would be too large or too small in spite of the warm-up.
 """
 
 import gc

@@ -92,6 +92,8 @@ class Resumer:
             ConfigurationError: the checkpoint is beyond the last step of this training run.
             ModelError: the checkpoint is damaged or incomplete, or does not hold the weights that the recipe
                 trains.
+            UserError: the model's weights cannot be used, or the folder of the checkpoints cannot be read or
+                written.
         """
         parts, steps = self.parts, self.parts.plan.steps
         progress = Progress()
@@ -167,7 +169,7 @@ class Resumer:
         if progress.saved == progress.done and dev_loss is None:
             return
         if forced:
-            # No other snapshot is in memory when the one below is taken.
+            # Wait, so that no other snapshot is in memory when the one below is taken.
             self.writer.wait()
         elif improved:
             # The best checkpoint so far may wait in the queue while one other is written. No more may wait,

@@ -48,7 +48,8 @@ class Samples:
     """The transcripts of one validation."""
 
     wer: float | None
-    """Word error rate of greedy decoding, as a fraction; None if the references contain no words."""
+    """Word error rate of the transcripts, as a fraction. None if `cer` is measured instead, or if the
+    references contain no words."""
     texts: list[dict[str, str]]
     """`key`, `reference` and `hypothesis` of each utterance."""
     cer: float | None = None

@@ -161,7 +161,7 @@ class FollowedTrainJob:
                 log_line(line.rstrip("\n"))
 
     def _log_waits(self, job: "TrainJob") -> None:
-        """Log which nodes do not run yet, and why. For each node, a reason is logged only once."""
+        """Log which nodes do not run yet, and why. A reason is logged again only if it is new for a node."""
         # The reasons are only for the log, so a failure to read them must not stop the step.
         with contextlib.suppress(Exception):
             namespace, created = self.trainer.placement.namespace, job.creation_timestamp

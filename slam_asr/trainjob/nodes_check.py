@@ -19,7 +19,8 @@ def run_on_nodes(placement: Placement, nodes: int, command: list[str]) -> None:
         command: program and arguments that each node runs.
 
     Raises:
-        ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job takes too long.
+        ClusterError: Kubeflow Trainer is not installed or refuses the job, Kubernetes does not answer, or the
+            job was deleted or takes too long.
         UserError: a node failed. The message is that of the failed node.
     """
     with explained_refusals(placement):

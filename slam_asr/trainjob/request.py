@@ -129,7 +129,7 @@ def _environment(placement: Placement) -> dict[str, str]:
 
 
 def runtime_patch(placement: Placement) -> "RuntimePatch":
-    """Build the changes to the runtime's pods: volumes, secrets, node selection, user and account."""
+    """Build the changes to the runtime's pods: labels, volumes, secrets, node selection, user and account."""
     from kubeflow.trainer.options import (
         ContainerPatch,
         JobSetSpecPatch,

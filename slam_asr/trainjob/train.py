@@ -47,8 +47,8 @@ def train_on_nodes(
 
     Raises:
         ConfigurationError: the store is not in object storage.
-        ClusterError: Kubeflow Trainer is not installed or refuses the job, or the job was deleted or takes
-            too long.
+        ClusterError: Kubeflow Trainer is not installed or refuses the job, Kubernetes does not answer, the
+            job was deleted or takes too long, or the nodes wrote no pointer into the store.
         UserError: training failed. The message is that of the failed node.
     """
     if not is_s3(store):

@@ -314,7 +314,8 @@ def test_a_q_former_and_an_error_rate_without_dev_are_refused(prepared, tmp_path
 def test_utterances_that_ctc_cannot_align_are_refused(prepared, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"6 of 6 train utterances have more tokens than audio positions, so CTC cannot align them: "
+        match=r"6 of 6 train utterances have too few audio positions for their tokens, so CTC cannot align "
+        r"them: "
         r"lower projector\.downsampling \(5\)",
     ):
         run(prepared, tmp_path / "t", **{"projector.downsampling": 5})

@@ -22,7 +22,7 @@ class SlamAsrConfig(PreTrainedConfig):
         audio_token_id: token id that marks an LLM position of the audio.
         drop_blanks: the LLM does not read positions at which CTC gives the blank at least this probability;
             0 if it reads all.
-        ctc_tokens: token ids that CTC distinguishes, the blank's first; empty if it reads all.
+        ctc_tokens: token ids that CTC distinguishes, the blank's first; empty if the LLM reads all positions.
         ctc_sharpness: factor of CTC's logits.
     """
 

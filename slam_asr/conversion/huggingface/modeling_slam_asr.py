@@ -144,7 +144,10 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 it.
         """
         if self.config.encoder_name is None or self.config.llm_name is None:
-            raise ValueError("This model's folder contains its encoder and LLM: name others to save it.")
+            raise ValueError(
+                "This model's folder contains its encoder or LLM, which save_pretrained does not copy: copy "
+                "the folder itself, or load the model with encoder_name=… and llm_name=…."
+            )
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         weights = kwargs.get("state_dict") or self.state_dict()
         trained = {n: t for n, t in weights.items() if n.startswith("projector.") or ".lora_" in n}
@@ -255,7 +258,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return [positions] bool for the projector's outputs [positions, LLM width].
 
         A blank is a position at which CTC gives the blank, the first of `ctc_tokens`, at least the
-        probability `drop_blanks`. CTC's logits are squared distances from the tokens' embeddings.
+        probability `drop_blanks`. CTC's logits are negative squared distances from the tokens' embeddings,
+        halved and scaled, up to a constant per position that softmax ignores.
         """
         layer, outputs = self.llm.get_input_embeddings(), outputs.float()
         tokens = layer(torch.tensor(self.config.ctc_tokens, device=layer.weight.device)).float()

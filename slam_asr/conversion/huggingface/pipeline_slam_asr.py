@@ -74,7 +74,8 @@ class SlamAsrPipeline(Pipeline):
         generate_kwargs: dict[str, Any] | None = None,
         prompt: str | None = None,
     ) -> dict[str, torch.Tensor]:
-        # In a batch, `audio` is a list. The processor pads, because transformers would pad one side only.
+        # In a batch, `audio` is a list. The processor pads it here, because transformers would pad all inputs
+        # on the same side, but audio is padded on the right and token ids on the left.
         inputs = self.processor.apply_transcription_request(model_inputs["audio"], prompt=prompt).to(
             self.device
         )

@@ -185,7 +185,8 @@ class SlamAsrProcessor(ProcessorMixin):
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt] * len(items)
         if not items or len(prompts) != len(items):
             raise ValueError(
-                f"There are {len(items)} audios and {len(prompts)} prompts: give as many of both."
+                f"There are {len(items)} audios and {len(prompts)} prompts: give at least one audio, and as "
+                "many prompts as audios, or one text for all."
             )
         conversations: Any = [
             [

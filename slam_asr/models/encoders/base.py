@@ -137,7 +137,7 @@ class SpeechEncoder(nn.Module, ABC):
 
         Returns:
             A tensor [frames, width] per utterance, in the weights' dtype. The other utterances of the batch
-            do not affect its values.
+            affect only the rounding of its values.
         """
 
     @torch.inference_mode()

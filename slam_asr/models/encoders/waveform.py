@@ -1,8 +1,9 @@
 """WavLM, HuBERT and wav2vec 2.0: encoders whose input is the waveform itself.
 
-In a batch of unequal lengths, each utterance gets the same frames as when it is encoded alone. To achieve
-this, padding is masked in the attention. The base models also normalise their first convolution's output over
-time. If padding entered these statistics, the error would be as large as the output itself.
+In a batch of unequal lengths, each utterance gets the same frames as when it is encoded alone, except for
+rounding. To achieve this, padding is masked in the attention. The base models also normalise their first
+convolution's output over time. If padding entered these statistics, the error would be as large as the output
+itself.
 """
 
 import json

@@ -35,7 +35,8 @@ class DeepSpeedEngine(Engine):
 
     Args:
         model: on any device.
-        options: precision, ZeRO stage, clipping, weight decay.
+        options: precision, ZeRO stage, offload, clipping, weight decay, default learning rate, and
+            DeepSpeed's own settings.
         device: where the model trains.
         learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
             children get `training.learning_rate`.

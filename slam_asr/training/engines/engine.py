@@ -106,9 +106,10 @@ class Engine(ABC):
         return self.module(batch)
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
-        """Run a trial on the LLM, with all of its weights available.
+        """Run a trial on the LLM.
 
-        All processes must call this method together.
+        An engine that shards weights gathers them while the LLM runs. All processes must call this method
+        together.
 
         Args:
             trial: function that takes the LLM, may call it, and returns whether the trial succeeded.
