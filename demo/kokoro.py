@@ -152,7 +152,8 @@ def _compile(data: bytes) -> tuple[Any, Any]:
             "INFERENCE_NUM_THREADS": 1,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": precision,
-            # Every length of speech would add 30 MB of compiled kernels. (0 would change the samples.)
+            # A larger cache would grow by 30 MB of compiled kernels with each new length of speech. Without a
+            # cache (0), the samples would differ.
             "CPU_RUNTIME_CACHE_CAPACITY": 1,
         }
         parts.append(core.compile_model(part, "CPU", options))

@@ -238,7 +238,7 @@ def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | Non
 
 
 def copy_tasks(args: argparse.Namespace) -> list[tuple[Path, Path, int, int]]:
-    """Plan the copies of real speech; chapters for validation are only written unchanged."""
+    """Plan the copies of real speech. A chapter for validation is written once, unchanged."""
     transcripts = sorted(args.real.rglob("*.trans.txt"))
     if not transcripts:
         raise ValueError(f"{args.real} holds no .trans.txt: give a folder in LibriSpeech's layout")

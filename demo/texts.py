@@ -78,7 +78,7 @@ def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
         For each subset, its texts in random order. No chapter is in two subsets.
 
     Raises:
-        ValueError: no line has this form.
+        ValueError: no line has this form, or the lines are too short for a single training utterance.
     """
     chapters: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():

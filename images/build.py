@@ -77,7 +77,8 @@ def _options() -> argparse.Namespace:
         "--torch",
         default="",
         choices=("", "cpu", "cuda"),
-        help="build of torch for all images (default: CUDA for the stages that use GPUs)",
+        help="build of torch for all images that contain it (default: CUDA for the stages that use GPUs, "
+        "CPU for the others)",
     )
     parser.add_argument(
         "--pip-args", default="", help="options for pip, such as an index of torch's CPU builds"

@@ -141,8 +141,8 @@ def _check_recipe(recipe: Recipe, cluster: Cluster, trains: bool) -> None:
             key = f"steps.{name.replace('-', '_')}.gpus"
             raise ConfigurationError(
                 f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} "
-                f"gives each pod of {name} {gpus} GPU{'s' if gpus > 1 else ''} ({key}): lower it, or leave "
-                "it at 0 to use all GPUs."
+                f"gives each pod of {name} {gpus} GPU{'s' if gpus > 1 else ''} ({key}): lower "
+                f"{step.processes}, or set it to 0 to use all GPUs."
             )
 
 
@@ -209,7 +209,8 @@ def compile_package(
         `output`.
 
     Raises:
-        ConfigurationError: an image name is invalid.
+        ConfigurationError: an image name is invalid, or the file of image names cannot be read or lacks a
+            stage.
         PackageDefect: the compiled pipeline is inconsistent.
     """
     from pipelines.package_check import check_package

@@ -104,7 +104,7 @@ class LocalRun:
 
         Raises:
             StepFailed: a step failed.
-            UserError: another run is working in the same folder.
+            UserError: another run is working in the same folder, or the folder cannot be created.
         """
         with (
             self._exclusive() as log,
@@ -144,7 +144,7 @@ class LocalRun:
 
         Raises:
             StepFailed: the stage failed.
-            UserError: another run is working in the same folder.
+            UserError: another run is working in the same folder, or the folder cannot be created.
         """
         with self._exclusive() as log:
             program, *arguments = prepare()

@@ -65,7 +65,7 @@ def send_if_missing(run: "RunView", cluster: Cluster, link: str, log_line: Calla
         run: the run, which has ended.
         cluster: the profile; nothing is sent if it requests no notices.
         link: address of the run's page.
-        log_line: called with a line if the notice cannot be sent.
+        log_line: called with a line if the environment names no webhook.
     """
     if not cluster.on_exit.format or any(s.name == STEP and s.state == "succeeded" for s in run.steps):
         return
@@ -81,7 +81,7 @@ def require_url(form: str) -> str:
     """Return the URL for the notice of a run on this machine.
 
     Raises:
-        ConfigurationError: the environment gives none.
+        ConfigurationError: the environment names none, or one that begins with neither http:// nor https://.
     """
     from slam_asr.errors import ConfigurationError
 

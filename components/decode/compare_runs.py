@@ -26,7 +26,7 @@ def compare_runs(
         comparison: Pointer to the folder with runs.html, runs.md and runs.json.
         report: Page with word error rates, differences and training curves of all variations.
         summary: Short version of the report.
-        word_error_rates: Each variation's word error rate in percent.
+        word_error_rates: Each variation's word (or character) error rate in percent, and the best of them.
     """
     from slam_asr.errors import exit_on_user_error
 

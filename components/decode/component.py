@@ -19,10 +19,10 @@ def decode(
     Args:
         store: Folder or s3:// prefix for the results of all stages.
         manifests: Pointer to the result folder of build-manifest; it carries the recipe.
-        model: Pointer to the result folder of convert-checkpoint.
+        model: Pointer to the result folder of convert-checkpoint or open-model.
         shard: The work shard of this step, i/n.
         hypotheses: Pointer to the folder with hypotheses.jsonl.
-        decoding_metrics: Number of utterances, and decoding speed.
+        decoding_metrics: Numbers of utterances, cut answers and empty answers, and decoding speed.
     """
     from slam_asr.errors import exit_on_user_error
 

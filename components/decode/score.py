@@ -19,12 +19,12 @@ def score(
 
     Args:
         store: Folder or s3:// prefix for the results of all stages.
-        model: Pointer to the result folder of convert-checkpoint.
+        model: Pointer to the result folder of convert-checkpoint or open-model.
         hypotheses: Pointers to the results of decode, one per work shard; they carry the recipe.
         scores: Pointer to the folder with hypotheses.jsonl and wer.json.
         report: Page with word error rates, alignments and the worst utterances.
         summary: Short version of the report.
-        word_error_rates: Word error rates in percent, including those of the controls.
+        word_error_rates: Word and character error rates in percent, also of subsets and controls.
     """
     from slam_asr.errors import exit_on_user_error
 

@@ -22,7 +22,7 @@ def train(
         manifests: Pointer to the result folder of build-manifest; it carries the recipe.
         checkpoint: Pointer to the folder with the checkpoints.
         curves: Page with loss and accuracy by optimiser step.
-        training_metrics: Final loss and accuracy, and the number of optimiser steps.
+        training_metrics: Number of optimiser steps, and final loss and accuracy, also on the dev set.
         features: Pointers to the results of extract-features, one per work shard; default: store/features.
         trainjob: Placement of the nodes of a multi-node training, as JSON; if empty, this pod trains.
     """

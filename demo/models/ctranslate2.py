@@ -146,7 +146,8 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
         folder: an existing folder for the result.
 
     Raises:
-        ModelError: the weights are truncated, or are not a Whisper in format version 6.
+        ModelError: the weights are truncated, are not a Whisper in format version 6, or have another dtype;
+            see `read_variables`.
     """
     import torch
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration

@@ -46,7 +46,7 @@ class Launcher:
 
 
 def read_launcher(api: kubernetes.CoreV1Api, namespace: str) -> Launcher:
-    """Read the configuration; Kubeflow's defaults apply without `kfp-launcher`, and without a root in it.
+    """Read the configuration. Kubeflow's defaults apply if `kfp-launcher` does not exist or names no root.
 
     Raises:
         kubernetes.ApiException: it cannot be read.

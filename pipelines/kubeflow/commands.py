@@ -1,4 +1,4 @@
-"""The commands of `python -m pipelines` that deal with runs in a cluster, from `status` to `stop`."""
+"""The commands of `python -m pipelines` for runs in a cluster, such as `status`, `logs` and `resume`."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def runs(arguments: list[str]) -> int:
     """Print the latest runs, and return the exit code."""
     parser = run_parser("runs", "List the latest runs.")
     parser.add_argument("--mine", type=bool, default=False, help="only runs that you submitted")
-    parser.add_argument("--recipe", type=str, default="", help="only runs of this recipe")
+    parser.add_argument("--recipe", type=str, default="", help="only runs of this shipped recipe")
     parser.add_argument("--count", type=int, default=10, help="maximum number of runs")
     options = parse_options(parser, flags(arguments))
     from pipelines.kubeflow.runs import latest
@@ -61,7 +61,10 @@ def stop(arguments: list[str]) -> int:
 
 
 def open_page(arguments: list[str]) -> int:
-    """Print the address of a run's page, open it in a browser if there is one, and return the exit code."""
+    """Print the address of a run's page, and return the exit code.
+
+    In a terminal with a display, the page is also opened in a browser.
+    """
     run_key, options = _parse_run("open", "Open a run's page in the dashboard.", arguments)
     run_key = _required(run_key, "open")
     from pipelines.kubeflow.runs import find
@@ -178,8 +181,9 @@ def resume(arguments: list[str]) -> int:
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
         if has_expired(run):
             print(
-                "it ended more than an hour ago, when Argo deletes the workflow with its pods: Kubeflow "
-                "creates it again from its own copy, and `logs` reads earlier attempts from Argo's archive"
+                "it ended more than an hour ago, and Argo deletes a workflow with its pods after an hour: "
+                "Kubeflow creates the workflow again from its own copy, and `logs` reads earlier attempts "
+                "from Argo's archive"
             )
         if changed is not False:
             since = ", and kfp-launcher has changed since" if changed else ""
@@ -247,11 +251,16 @@ def run_parser(command: str, description: str) -> ArgumentParser:
 def add_wait(parser: ArgumentParser) -> None:
     """Add to a parser the options for following a run."""
     parser.add_argument("--wait", type=bool, default=False, help="follow the run until it has ended")
-    parser.add_argument("--poll", type=float, default=POLL, help="seconds between two requests for its state")
+    parser.add_argument(
+        "--poll",
+        type=float,
+        default=POLL,
+        help="with --wait: seconds between two requests for the run's state",
+    )
 
 
 def flags(arguments: list[str]) -> list[str]:
-    """Add the value that the parser requires to flags without one: `--wait` → `--wait=true`."""
+    """Give each flag without a value the value that the parser requires: `--wait` becomes `--wait=true`."""
     # Nothing follows the last argument. `--` stands in, so that a flag there counts as one without a value.
     followers = [*arguments[1:], "--"]
     return [

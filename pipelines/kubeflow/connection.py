@@ -277,7 +277,8 @@ def connect(options: dict[str, Any], cluster: Cluster) -> Connection:
     """Connect to the endpoint that the options, the environment or the profile name, in this order.
 
     Raises:
-        ConfigurationError: no endpoint is named.
+        ConfigurationError: no endpoint is named, its address does not begin with http:// or https://, or the
+            file that should contain the token does not exist.
         ClusterError: Kubeflow Pipelines does not answer there.
     """
     endpoint = options["endpoint"] or os.environ.get(ENDPOINT) or cluster.endpoint

@@ -50,7 +50,8 @@ def doctor(arguments: list[str]) -> int:
     parser.add_argument(
         "--images",
         type=str,
-        help="template for image names, or the file that `make images` writes (default: the profile's)",
+        help="template for image names, or the file that `make images` writes (default: SLAM_ASR_IMAGES, "
+        "else the profile's images.names)",
     )
     add_connection_options(parser)
     parser.add_argument(
@@ -238,7 +239,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
         write_bytes(path, b"slam-asr checks whether it may write here\n")
         delete(path)
         yield Finding(
-            GOOD, f"store {store}", "is writable with your own credentials; the steps use those of the secret"
+            GOOD, f"store {store}", "is writable with your own credentials; the steps use their own"
         )
     except UserError as error:
         sign = UNKNOWN if isinstance(error, CredentialsMissing) else BAD

@@ -12,7 +12,7 @@ from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 DEFAULT_SECRET = "mlpipeline-minio-artifact"
 """Secret of the object storage that Kubeflow Pipelines brings along."""
 STORAGE_KEYS = (("accesskey", "secretkey"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-"""Pairs of keys; the storage secret must contain one of them."""
+"""Pairs of keys; the storage secret must contain both keys of one pair."""
 _RUNNER = "slam-asr-runner"
 """The account and the role in `manifests/runner`."""
 _RUNNER_SECRETS = (Storage().secret, DEFAULT_SECRET)
@@ -30,7 +30,7 @@ class Check:
 
     subject: str
     run: Callable[[], Finding]
-    """Returns the finding, or raises `kubernetes.ApiException`."""
+    """Returns the finding, or raises an error, from which `doctor` makes a finding."""
     remedy: str = ""
     """What to do if the object does not exist, without a full stop."""
 
@@ -70,8 +70,8 @@ def namespace_checks(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str
         yield Check(
             f"model volume {models.claim}",
             lambda: _check_claim(api, models.claim, namespace),
-            f"`kubectl apply -n {namespace} -k manifests/runner` creates slam-asr-models; write another name "
-            "into models.claim",
+            f"`kubectl apply -n {namespace} -k manifests/runner` creates slam-asr-models; write that name, "
+            "or the name of another volume claim, into models.claim",
         )
     if cluster.queue.name:
         yield Check(

@@ -1,4 +1,4 @@
-"""The nodes of a cluster: whether the profile's steps fit on them, and which images they have."""
+"""The nodes of a cluster: whether the profile's steps with GPUs fit on them, and which images they have."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def loaded_images(api: kubernetes.CoreV1Api) -> list[str] | None:
 
 
 def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
-    """Check that each step that requests GPUs fits on a node.
+    """Check for each step that requests GPUs whether a node has enough of them, and accepts its pod.
 
     Raises:
         kubernetes.ApiException: listing nodes is not allowed.
@@ -54,7 +54,10 @@ def _gpus(node: Any, step: StepSettings) -> int:
 
 
 def _fits(node: Any, step: StepSettings) -> bool:
-    """Return whether a node could run a step's pod if no other pod used its GPUs."""
+    """Return whether a node has a step's number of GPUs and its labels, and only taints that it tolerates.
+
+    CPU, memory, and GPUs that other pods use are not considered.
+    """
     labels = node.metadata.labels or {}
     # PreferNoSchedule, the third effect, does not exclude a node.
     taints = [taint for taint in node.spec.taints or [] if taint.effect in ("NoSchedule", "NoExecute")]

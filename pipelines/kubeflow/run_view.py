@@ -62,7 +62,7 @@ def steps_of(
 
     Args:
         run: the run, from the API v2beta1.
-        workflow: its workflow. Without it, the steps have no reasons.
+        workflow: its workflow. Without it, the only reasons are the error messages of the API.
         waiting_pods: why pods have not started, in the words of Kubernetes, keyed by the name of their
             workflow node. The workflow itself does not show that Kueue holds a pod back.
         attempts: maximum number of attempts at each step, used if the workflow does not contain it.
@@ -190,7 +190,8 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
 
     Raises:
         NotFound: there is no such run.
-        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+        ClusterError: the API refuses, or temporary failures last for `patience()` seconds (see
+            `Connection.call`).
     """
     run = connection.call("read the run", lambda: _complete(connection.runs.run_service_get_run(run_id)))
     workflow = read_workflow(connection, run_id)
@@ -221,7 +222,8 @@ def follow(
         The run after its end.
 
     Raises:
-        ClusterError: temporary failures lasted for `patience()` seconds (see `Connection.call`).
+        ClusterError: the API refuses, or temporary failures last for `patience()` seconds (see
+            `Connection.call`).
     """
     logged: dict[str, tuple[str, str]] = {}
     while True:
@@ -306,7 +308,7 @@ def _step_of_attempts(
 
 
 def _steps_of_tasks(run: kfp_server_api.V2beta1Run) -> list[RunStep]:
-    """Return the steps with the states of the API v2beta1, which gives no reasons."""
+    """Return the steps with the states of the API v2beta1, and its error messages as the only reasons."""
     details = (run.run_details.task_details if run.run_details else None) or []
     return [
         RunStep(

@@ -87,7 +87,7 @@ def run_name(recipe: Recipe) -> str:
 
 
 def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
-    """Find a run by id or name; if several have the same name, return the latest.
+    """Find a run by its id, or by its name among the latest 50; of several with this name, return the latest.
 
     Raises:
         ClusterError: there is no such run.
@@ -116,7 +116,8 @@ def latest(
         connection: the connection to Kubeflow Pipelines.
         count: maximum number of runs.
         mine: only runs that this user submitted.
-        recipe: only runs of this recipe; empty for all.
+        recipe: only runs of this shipped recipe; empty for all. A recipe of a file is a parameter as text,
+            so its name cannot select runs.
     """
     client = connection.client
     namespace = connection.namespace if connection.multi_user else None
@@ -145,7 +146,7 @@ def latest(
 
 
 def has_expired(run: kfp_server_api.V2beta1Run) -> bool:
-    """Whether a run ended so long ago that Argo has deleted its workflow, unless its settings differ."""
+    """Whether a run ended so long ago that Argo has deleted its workflow, by the settings in Kubeflow."""
     # The API returns the year 1970 for a run that has not ended.
     return run.state in ENDED and bool(run.finished_at) and datetime.now(UTC) - run.finished_at > _LIFETIME
 

@@ -157,10 +157,10 @@ def _change(command: str, action: str, outcome: str, arguments: list[str]) -> in
 
 
 def six_fields(cron: str) -> str:
-    """Return a cron expression in the six fields of Kubeflow, the first of which is the second.
+    """Return a cron expression in Kubeflow's six fields, which begin with the seconds.
 
-    Kubeflow would read five fields as second, minute, hour, day of month and month. Five fields therefore get
-    the second 0 here, and mean what they mean for cron.
+    Kubeflow would read five fields as second, minute, hour, day of month and month. A 0 for the seconds is
+    therefore put before five fields, so that they mean the same as in cron.
 
     Raises:
         ConfigurationError: it has another number of fields, or a field is wrong.
@@ -169,7 +169,7 @@ def six_fields(cron: str) -> str:
     if len(fields) not in (5, 6):
         raise ConfigurationError(
             f'--cron "{cron}" has {len(fields)} fields: give five (minute, hour, day of month, month, day of '
-            "week), or six with the second first."
+            "week), or six, which begin with the seconds."
         )
     fields = ["0", *fields][-6:]
     for name, field in zip(_FIELDS, fields, strict=True):

@@ -47,7 +47,7 @@ def submit(arguments: list[str]) -> int:
     """Compile, upload and start a run, follow it if requested, and return the exit code."""
     source, rest = recipe_and_rest("submit", arguments)
     parser = submission_parser(
-        "submit", "Compile the pipeline, upload it, start a run, and follow it.", source
+        "submit", "Compile the pipeline, upload it and start a run; --wait follows it.", source
     )
     parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, digest and time)")
     add_wait(parser)

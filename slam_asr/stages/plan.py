@@ -26,11 +26,11 @@ def plan(
     Args:
         recipe: models and hyper-parameters.
         gpus: number of GPUs to train on; 0 for one process on a CPU.
-        gpu_memory: memory of each GPU in GB (10^9 bytes).
+        gpu_memory: memory of each GPU, or of the CPU, in GB (10^9 bytes).
         hours: hours of audio to train on; LibriSpeech has 960.9.
         utterance_seconds: mean length of an utterance in seconds; 12.3 in LibriSpeech.
         test_hours: hours of audio to decode; both test sets of LibriSpeech together have 10.5.
-        gpu_tflops: peak TFLOP/s of each GPU, dense, in the recipe's precision; an H100 has 989 in bf16.
+        gpu_tflops: peak TFLOP/s of each GPU or of the CPU, dense, in the recipe's precision; an H100 has 989 in bf16.
         gpu_bandwidth: memory bandwidth of each GPU in TB/s; an H100 has 3.35.
 
     Returns:
@@ -55,10 +55,10 @@ def plan(
     shapes = describe(recipe)
     hardware = Gpus(gpus, gpu_memory * 1e9, gpu_tflops * 1e12, gpu_bandwidth * 1e12)
     result = estimate(shapes, hardware, Speech(hours, utterance_seconds, test_hours))
-    each = f"of {gpu_memory:g} GB and {gpu_tflops:g} TFLOP/s (--gpus, --gpu-memory, --gpu-tflops)"
+    size = f"of {gpu_memory:g} GB and {gpu_tflops:g} TFLOP/s (--gpus, --gpu-memory, --gpu-tflops)"
     log_line(
         f"assumed: {hours:g} h of audio to train on and {test_hours:g} h to decode (--hours, --test-hours)"
-        + (f"; {gpus} GPU{'s' * (gpus > 1)} {each}" if gpus else "; a CPU (--gpus 0)")
+        + (f"; {gpus} GPU{'s' * (gpus > 1)} {size}" if gpus else f"; a CPU {size}")
     )
     _print_memory(result, shapes, hardware)
     if result.cache_bytes:

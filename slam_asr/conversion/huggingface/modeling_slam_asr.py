@@ -103,7 +103,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             except OSError as error:
                 raise OSError(
-                    f"The {part} {name or part} of {place} cannot be loaded: if it is elsewhere, give "
+                    f"The {part} {name or ''}".rstrip() + f" of {place} cannot be loaded: if it is elsewhere, give "
                     f"{part}_name=…"
                 ) from error
 

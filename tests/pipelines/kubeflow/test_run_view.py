@@ -264,7 +264,7 @@ def test_resume_says_that_the_workflow_is_deleted_an_hour_after_the_end(
     ended = datetime.now(UTC) - timedelta(hours=hours)
     kubeflow.recorded[run_id][0]["finished_at"] = f"{ended:%Y-%m-%dT%H:%M:%SZ}"
     code, out, _ = program("resume", run_id)
-    assert code == 0 and ("it ended more than an hour ago, when Argo deletes the workflow" in out) == says
+    assert code == 0 and ("it ended more than an hour ago, and Argo deletes a workflow" in out) == says
     kubeflow.retry_refusal = (404, {"message": "workflow not found"})
     err = program("resume", run_id)[2]
     assert (
