@@ -269,12 +269,11 @@ def _write_list(references: dict[str, str]) -> None:
 def _commit() -> str:
     """Return the checkout's commit, with a + if files differ from it; empty without git."""
     # All tags are excluded, so that the result is a commit and never the name of a tag.
-    described = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    except FileNotFoundError:
+        return ""
     return described.stdout.strip()
 
 

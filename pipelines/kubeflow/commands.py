@@ -48,7 +48,7 @@ def runs(arguments: list[str]) -> int:
 
 def stop(arguments: list[str]) -> int:
     """Stop a run, and return the exit code."""
-    run_key, options = _parse_run("stop", "Stop a run; `resume` continues it later.", arguments)
+    run_key, options = _parse(run_parser("stop", "Stop a run; `resume` continues it later."), arguments)
     run_key = _required(run_key, "stop")
     from pipelines.kubeflow.runs import find
     from pipelines.kubeflow.runs import stop as stop_run
@@ -65,7 +65,7 @@ def open_page(arguments: list[str]) -> int:
 
     In a terminal with a display, the page is also opened in a browser.
     """
-    run_key, options = _parse_run("open", "Open a run's page in the dashboard.", arguments)
+    run_key, options = _parse(run_parser("open", "Open a run's page in the dashboard."), arguments)
     run_key = _required(run_key, "open")
     from pipelines.kubeflow.runs import find
 
@@ -80,7 +80,9 @@ def open_page(arguments: list[str]) -> int:
 
 def status(arguments: list[str]) -> int:
     """Print a run's steps, or the latest runs, and return the exit code."""
-    run_key, options = _parse_run("status", "Show a run's steps, or the latest runs.", arguments)
+    parser = run_parser("status", "Show a run's steps, or the latest runs.")
+    add_wait(parser)
+    run_key, options = _parse(parser, arguments)
     from pipelines.kubeflow.run_view import view
     from pipelines.kubeflow.runs import find, latest
 
@@ -197,19 +199,13 @@ def resume(arguments: list[str]) -> int:
     return follow_run(connection, run_id, cluster, options["poll"], with_notice=True)
 
 
-def _parse_run(command: str, description: str, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
-    parser = run_parser(command, description)
-    add_wait(parser)
-    return _parse(parser, arguments)
-
-
 def _parse(parser: ArgumentParser, arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Split off the run's id or name, if given, and parse the options."""
+    """Parse `[RUN] [--option …]`: return the run's id or name, if given, and the options."""
     has_run = bool(arguments) and not arguments[0].startswith("-")
     run_key, rest = (arguments[0], arguments[1:]) if has_run else (None, arguments)
     options = parse_options(parser, flags(rest))
-    require_seconds(options, "poll")
+    if "poll" in options:
+        require_seconds(options, "poll")
     return run_key, options
 
 

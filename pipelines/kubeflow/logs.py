@@ -93,12 +93,13 @@ class LogReader:
             # This raises if no access is configured; the archive may still have the logs.
             api = core_api()
             for pod in self._pods(api, step):
-                shown.add(pod.metadata.name)
                 self._show_pod(api, pod, follow, on_line)
+                shown.add(pod.metadata.name)
         except ClusterError as error:
             # A user who is not allowed to read pods can still read the archive, through the dashboard.
             unavailable = str(error)
-        if not self._show_archived(step, shown, on_line) and not shown:
+        archived = self._show_archived(step, shown, on_line)
+        if not archived and (unavailable or not shown):
             which = f" for step {step}" if step else ""
             raise ClusterError(
                 unavailable

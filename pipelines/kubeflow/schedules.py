@@ -113,7 +113,7 @@ def list_all(arguments: list[str]) -> int:
     connection = connect(options, load_cluster(options["cluster"]))
     for known in _all(connection):
         cron = _cron_of(known)
-        following = "" if _is_paused(known) else f"  next {next_times(cron, 1)[0]}" if cron else ""
+        following = "" if _is_paused(known) or not cron else f"  next {_next_time(cron)}"
         state = "paused" if _is_paused(known) else "active"
         print(f"{known.display_name:<20} {state:<7} {cron or 'no cron expression'}{following}")
     return 0
@@ -182,6 +182,14 @@ def six_fields(cron: str) -> str:
     expression = " ".join(fields)
     next_times(expression)
     return expression
+
+
+def _next_time(cron: str) -> str:
+    """Return the next time of a schedule, which another client may have created."""
+    try:
+        return next_times(cron, 1)[0]
+    except ConfigurationError:
+        return "unknown"
 
 
 def next_times(cron: str, count: int = 3) -> list[str]:

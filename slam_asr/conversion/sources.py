@@ -94,15 +94,10 @@ def find_source(
         checkpoint = checkpoint.rpartition("/")[0] or "."
     elif exists(checkpoint):
         return _from_file(fetch(checkpoint), recipe, adapter)
-    if adapter and exists(join(checkpoint, RECORD)):
-        raise ConfigurationError(
-            f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
-            "one: leave out --adapter."
-        )
+    saved = None
     # A model folder has a stage's record too, so it must be recognised before a training run.
-    if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
-        return _from_model(fetch_model(checkpoint), recipe)
-    if not exists(join(checkpoint, RECORD)):
+    is_model = checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS))
+    if not is_model and not exists(join(checkpoint, RECORD)):
         local = fetch_folder(checkpoint) if is_s3(checkpoint) else local_path(checkpoint)
         if not local.is_dir():
             raise ModelError(f"There is no file or folder {checkpoint}: check the path.")
@@ -112,9 +107,16 @@ def find_source(
             return _from_file(local / SLAM_LLM_FILE, recipe, adapter)
         if weight_names(local):
             return _from_consolidated(local, recipe, adapter)
-        if (saved := find(join(checkpoint, CHECKPOINTS))) is not None:
-            return _from_training(_unfinished(checkpoint, saved), which, recipe)
-    return _from_training(require_record(checkpoint, "train"), which, recipe)
+        saved = find(join(checkpoint, CHECKPOINTS))
+    if adapter:
+        raise ConfigurationError(
+            f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
+            "one: leave out --adapter."
+        )
+    if is_model:
+        return _from_model(fetch_model(checkpoint), recipe)
+    trained = _unfinished(checkpoint, saved) if saved else require_record(checkpoint, "train")
+    return _from_training(trained, which, recipe)
 
 
 def recipe_in(checkpoint: str) -> Recipe | None:
@@ -239,6 +241,10 @@ def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source
         return _from_tensors([path], path, recipe, adapter)
     content = read_pickle(path)
     if not is_slam_llm(content):
+        if adapter:
+            raise ConfigurationError(
+                f"--adapter is for a checkpoint of SLAM-LLM, but {path} holds an encoder: leave it out."
+            )
         return OriginalEncoder(path)
     read = partial(from_slam_llm, content, str(path))
     return _of_slam_llm(read, str(path), {"file": sha256_of_file(path)}, recipe, adapter)

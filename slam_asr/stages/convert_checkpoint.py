@@ -101,11 +101,12 @@ def _convert_encoder(file: Path, output: str, options: dict[str, object], overwr
     """Convert the original file of a speech encoder to a folder for `encoder.name`."""
     from slam_asr.pretrained.original_checkpoints import convert_original
 
-    if options["to"] != "model":
-        raise ConfigurationError(
-            f"{file} holds neither a projector nor an LLM, so it cannot be converted with "
-            f"--to {options['to']}: leave out --to."
-        )
+    for name in ("to", "half"):
+        if options.get(name) not in ("model", None):
+            raise ConfigurationError(
+                f"{file} holds neither a projector nor an LLM, so it cannot be converted with "
+                f"--{name} {str(options[name]).lower()}: leave out --{name}."
+            )
 
     def work(folder: Path) -> Outcome:
         return Outcome(convert_original(file, folder))

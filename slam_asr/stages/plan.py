@@ -30,7 +30,8 @@ def plan(
         hours: hours of audio to train on; LibriSpeech has 960.9.
         utterance_seconds: mean length of an utterance in seconds; 12.3 in LibriSpeech.
         test_hours: hours of audio to decode; both test sets of LibriSpeech together have 10.5.
-        gpu_tflops: peak TFLOP/s of each GPU or of the CPU, dense, in the recipe's precision; an H100 has 989 in bf16.
+        gpu_tflops: peak TFLOP/s of each GPU or of the CPU, dense, in the recipe's precision; an H100 has 989
+            in bf16.
         gpu_bandwidth: memory bandwidth of each GPU in TB/s; an H100 has 3.35.
 
     Returns:

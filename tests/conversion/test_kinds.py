@@ -325,3 +325,8 @@ def test_an_average_is_the_mean_of_all_complete_checkpoints(recipe, tiny_recipe,
     assert read_config(record.folder).training["averaged_steps"] == "10, 20, 30"
     latest = load_file(convert_checkpoint(training, str(tmp_path / "latest")).file("projector.safetensors"))
     assert all(torch.equal(latest[name], weights_of(recipe, 3)[name]) for name in latest)
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="smollm2-135m contains its adapter itself"):
+        convert_checkpoint("whisper-tiny.en-smollm2-135m", str(tmp_path / "m"), adapter=str(tmp_path))

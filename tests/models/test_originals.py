@@ -261,6 +261,9 @@ def test_every_tensor_of_hubert_x_large_is_mapped(tuned):
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 def test_reference_files_are_converted_by_the_stage(tmp_path, name):
     require_reference()
+    for option, value in (("half", True), ("adapter", str(tmp_path)), ("to", "llm")):
+        with pytest.raises(UserError, match=f"--{option}"):
+            convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"), **{option: value})
     record = convert_checkpoint(str(REFERENCE / f"{name}.pt"), str(tmp_path / "c"))
     spec = describe_encoder(Encoder(name=record.folder))
     assert spec.config.model_type == name and spec.width == 48

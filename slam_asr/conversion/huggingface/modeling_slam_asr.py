@@ -103,7 +103,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             except OSError as error:
                 raise OSError(
-                    f"The {part} {name or ''}".rstrip() + f" of {place} cannot be loaded: if it is elsewhere, give "
+                    f"The {part} {name or ''}".rstrip()
+                    + f" of {place} cannot be loaded: if it is elsewhere, give "
                     f"{part}_name=…"
                 ) from error
 

@@ -46,7 +46,10 @@ class KubernetesHandler(http.server.BaseHTTPRequestHandler):
             return self._send(404, json.dumps({"kind": "Status", "code": 404}).encode())
         if match := re.fullmatch(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log", path):
             assert options["container"] == "main"
-            return self._send(200, self.server.pods[match[1]][2].encode(), "text/plain")
+            log = self.server.pods[match[1]][2]
+            if log is None:
+                return self._send(403, json.dumps({"kind": "Status", "message": "forbidden"}).encode())
+            return self._send(200, log.encode(), "text/plain")
         key, _, value = options["labelSelector"].partition("=")
         items = [
             {

@@ -370,6 +370,15 @@ def test_logs_show_only_the_steps_of_the_run(kubeflow, cluster, program):
 
 
 @pytest.mark.slow
+def test_logs_that_may_not_be_read_are_an_error(kubeflow, cluster, program):
+    program(*SUBMIT)
+    cluster["a-train"] = (*cluster["a-train"][:2], None)
+    code, out, err = program("logs", "run-1", "--step", "train")
+    assert code == 2 and out == "── train (a-train, running)\n"
+    assert len(err.splitlines()) == 1 and "read logs" in err
+
+
+@pytest.mark.slow
 def test_logs_without_a_kubeconfig_fail_with_one_sentence(kubeflow, program, monkeypatch, tmp_path):
     program(*SUBMIT)
     monkeypatch.setattr(
