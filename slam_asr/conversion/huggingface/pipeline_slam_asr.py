@@ -44,9 +44,12 @@ class SlamAsrPipeline(Pipeline):
             raise ValueError("This model gives no time stamps: leave out return_timestamps.")
         if unknown := options.keys() - {"max_new_tokens", "num_beams"}:
             raise ValueError(f"Unknown option {min(unknown)}: options of `generate` go into generate_kwargs.")
-        forward: dict[str, Any] = {"generate_kwargs": {**(generate_kwargs or {}), **options}}
-        # An empty prompt is a prompt; without one, the model's own is used.
-        return {}, forward | ({} if prompt is None else {"prompt": prompt}), {}
+        forward: dict[str, Any] = {
+            "generate_kwargs": {**(generate_kwargs or {}), **options},
+            "prompt": prompt,
+        }
+        # An empty prompt is one too; the model's own is used only if none is given.
+        return {}, {name: value for name, value in forward.items() if value or value == ""}, {}
 
     def preprocess(self, recording: Any) -> dict[str, np.ndarray]:  # type: ignore[override]
         """Read a recording as samples [samples] at 16 kHz."""
