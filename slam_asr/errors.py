@@ -1,8 +1,8 @@
 """Errors that a user can act on, each with a message of one sentence.
 
 A `UserError` names what is wrong, where, and what to do. At the boundary of a program, `exit_on_user_error`
-prints the message without a traceback and exits with code 2. Any other exception that escapes is a defect of
-this project and is shown with its traceback.
+prints the message without a traceback and exits with code 2. An exception that it does not handle is a defect
+of this project and is shown with its traceback.
 
 The subclasses are for callers. They distinguish what must change before a retry can succeed.
 """
@@ -71,7 +71,7 @@ def from_os_error(error: OSError) -> StorageError | None:
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StorageError(
-            f"{where} is a file, or is below one, where a folder is needed: choose another path."
+            f"{where} is a file or lies below a file, but a folder is needed: choose another path."
         )
     return None
 
@@ -95,8 +95,8 @@ class Stopped(KeyboardInterrupt):
 def exit_on_user_error() -> Iterator[None]:
     """Exit with one line on stderr, instead of a traceback, after an error that the user can resolve.
 
-    Every program begins with it, before it imports torch, so it also limits the threads. After a failure of a
-    GPU's driver that is usually temporary, it starts the program again.
+    Commands and pipeline steps enter this context before they import torch, so it also limits the threads.
+    After a failure of a GPU's driver that is usually temporary, it starts the program again.
 
     The exit code is 2 after a `UserError`, after the errors that `from_os_error` explains, and if a GPU still
     fails after the last restart. After `Stopped` it is that exception's code, and after Ctrl-C it is 130.
@@ -123,7 +123,7 @@ def exit_on_user_error() -> Iterator[None]:
             "take another one; the same command resumes.",
             EXIT_CODE,
         )
-    # `Stopped` is one too, with an exit code of its own.
+    # This includes `Stopped`, which has an exit code of its own.
     except KeyboardInterrupt as interruption:
         _exit(
             str(interruption) or "interrupted; run the same command again to resume",

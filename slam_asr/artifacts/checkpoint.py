@@ -71,6 +71,9 @@ class Checkpoint:
     """Loss on the dev set after this step; None if it was not measured."""
     phase: str = MAIN
     """The phase in which the weights and the moments were saved: `BEGINNING` or `MAIN`."""
+    ctc_head: dict[str, Any] = field(default_factory=dict)
+    """The CTC head as a model folder records it, for models that are converted before the training run ends.
+    Empty if the model does not keep it, and in checkpoints of earlier versions."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """For each file, keyed by name: its size in bytes (`bytes`) and its SHA-256 (`sha256`)."""
     folder: str = ""

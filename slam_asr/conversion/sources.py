@@ -11,6 +11,7 @@ import torch
 
 from slam_asr.artifacts.checkpoint import CHECKPOINTS, MAIN, Checkpoint, all_complete, find, require
 from slam_asr.artifacts.model_folder import (
+    CTC_HEAD,
     ENCODER,
     LLM,
     WEIGHTS,
@@ -151,7 +152,8 @@ def _unfinished(folder: str, saved: Checkpoint) -> Record:
     bases = {key: saved.inputs[key] for key in ("encoder_fingerprint", "llm_sha256")}
     recipe = load_recipe(fetch(join(folder, "recipe.yaml")).read_text(encoding="utf-8"))
     names = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
-    return Record("", facts=names | bases, stage="train", folder=folder, inputs=saved.inputs)
+    head = {CTC_HEAD: saved.ctc_head} if saved.ctc_head else {}
+    return Record("", facts=names | bases | head, stage="train", folder=folder, inputs=saved.inputs)
 
 
 def _recipe_of(trained: Record) -> Recipe:

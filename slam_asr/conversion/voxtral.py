@@ -6,7 +6,7 @@ from the other two parts. A linear projector is rewritten to that form without c
 - Voxtral joins k frames per position if the encoder's feed-forward layers are k times as wide as a frame. So
   these layers, usually 4 times as wide, are padded to k times, with zeros on both sides of the activation.
 - The encoder ends with a LayerNorm, y = γ · n + β, whose n has mean 0. Therefore Σ (yᵢ - βᵢ) / γᵢ = 0, and
-  Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (c · γᵢ) give 1 for every frame, and these
+  Σ yᵢ / γᵢ is the constant c = Σ βᵢ / γᵢ. So the weights 1 / (k · c · γᵢ) give 1 for any k frames, and these
   weights times the first layer's bias replace the bias.
 - A spare hidden unit computes this 1, and its weights in the second layer are the second bias. ReLU leaves
   the 1 unchanged. All other spare units are 0.
@@ -123,7 +123,9 @@ def _require_conditions(parts: Parts) -> WhisperSpec:
         f"at least 4 frames per position (projector.downsampling is {k})": k >= 4,
         f"a hidden width of the projector (projector.hidden, {projector.hidden}) below the LLM's "
         f"({parts.widths[1]})": projector.hidden < parts.widths[1],
-        f"every position (projector.drop_blanks is {projector.drop_blanks})": not projector.drop_blanks,
+        f"an LLM that reads every position (projector.drop_blanks is {projector.drop_blanks})": (
+            not projector.drop_blanks
+        ),
         "no Python code of the LLM (llm.trust_remote_code is true)": not recipe.llm.trust_remote_code,
     }
     if isinstance(spec, WhisperSpec):

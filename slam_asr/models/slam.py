@@ -33,7 +33,7 @@ class Slam(nn.Module):
         projector: always trained.
         llm: frozen, or with weights that require a gradient.
         encoder: needed if audio is encoded on the fly. A frozen encoder is not registered as a submodule:
-            it has its own precision, and no optimiser, checkpoint or sharding must include it.
+            it has its own precision, and no optimiser, checkpoint or sharding may include it.
         feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
             are the same whether or not they come from a feature store.
         dropout: share of the features' values that are set to zero in training.
@@ -91,7 +91,7 @@ class Slam(nn.Module):
         # Labels cover the last n columns of the batch. Each token is predicted one position earlier, so the
         # inputs start one column earlier and leave out the last column.
         self._target_inputs = inputs[0][:, -self._is_target.shape[1] - 1 : -1][self._is_target]
-        # A scorer applies the output layer itself, so the LLM's own forward pass gets no rows.
+        # A scorer applies the output layer itself, so the LLM's own call of this layer gets empty inputs.
         return (self._target_inputs if self.scorer is None else self._target_inputs[:0],)
 
     def train(self, mode: bool = True) -> "Slam":

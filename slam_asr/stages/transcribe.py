@@ -50,11 +50,12 @@ def transcribe(
             needs PyAV, which is not installed.
         ModelError: the model or a base model is missing or damaged, or a base model is not the one that the
             model was trained with.
-        StorageError: the output folder cannot be written (raised before anything is loaded).
+        StorageError: the output prefix in object storage cannot be written; a local output folder raises an
+            OSError instead (both before anything is loaded).
     """
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
-    # The header of every file is read before a model is loaded, so that a missing file is reported at once.
+    # Every file's length is determined before a model is loaded, so that a missing file is reported at once.
     seconds = [_seconds(file) for file in files]
     printed = sys.stdout
     transcripts: list[Transcript] = []
@@ -137,14 +138,15 @@ def _output_paths(files: list[str], output: str, suffix: str) -> dict[str, str]:
 
     Raises:
         ConfigurationError: two transcripts would have the same path.
-        StorageError: the output folder cannot be written.
+        OSError: the local output folder cannot be written.
+        StorageError: the output prefix in object storage cannot be written.
     """
     paths: dict[str, str] = {}
     for file in files:
         path = join(output, Path(name_of(file)).stem + suffix)
         if path in paths.values():
             raise ConfigurationError(
-                f"Two files would be written to {path}: transcribe them one after the other, "
+                f"Two files would be written to {path}: transcribe one of them separately, "
                 "with another --output."
             )
         paths[file] = path

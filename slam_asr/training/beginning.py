@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -128,8 +129,26 @@ def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None)
         token_embeddings(Path(job.llm_folder), job.ctc_tokens, dtype, recipe.llm.trust_remote_code), dtype
     )
     with torch.no_grad():
-        head.log_sharpness.fill_(math.log(sharpness or job.ctc_sharpness or INITIAL_SHARPNESS))
+        head.log_sharpness.fill_(math.log(_sharpness(job, sharpness)))
     return head
+
+
+def describe_head(job: TrainingJob, recipe: Recipe, sharpness: float | None) -> dict[str, Any]:
+    """Return the CTC head as a model folder records it; empty if the model does not keep it.
+
+    Args:
+        job: names the tokens, and the sharpness of the initial model's head.
+        recipe: the training run's recipe.
+        sharpness: the sharpness that the beginning has learned; None without a beginning.
+    """
+    options = recipe.projector
+    if options.ctc_weight > 0 or (options.beginning.active and options.beginning.keep_head):
+        return {"tokens": job.ctc_tokens, "sharpness": _sharpness(job, sharpness)}
+    return {}
+
+
+def _sharpness(job: TrainingJob, learned: float | None) -> float:
+    return learned or job.ctc_sharpness or INITIAL_SHARPNESS
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ import torch
 
 from slam_asr.artifacts.model_folder import CTC_HEAD
 from slam_asr.errors import UserError
-from slam_asr.models.ctc import INITIAL_SHARPNESS
 from slam_asr.models.precision import peak_flops
 from slam_asr.progress import log_line
 from slam_asr.restart import GPU_FAILURE
 from slam_asr.runtime.worker import failures_written_to, leave_group
 from slam_asr.storage import join, upload, write_json
+from slam_asr.training.beginning import describe_head
 from slam_asr.training.builder import Parts, build_parts
 from slam_asr.training.job import FACTS, TrainingJob
 from slam_asr.training.micro_batches import MicroBatch, Totals, remaining_micro_batches, scores_of
@@ -271,11 +271,8 @@ class Loop:
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:
     """Return the facts for the training run's report, as JSON values."""
-    options = parts.recipe.projector
-    sharpness = loop.progress.counts.sharpness or parts.job.ctc_sharpness or INITIAL_SHARPNESS
-    head = {CTC_HEAD: {"tokens": parts.job.ctc_tokens, "sharpness": sharpness}}
-    keeps_head = options.ctc_weight > 0 or (options.beginning.active and options.beginning.keep_head)
-    return (head if keeps_head else {}) | {
+    head = describe_head(parts.job, parts.recipe, loop.progress.counts.sharpness)
+    return ({CTC_HEAD: head} if head else {}) | {
         "projector_parameters": parts.phase.parameters["projector"][0],
         "trained_parameters": sum(trained for _, trained in parts.phase.parameters.values()),
         "all_parameters": sum(total for total, _ in parts.phase.parameters.values()),

@@ -13,6 +13,7 @@ from slam_asr.artifacts.checkpoint import BEGINNING, CHECKPOINTS, CURVE, Checkpo
 from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
 from slam_asr.storage import join, write_atomically
+from slam_asr.training.beginning import describe_head
 from slam_asr.training.builder import Parts
 from slam_asr.training.checkpoint_writer import UNSAVED, CheckpointWriter, restore, take_snapshot
 from slam_asr.training.phases import enter_beginning, enter_main
@@ -191,6 +192,7 @@ class Resumer:
             loss_scale=parts.engine.loss_scale(),
             dev_loss=dev_loss,
             phase=parts.phase.name,
+            ctc_head=describe_head(parts.job, parts.recipe, counts.sharpness),
         )
         curve = (parts.folder / CURVE).read_bytes() if parts.rank == 0 else b""
         self.writer.save(take_snapshot(parts.engine, about, curve))

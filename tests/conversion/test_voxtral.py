@@ -100,7 +100,7 @@ def test_voxtral_decodes_to_the_same_token_ids(tiny_recipe, parts, tmp_path, tem
         ({"encoder.long_audio": "split"}, "one window per utterance"),
         (
             {"projector.ctc_weight": 0.5, "projector.drop_blanks": 0.9},
-            r"every position \(projector.drop_blanks is 0.9\)",
+            r"an LLM that reads every position \(projector.drop_blanks is 0.9\)",
         ),
         ({"projector.kind": "cov1d-linear"}, r"a linear projector \(projector.kind is cov1d-linear\)"),
         ({"projector.downsampling": 3}, "at least 4 frames per position"),

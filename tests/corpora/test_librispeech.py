@@ -32,7 +32,7 @@ def test_each_transcript_with_audio_is_a_candidate(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".flac", ".wav", ".ogg", ".opus", ".mp3"])
-def test_every_kind_of_audio_file_is_found(tmp_path, suffix):
+def test_each_kind_of_audio_file_that_needs_no_pyav_is_found(tmp_path, suffix):
     write_librispeech(tmp_path, SUBSETS, suffix)
     assert all(isinstance(c, Candidate) for c in read_all(LibriSpeech.find(str(tmp_path), Data()), "train-x"))
 

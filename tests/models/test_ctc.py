@@ -19,11 +19,11 @@ def model_of(tokens: int, encoder_width: int, width: int, hidden: int, **options
     return CtcModel(projector, CtcHead(torch.randn(1 + tokens, width)), **options)
 
 
-def test_the_loss_over_an_utterances_own_tokens_is_torchs_over_all_tokens():
+def test_the_loss_from_an_utterances_own_columns_equals_torchs_loss_over_all_tokens():
     torch.manual_seed(1)
     model = model_of(40, 6, 10, 8)
     frames = [torch.randn(30, 6), torch.randn(21, 6), torch.randn(5, 6)]
-    # The third target has more tokens than its utterance has positions, so its loss counts as 0.
+    # The third target has more tokens than its utterance has positions, so its CTC loss counts as 0.
     targets = [torch.tensor([7, 3, 3, 40]), torch.tensor([1, 7]), torch.tensor([5, 6, 7])]
     loss, sums = model(CtcBatch(frames, [15, 10, 2], targets, distance_weight=0.5))
     outputs = model.projector(frames)

@@ -174,6 +174,10 @@ def test_the_best_checkpoint_the_average_and_the_model_are_of_the_main_phase(uni
     assert head["sharpness"] == pytest.approx(float(learned)) and len(head["tokens"]) > 10
     with safe_open(model.file("projector.safetensors"), "pt") as file:
         assert all("head" not in name and "sharpness" not in name for name in file.keys())  # noqa: SIM118
+    # A training run that has not finished has the same checkpoints, but no record yet.
+    shutil.copytree(output, tmp_path / "unfinished", ignore=shutil.ignore_patterns("stage.json"))
+    early = convert_checkpoint(str(tmp_path / "unfinished"), str(tmp_path / "early"))
+    assert json.loads(Path(early.file("config.json")).read_text("utf-8"))["training"]["ctc_head"] == head
     mean = convert_checkpoint(str(output), str(tmp_path / "mean"), which="average")
     saved = [c.step for c in checkpoint.all_complete(str(output / "checkpoints")) if c.step > BORDER]
     mean_of = [tensors_of(output, step) for step in saved]

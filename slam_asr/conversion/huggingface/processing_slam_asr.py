@@ -23,7 +23,8 @@ class SlamAsrProcessor(ProcessorMixin):
     Args:
         feature_extractor: Whisper's, or that of WavLM, HuBERT and wav2vec 2.0.
         tokenizer: the LLM's, with a token for the audio.
-        chat_template: writes a conversation with one audio as the text that the model was trained with.
+        chat_template: turns a conversation that contains one audio into the text that the model was trained
+            with.
         audio_token: stands for one LLM position of the audio.
         default_transcription_prompt: the prompt that the model was trained with.
         add_special_tokens: whether the tokenizer adds its bos token to the first piece of text.
@@ -114,7 +115,7 @@ class SlamAsrProcessor(ProcessorMixin):
         return [*before_ids, *[self.audio_token_id] * positions, *self._encode(after, start=not before_ids)]
 
     def _encode(self, text: str, start: bool) -> list[int]:
-        # Only the first piece of text gets a bos token: after the audio, it would begin a new text.
+        # Only the first piece of text gets a bos token, as in training, even if that piece follows the audio.
         special = start and self.add_special_tokens
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         # Some tokenizers append eos to every text, but an answer must follow here.

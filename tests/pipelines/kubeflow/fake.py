@@ -57,10 +57,10 @@ class FakeKubeflow:
         self.waits = ""
         """Message of the first step's pod, if it never starts."""
         self.polls: dict[str, int] = {}
-        """Number of requests for the state of each run, from which its progress follows."""
+        """Number of requests for the state of each run after the first one. Its progress follows from it."""
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
-        """Return the workflow of a run. Each request for the run's state takes it one step further."""
+        """Return the workflow of a run. Each request for its state but the first takes it a step further."""
         reached, failed = max(0, self.polls.get(run_id, 0)), False
         if self.fails_at and reached > STEPS.index(self.fails_at):
             reached, failed = STEPS.index(self.fails_at) + 1, True
@@ -295,7 +295,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             created_at=START,
         )
         fake.runs[run.run_id] = run
-        # A run is created in the namespace of its experiment. Those of recorded runs are not on this server.
+        # A run is created in the namespace of its experiment. This server lacks the experiments of recorded
+        # runs.
         experiment = fake.experiments.get(request.get("experiment_id", ""))
         fake.namespaces[run.run_id] = (experiment.namespace if experiment else "") or "kubeflow"
         return 200, run
