@@ -62,9 +62,11 @@ def test_a_checkpoint_that_is_due_is_saved_unless_another_is_being_written(
     taken = []
     monkeypatch.setattr(resumer, "take_snapshot", lambda engine, about, curve: about)
     resumes = Resumer.__new__(Resumer)
-    resumes.options = load_recipe("demo", {"training.checkpoint_every": 0}).training
+    recipe = load_recipe("demo", {"training.checkpoint_every": 0})
+    resumes.options = recipe.training
     resumes.writer = SimpleNamespace(save=taken.append)
     resumes.parts = SimpleNamespace(
+        recipe=recipe,
         rank=1,
         processes=2,
         folder=tmp_path,
