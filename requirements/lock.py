@@ -53,7 +53,7 @@ ALSO_STARTED = {"train": ["slam_asr.training.loop"], "serve": ["slam_asr.stages.
 
 ALSO_INCLUDED = {
     "serve": {"python-multipart", "kfp"},
-    "publish": {"soundfile", "soxr", "jinja2"},
+    "publish": {"soundfile", "soxr"},
 }
 """What no import of ours leads to: an optional dependency of starlette, and packages of the layer that all
 images share."""

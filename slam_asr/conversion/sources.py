@@ -109,7 +109,7 @@ def find_source(
         if weight_names(local):
             return _from_consolidated(local, recipe, adapter)
         saved = find(join(checkpoint, CHECKPOINTS))
-    if adapter:
+    if adapter and (is_model or saved or exists(join(checkpoint, RECORD))):
         raise ConfigurationError(
             f"--adapter is for a checkpoint of SLAM-LLM; {checkpoint} contains its adapter itself, if it has "
             "one: leave out --adapter."
