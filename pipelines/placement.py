@@ -59,6 +59,9 @@ def place(
         by_trainjob: whether a TrainJob does the step's work, so that the step's own pod needs no GPU.
     """
     settings = cluster.steps[step]
+    # Each of kfp's setters makes this check, and finds the setter's name for its message by inspect.stack(),
+    # which reads the source of all callers. All steps have a container, so the check cannot fail.
+    task._ensure_container_spec_exists = lambda: None
     task.set_container_image(images[step])
     task.set_display_name(step)
     pod = _coordinator(cluster) if by_trainjob else NOTIFIER if step == "notify" else settings
