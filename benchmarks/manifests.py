@@ -108,7 +108,8 @@ def build(folder: Path, count: int) -> None:
     from slam_asr.stages.build_manifest import build_manifest
 
     # 0.2 s, the minimum of the demo's recipe.
-    soundfile.write(folder / "a.wav", np.zeros(3200, np.int16), 16_000)
+    noise = np.random.default_rng(0).integers(-3000, 3000, 3200, np.int16)
+    soundfile.write(folder / "a.wav", noise, 16_000)
     with open(folder / "table.csv", "w", encoding="utf-8") as table:
         table.write("id,path,text,split\n")
         table.writelines(

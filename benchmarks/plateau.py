@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, pair: str, begins: bool, seed: int, wor
         "projector.beginning.steps": options.beginning,
         "training.seed": seed,
         "training.max_steps": options.steps,
-        "training.epochs": options.steps,  # at least one step each
+        "training.epochs": options.steps,  # enough, because an epoch has at least one step
         "training.checkpoint_every": 0,
         "training.checkpoint_minutes": 0,
         "training.log_every": 100,

@@ -1,4 +1,4 @@
-"""Compare `slam-asr serve` with a plain loop of `generate`, or test it for long with misbehaving clients.
+"""Compare `slam-asr serve` with a plain loop of `generate`, or test it for minutes with misbehaving clients.
 
 MODEL is a model folder or the name of a shipped model; FOLDER has recordings of at most 20 seconds:
 
@@ -9,9 +9,10 @@ MODEL is a model folder or the name of a shipped model; FOLDER has recordings of
 Each method gets the same recordings from the same number of clients. A client sends its next recording as
 soon as it has an answer. The plain loop and faster-whisper run in this process, without HTTP. They process
 one recording at a time, so clients wait for each other. The plain loop calls transformers' `generate` of the
-same model, with the same search. Prints requests per second, the multiple of real time, the 50th and 95th
-percentile of the latency in seconds, and the processor time of all processes per request in seconds. With
-OMP_NUM_THREADS=1, other programs on the machine hardly affect the processor time.
+same model, with the same beams and penalties, but without CTC's scores (`decoding.ctc_weight`). Prints
+requests per second, the multiple of real time, the 50th and 95th percentile of the latency in seconds, and
+the processor time of both processes per request in seconds. With OMP_NUM_THREADS=1, other programs on the
+machine hardly affect the processor time.
 
 With `--soak`, clients send recordings in several formats for that many minutes; some clients close their
 connection early, and some files are cut. Each text is compared with that of the recording decoded alone, and

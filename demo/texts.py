@@ -49,10 +49,10 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def pieces(lines: list[str]) -> Iterator[str]:
-    """Cut or join a chapter's consecutive lines into texts with a number of words within LENGTHS.
+    """Cut or join a chapter's lines into texts with a number of words within LENGTHS.
 
-    Long lines are cut into pieces of equal length. Short lines are joined, with a comma between them. Joined
-    lines that are still too short are left out.
+    Long lines are cut into pieces of equal length. Short lines are joined with the next short ones, with a
+    comma between them; long lines may be in between. Joined lines that are still too short are left out.
     """
     shortest, longest = LENGTHS
     joined: list[str] = []

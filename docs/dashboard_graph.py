@@ -3,7 +3,8 @@
 Nodes and edges follow the dashboard's own rules (frontend/src/lib/v2/StaticFlow.ts of kubeflow/pipelines):
 each task and each of its artifacts is a node. Edges lead from a task to its artifacts, from an artifact to
 the tasks that read it, and from a task to the tasks that wait for it. The arrangement is our own: tasks one
-below the other, artifacts that later tasks read on the left, artifacts for people on the right.
+below the other, artifacts that later tasks read on the left, artifacts for people on the right. If no later
+task reads any of a task's artifacts, these are divided between the two sides.
 """
 
 from collections.abc import Iterator

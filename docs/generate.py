@@ -1,6 +1,6 @@
 """Generate docs/reference, the READMEs of the components and the picture of the dashboard's graph.
 
-    python docs/generate.py            write every page
+    python docs/generate.py            write the pages that are out of date, and print their names
     python docs/generate.py --check    exit with 1 and name the pages that are out of date
 
 The code is the only source: the commands and their options come from the stage functions, the keys

@@ -35,12 +35,12 @@ COMMANDS = {
     "resume": Command(
         "pipelines.kubeflow.commands:resume",
         "RUN",
-        "restart a failed run from the steps that failed; --new starts another one like it",
+        "restart the unfinished steps of a failed or stopped run; --new starts another run like it",
     ),
     "stop": Command("pipelines.kubeflow.commands:stop", "RUN", "stop a run"),
     "open": Command("pipelines.kubeflow.commands:open_page", "RUN", "open a run's page in the dashboard"),
     "runs": Command(
-        "pipelines.kubeflow.commands:runs", "", "list the latest runs, your own or those of a recipe"
+        "pipelines.kubeflow.commands:runs", "", "list the latest runs; --mine and --recipe select some"
     ),
     "schedule create": Command(
         "pipelines.kubeflow.schedules:create", "RECIPE", "start runs in a cluster at the times of --cron"

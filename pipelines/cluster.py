@@ -135,7 +135,7 @@ class StepSettings:
     gpus_per_node: int = 0
     """GPUs in one node of the cluster; a profile whose step requests more is rejected. 0: unknown."""
     shared_memory: str = ""
-    """Size of /dev/shm, through which worker processes and NCCL exchange data; it counts against memory.
+    """Size of /dev/shm, through which NCCL exchanges data between GPUs of a node; it counts against memory.
 
     If empty, the container runtime's default of 64 MB applies.
     """

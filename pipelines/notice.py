@@ -1,4 +1,4 @@
-"""Notices of ended runs: the exit task of a pipeline, and the notice of a run whose exit task did not run."""
+"""Notices of ended runs: the exit task of a pipeline, and the notice if that task did not succeed."""
 
 import functools
 import inspect
@@ -59,7 +59,7 @@ def with_notice(
 
 
 def send_if_missing(run: "RunView", cluster: Cluster, link: str, log_line: Callable[[str], None]) -> None:
-    """Send the notice of a run whose exit task did not run, for example because the run could not start.
+    """Send the notice of a run whose exit task did not succeed, for example because the run could not start.
 
     Args:
         run: the run, which has ended.
@@ -71,7 +71,10 @@ def send_if_missing(run: "RunView", cluster: Cluster, link: str, log_line: Calla
         return
     url = webhook_url()
     if not url:
-        log_line(f"no notice was sent: the run did not send it, and neither {URL} nor {URL_FILE} is set here")
+        log_line(
+            "no notice was sent: the run did not send it, and here "
+            f"neither {URL} nor the file that {URL_FILE} names has a URL"
+        )
         return
     notice = Notice(run.run.display_name, run.run.run_id, run.state, *run.failure(), link=link)
     send(notice, cluster.on_exit.format, url)

@@ -72,6 +72,11 @@ def run(arguments: list[str]) -> int:
     )
     add_options(parser, Settings)
     options, recipe = parse_with_recipe(parser, arguments, required=True)
+    if options["only"] and options["on_exit"]:
+        raise ConfigurationError(
+            f"--only {options['only']} runs a single stage, but --on-exit sends a notice at the end of a "
+            "complete run: leave out one of them."
+        )
     request = request_from_options(options, recipe, in_a_cluster=False)
     source, only = options["source"], options["only"] and require_stage(options["only"], request)
     output = local_path(options["output"] or Path("runs") / Path(source).stem).absolute()
@@ -152,7 +157,8 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
     """Connect to the Docker engine, mount every folder that the steps read, and check that all images exist.
 
     Raises:
-        UserError: the engine does not answer, an image is missing, or a folder does not exist.
+        UserError: the engine does not answer, an option for the containers cannot work (network, GPUs, a
+            folder to mount), or an image is missing.
     """
     from pipelines.docker import Containers
 

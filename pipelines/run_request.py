@@ -62,7 +62,7 @@ class RunRequest:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Pipeline parameters other than corpus, store and recipe."""
+        """Pipeline parameters other than `corpus`, `store`, `recipe` and `recipe_overrides`."""
         if self.variations:
             return {
                 "variations": [
@@ -196,7 +196,7 @@ def request_from_options(options: dict[str, Any], recipe: Recipe | None, in_a_cl
         if sweep is None:
             return RunRequest(recipe)
         variations = resolve(recipe, read_variations(sweep))
-        # Variations that differ only in decoding would write the same checkpoints at the same time.
+        # Variations with the same training would write the same checkpoints at the same time.
         if in_a_cluster and parallel != 1:
             require_distinct_trainings(recipe, variations)
         return RunRequest(recipe, variations=variations, parallel=parallel)

@@ -4,7 +4,8 @@
         ...                                  # use proxy.address instead of server
     assert proxy.faults.total() > 0
 
-All other requests are passed on byte for byte. Each request has its own connection.
+The bodies of all other requests, and of their answers, are passed on byte for byte. Each request has its own
+connection.
 """
 
 import base64

@@ -8,10 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """Measure the peak of anonymous memory.
+    """Measure by how much anonymous memory grows at most.
 
     Yields:
-        A list. At the end, it gets one number: the bytes by which the peak exceeds the first amount.
+        A list. At the end, it gets one number: the peak minus the amount at the beginning, in bytes.
     """
     seen, done = [_anonymous_bytes()], threading.Event()
 

@@ -35,7 +35,7 @@ def random_choices() -> random.Random:
 
 @contextlib.contextmanager
 def within_a_second() -> Iterator[None]:
-    """Fail if the body takes more than a second. Time of the processor counts, since machines may be busy."""
+    """Fail if the body takes more than a second of CPU time, which does not depend on other programs."""
     start = time.process_time()
     yield
     assert time.process_time() - start < 1

@@ -1,6 +1,5 @@
 """Every audio file is decoded to mono at 16 kHz with the announced duration, or raises an `AudioError`."""
 
-import math
 import struct
 
 import numpy as np
@@ -77,7 +76,6 @@ def test_the_duration_names_the_exact_number_of_samples(tmp_path, rate, count):
     path = write_wav(tmp_path / "x.wav", noise(count / rate, rate), rate)
     samples, duration = load_audio(path), read_clip(path).duration
     assert round(duration * SAMPLE_RATE) == len(samples)
-    assert math.ceil(round(duration * SAMPLE_RATE) / 320) == math.ceil(len(samples) / 320)
     assert duration == float(f"{duration:.7f}"), "seven decimals are enough"
 
 
@@ -191,7 +189,7 @@ def test_an_absurd_sample_rate_is_refused(tmp_path):
 @pytest.mark.parametrize("rate", [16_000, 48_000])
 @pytest.mark.parametrize("sound", [noise, make_tone])
 def test_a_segment_equals_the_same_part_of_the_complete_file(tmp_path, suffix, rate, sound):
-    # In an mp3, as with a tone, frames use bits of earlier frames, so reading must begin before the segment.
+    # In the mp3 of a tone, frames use bits of earlier frames, so reading must begin before the segment.
     path = write_wav(tmp_path / f"x{suffix}", sound(3.0, rate), rate)
     complete = load_audio(path)
     segment = read_clip(path, start=1.25, duration=0.5).samples

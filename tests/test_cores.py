@@ -1,4 +1,4 @@
-"""A program has as many threads as its container's CPU limit allows cores, in cgroups of both versions."""
+"""A container's CPU limit also limits the threads of its programs, in both versions of cgroups."""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ def test_the_demo_is_far_better_than_its_controls(tmp_path):
     assert "Training time" in page.read_text()
 
 
-def test_the_demos_speech_is_small_and_its_parts_share_nothing():
+def test_the_demos_speech_is_small_no_text_occurs_twice_and_new_voices_are_new():
     speech = CHECKOUT / "demo" / "speech"
     assert sum(f.stat().st_size for f in speech.rglob("*") if f.is_file()) <= 6_000_000
     texts, voices = {}, {}

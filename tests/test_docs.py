@@ -1,4 +1,4 @@
-"""Every key, recipe, command and file that the documentation names exists, and its form is readable."""
+"""Every key, recipe, command and file that the documentation names exists, and the pages are easy to read."""
 
 import ast
 import copy
@@ -274,7 +274,7 @@ def test_every_python_example_parses_and_imports_names_that_exist(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-def test_every_page_of_the_documentation_is_linked_from_its_index():
+def test_the_documentations_index_links_every_tutorial_every_how_to_and_the_start_of_each_folder():
     index = ROOT / "docs" / "README.md"
     pages = {
         *(ROOT / "docs" / "tutorials").glob("*.md"),

@@ -1,4 +1,4 @@
-"""The floors of `slam_asr`: a folder imports only from floors below its own, and trades not from each other.
+"""The floors of `slam_asr`: no folder imports from a floor above its own, and no trade from another trade.
 
 Imports inside functions count too. CONTRIBUTING.md explains the floors.
 """
@@ -135,7 +135,7 @@ def test_every_folder_has_a_floor():
         floor_of(folder_of(module))
 
 
-def test_imports_only_lead_down_and_trades_do_not_import_each_other():
+def test_no_import_leads_up_or_from_one_trade_or_stage_to_another():
     assert wrong_arrows(imports_of(PACKAGE)) == []
 
 

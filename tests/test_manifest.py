@@ -1,4 +1,4 @@
-"""A manifest is read back as it was written; anything else is refused with its file and line number."""
+"""A manifest is read back as it was written. A wrong line is refused with its file and number."""
 
 import json
 import pickle

@@ -58,7 +58,7 @@ def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
     clip = read_clip(path)
     assert (clip.sample_rate, clip.channels) == (rate, 1)
     assert count_samples(path) == pytest.approx(len(clip.samples), abs=1)
-    # AAC without a container, and MP4 in fragments, do not state what the encoder added before and after.
+    # AMR, AAC without a container and MP4 in fragments do not state what the encoder added before and after.
     frames = 2 if name in ("aac", "amr", "mp4 in fragments", "mp4 opus in fragments") else 1
     assert abs(clip.duration - SECONDS) <= frames * FRAME.get(codec, 1) / rate
     if name in EXACT:
@@ -198,9 +198,13 @@ def test_a_file_that_is_too_long_is_refused_before_it_is_decoded():
     assert refusal(content, max_duration=1.0) == "x lasts 1.31 s, longer than 1 s."
 
 
-def test_a_damaged_file_has_a_length_so_that_the_others_are_transcribed(tmp_path):
-    (tmp_path / "x.m4a").write_bytes(encoded("m4a", sound("m4a"))[:-2000])
-    assert count_samples(tmp_path / "x.m4a") == 0
+@pytest.mark.parametrize("name", ["m4a", "caf"])
+def test_a_damaged_file_has_a_length_so_that_the_others_are_transcribed(tmp_path, name):
+    samples = sound("m4a")
+    content = encoded("m4a", samples) if name == "m4a" else caf_with_aac(samples, SAMPLE_RATE)
+    path = tmp_path / f"x.{name}"
+    path.write_bytes(content[:-2000])
+    assert count_samples(path) == 0
 
 
 def test_tags_in_any_encoding_are_accepted():

@@ -14,7 +14,7 @@ from tests.test_audio_fuzz import damaged
 
 SECONDS = 0.5
 LONGEST = 30.0
-"""Maximum duration in seconds. A damaged header may announce any, but memory must suffice."""
+"""Maximum duration in seconds. A damaged header may announce any duration; this limit bounds the memory."""
 
 
 def noise(rate: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""A program whose GPU fails starts again, a limited number of times, and a process reports it by its code."""
+"""A program whose GPU fails starts again, a limited number of times.
+
+A process of a stage reports such a failure by its exit code.
+"""
 
 import os
 import subprocess
@@ -65,7 +68,7 @@ def test_other_failures_are_shown_at_once(message):
     assert done.stderr.endswith(f"RuntimeError: {message}\n")
 
 
-def test_one_of_several_processes_reports_it_by_its_exit_code(tmp_path):
+def test_a_process_reports_the_failure_of_its_gpu_by_its_exit_code(tmp_path):
     def fail(rank: int) -> None:
         with failures_written_to(tmp_path):
             raise RuntimeError(FAILURE)

@@ -22,7 +22,7 @@ from slam_asr.storage import fetch
 ROOT = Path(__file__).parents[1]
 CODE = ("slam_asr", "components", "pipelines")
 LAUGHS = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 10) if n else 'ha, ha'}]\n" for n in range(12))
-"""YAML of seven hundred bytes with ten to the twelfth values (the "billion laughs")."""
+"""YAML of about 650 bytes that expands to more than 2 · 10¹¹ values (the "billion laughs")."""
 
 
 def sentence(call, *arguments) -> str:

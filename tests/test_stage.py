@@ -83,7 +83,9 @@ def test_a_file_in_place_of_the_folder_is_reported_in_one_sentence(tmp_path, cap
         with pytest.raises(SystemExit) as exited, exit_on_user_error():
             run_stage("train", str(output), {}, counting([]))
         assert exited.value.code == 2
-        assert "but a folder is needed" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        # An error escapes the line breaks of its message.
+        assert "but a folder is needed" in shown and shown.count("\n") == 1 and r"\n" not in shown
 
 
 def test_the_fingerprint_gives_each_set_of_inputs_its_own_folder(tmp_path):

@@ -1,4 +1,7 @@
-"""The table of steps is consistent, and one row in it is enough for a new step to appear everywhere."""
+"""The table of steps is consistent, and a row in it makes a new step appear everywhere.
+
+The step also needs a function, a component and its call in the pipeline.
+"""
 
 import importlib
 import inspect

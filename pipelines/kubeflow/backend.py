@@ -124,7 +124,7 @@ def check_launcher(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) 
 
 
 def _other_server(launcher: Launcher, cluster: Cluster) -> bool:
-    """Whether the launcher's server differs from the profile's, although the bucket or the secret does not.
+    """Whether launcher and profile name different servers, although they name the same bucket or secret.
 
     Artifacts may be on another server than the results, with a secret of their own.
     """
@@ -132,9 +132,9 @@ def _other_server(launcher: Launcher, cluster: Cluster) -> bool:
     if launcher.endpoint is None:
         return False
     root, store = (urlsplit(address).netloc for address in (launcher.root, storage.store))
-    return (root == store or launcher.secret == storage.secret) and _server(launcher.endpoint) != _server(
-        storage.endpoint
-    )
+    # Without a root, the launcher uses Kubeflow's own bucket; without a store, each run names its own.
+    together = (root == store and root) or launcher.secret == storage.secret
+    return bool(together) and _server(launcher.endpoint) != _server(storage.endpoint)
 
 
 def _server(endpoint: str) -> tuple[str, str, int | None]:

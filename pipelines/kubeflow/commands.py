@@ -107,7 +107,7 @@ def status(arguments: list[str]) -> int:
 
 def logs(arguments: list[str]) -> int:
     """Print the logs of a run's steps, and return the exit code."""
-    parser = run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API.")
+    parser = run_parser("logs", "Show the logs of a run's steps, from the Kubernetes API or Argo's archive.")
     parser.add_argument("--step", type=str, help="only the logs of this step")
     parser.add_argument(
         "--all",
@@ -154,8 +154,8 @@ def _reason_beside_logs(connection: "Connection", run_id: str, cluster: Cluster)
 
 
 def resume(arguments: list[str]) -> int:
-    """Restart a failed run from the steps that failed, or start another one, and return the exit code."""
-    parser = run_parser("resume", "Restart a failed run from the steps that failed.")
+    """Restart a run's unfinished steps, or start another run like it, and return the exit code."""
+    parser = run_parser("resume", "Restart the unfinished steps of a failed or stopped run.")
     add_wait(parser)
     parser.add_argument(
         "--new",

@@ -110,7 +110,9 @@ def broken_driver(workflow: Workflow) -> Node | None:
 
 
 def is_orphaned(run: kfp_server_api.V2beta1Run, workflow: Workflow | None) -> bool:
-    """Whether somebody deleted the run's workflow from the cluster. Kubeflow shows such a run as unfinished.
+    """Whether the run's workflow was deleted from the cluster before Kubeflow saved it.
+
+    Kubeflow shows such a run as unfinished. A workflow that was deleted later is not recognised.
 
     A workflow is saved within seconds of the run's creation, so only runs older than five minutes count.
     """

@@ -116,8 +116,8 @@ def latest(
         connection: the connection to Kubeflow Pipelines.
         count: maximum number of runs.
         mine: only runs that this user submitted.
-        recipe: only runs of this shipped recipe; empty for all. A recipe of a file is a parameter as text,
-            so its name cannot select runs.
+        recipe: only runs of this shipped recipe; empty for all. A recipe from a file is passed as text and
+            not by name, so its name cannot select runs.
     """
     client = connection.client
     namespace = connection.namespace if connection.multi_user else None

@@ -58,7 +58,7 @@ class Checkpoint:
     """Number of updates that Adam has made in this phase. Skipped steps, and the steps of an earlier phase,
     are not counted."""
     engine: str
-    """Name of the engine that trained, such as `ddp`."""
+    """The recipe's `training.engine`, such as `deepspeed`. In the beginning, DDP trains instead of it."""
     processes: int
     """Number of processes that trained."""
     inputs: dict[str, Any]
@@ -68,7 +68,7 @@ class Checkpoint:
     loss_scale: dict[str, float] = field(default_factory=dict)
     """State of the loss scaling in fp16; empty in other precisions."""
     dev_loss: float | None = None
-    """Loss on the dev set after this step; None if it was not measured."""
+    """Loss on the dev set after this step; None if it was not measured, and in the beginning."""
     phase: str = MAIN
     """The phase in which the weights and the moments were saved: `BEGINNING` or `MAIN`."""
     ctc_head: dict[str, Any] = field(default_factory=dict)

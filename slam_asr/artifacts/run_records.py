@@ -41,7 +41,8 @@ def save_step(step: StepRecord, store: str) -> None:
     """Save the record of a step that belongs to a run; do nothing outside of a run.
 
     Raises:
-        StorageError: the store cannot be written.
+        OSError: the local store cannot be written.
+        StorageError: object storage cannot be written.
     """
     run = os.environ.get(RUN)
     if not run:

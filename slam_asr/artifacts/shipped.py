@@ -21,7 +21,7 @@ def default_model() -> str:
     """Return the name of the shipped model with the lowest word error rate in its card.
 
     Raises:
-        ModelError: a card has no word error rate.
+        ModelError: a card is missing or not valid, or has no word error rate.
     """
     models = shipped_models()
     return min(models, key=lambda name: (_result(models[name])["value"], name))

@@ -2,8 +2,9 @@
 
 A stage writes its results into a folder and, last of all, `stage.json`: a record of the stage's inputs, its
 results and its run time. A stage that runs again with the same inputs finds this record and does nothing. A
-stage that is killed leaves no record, so its work is repeated. In an output path, `{fingerprint}` is replaced
-by the digest of the inputs, so one store can hold the results of many recipes.
+stage that is killed leaves no record. Its next start does the work again, or resumes it if the stage has
+saved its progress. In an output path, `{fingerprint}` is replaced by the digest of the inputs, so one store
+can hold the results of many recipes.
 
 A step of a pipeline passes its folder to the next step as a pointer: a small JSON file with the folder's
 address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself. The run's

@@ -2,7 +2,8 @@
 
 Every sample that a file holds is decoded, even if the file was joined from several. Truncated and damaged
 files, and files that hold more than their header announces, raise `AudioError`, so that no model is trained
-on them. libsndfile and ffmpeg alone do not notice such files (see `containers`, `mp3` and `media_lengths`).
+on them. libsndfile and ffmpeg alone do not notice such files (see `containers`, `flac`, `mp3` and
+`media_lengths`).
 Files may be in object storage, and an utterance may be a segment of a file that libsndfile reads.
 """
 
@@ -26,7 +27,6 @@ from slam_asr.audio.faults import (
     MISSING,
     NO_CHANNEL,
     NO_SEGMENTS,
-    NOT_AUDIO_TEXT,
     TOO_LONG,
     AudioError,
     LengthError,
@@ -87,6 +87,7 @@ def load_audio(path: str | os.PathLike) -> np.ndarray:
     Raises:
         AudioError: the file is missing, damaged or empty, or holds less or more than its header announces;
             its samples are NaN, infinite or far above full scale; or its channels cancel each other.
+        ConfigurationError: the file needs PyAV, and that is not installed.
     """
     return read_clip(path).samples
 
@@ -117,6 +118,7 @@ def load_checked(
         InputError: the file has another SHA-256.
         AudioError: the file is missing, damaged or empty, lacks the channel, or is too short for the segment;
             its format allows no segments; or its samples are NaN, infinite or far above full scale.
+        ConfigurationError: as for `load_audio`.
     """
     if start is None:
         content = _content(path)
@@ -155,6 +157,7 @@ def read_clip(
     Raises:
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
             the file, the file's format allows no segments, or the file lacks the channel.
+        ConfigurationError: as for `load_audio`.
     """
     file: Path | bytes | None = content
     if file is None:
@@ -197,8 +200,8 @@ def count_samples(path: str | os.PathLike) -> int:
             return 0
         try:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
-        except (soundfile.LibsndfileError, TypeError) as error:
-            raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
+        except (soundfile.LibsndfileError, TypeError):
+            return 0  # only ffmpeg reads the file, such as AAC in CAF
         # The formula is the same as above, so that a later message about the damage names the same length.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
 

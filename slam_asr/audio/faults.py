@@ -25,7 +25,11 @@ class AudioError(InputError):
 
 
 class LengthError(AudioError):
-    """An audio file that holds less or more than its header announces, or has damage between its frames."""
+    """An audio file with a fault of its structure.
+
+    It holds less or more than its header announces, is damaged between its frames, changes its sample rate or
+    number of channels, or is encrypted.
+    """
 
 
 # Ends of messages, which begin with the file's name.

@@ -80,7 +80,8 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: the file's name in messages.
 
     Raises:
-        LengthError: the file holds less or more than its header announces.
+        LengthError: the file holds less or more than its header announces, is damaged in its structure, or is
+            encrypted.
         AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
             sample rate or number of channels changes.
         ConfigurationError: the file needs PyAV, and that is not installed.

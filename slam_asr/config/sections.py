@@ -42,8 +42,9 @@ class Data:
     )
     """Layout of the corpus; `auto` detects it from the files."""
     train: list[str] = field(default_factory=lambda: ["train-*"])
-    """Subsets of the corpus to train on; shell patterns are allowed. `[]` if you only measure a model that is
-    already trained."""
+    """Subsets of the corpus to train on; shell patterns are allowed. A subset called train, dev (or
+    validation, valid or val) or test belongs to that split, whatever the patterns are. `[]` if you only
+    measure a model that is already trained."""
     dev: list[str] = field(default_factory=lambda: ["dev-other"])
     """Subsets to validate on during training. If the corpus has none of them, `dev_fraction` of the train
     utterances is held out instead."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys
+from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, settings_that_affect_weights
 from slam_asr.config.schema import as_int, nearest, read_yaml
 from slam_asr.errors import ConfigurationError, StorageError, UserError
 from slam_asr.storage import read_bytes
@@ -139,7 +139,7 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
             )
         try:
             # Variations with different names may still be the same recipe.
-            resolved = _without(varied(recipe, variation), "name")
+            resolved = json.dumps(asdict(varied(recipe, variation)) | {"name": ""}, sort_keys=True)
         except UserError as error:
             raise ConfigurationError(f"{where} ({name}): {error}") from None
         if resolved in seen:
@@ -180,25 +180,24 @@ def varied(recipe: Recipe, variation: Variation) -> Recipe:
 def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
     """Refuse variations with the same training: run at the same time, they would write the same checkpoints.
 
+    Trainings are the same if they give the same weights, for example with two engines.
+
     Raises:
         ConfigurationError: two variations have the same training. The message names both.
     """
     seen: dict[str, str] = {}
     for variation in variations:
-        training = _without(varied(recipe, variation), "name", "decoding", "published_wer")
+        changed = varied(recipe, variation)
+        settings = (settings_that_affect_weights(changed), changed.projector.init_from)
+        training = json.dumps(settings, sort_keys=True)
         if training in seen:
             raise ConfigurationError(
-                f"The variations {seen[training]} and {variation.name} differ only in decoding, so both "
-                "would train the same model at the same time: add --parallel 1, so that the second uses the "
-                "first one's model, or train once and measure the model with --model."
+                f"The variations {seen[training]} and {variation.name} differ in nothing that changes the "
+                "trained weights, so both would train the same model at the same time: add --parallel 1, so "
+                "that the second uses the first one's model, or train once and measure the model with "
+                "--model."
             )
         seen[training] = variation.name
-
-
-def _without(recipe: Recipe, *keys: str) -> str:
-    """Return a recipe without some of its keys and sections, as a text for comparisons."""
-    values = asdict(recipe)
-    return json.dumps({key: values[key] for key in values.keys() - set(keys)}, sort_keys=True)
 
 
 def _check_key(key: str, where: str) -> None:

@@ -70,7 +70,8 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
 
     Raises:
         ConfigurationError: the LLM needs its own Python code.
-        ModelError: the LLM's chat template cannot be written for the processor.
+        ModelError: the LLM's chat template cannot be written for the processor, the processor gives the
+            prompt other token ids than the training, or a trained encoder or LLM does not fit the recipe.
     """
     recipe = parts.recipe
     if recipe.llm.trust_remote_code:
@@ -147,9 +148,9 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
     if not complete:
         if local_path(name).exists() or name.startswith("s3://"):
             log_line(
-                f"config.json names the {part} by its place here, {name}: elsewhere, load the model with "
-                f"{part}_name=…, or convert it again with --{part}.name and the name on the hub, or with "
-                "--complete true"
+                f"config.json names the {part} by an address that other machines may not have, {name}: load "
+                f"the model there with {part}_name=…, or convert it again with --{part}.name and the name on "
+                "the hub, or with --complete true"
             )
         return name
     (folder / part).mkdir(exist_ok=True)
@@ -174,7 +175,13 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
     frozen = recipe.encoder.tuning == "frozen"
     lora = recipe.llm.lora
     keys = ("kind", "downsampling", "hidden", "queries", "layers")
-    head = parts.content.facts[CTC_HEAD] if recipe.projector.drop_blanks else {}
+    head = parts.content.facts.get(CTC_HEAD, {}) if recipe.projector.drop_blanks else {}
+    if recipe.projector.drop_blanks and not head:
+        raise ModelError(
+            f"{parts.where} has no CTC head, which projector.drop_blanks ({recipe.projector.drop_blanks}) "
+            "needs: convert the checkpoint of the finished training run, or set projector.drop_blanks to 0 "
+            "if it was trained without."
+        )
     return SlamAsrConfig(
         encoder_name=names["encoder"],
         llm_name=names["llm"],

@@ -166,7 +166,8 @@ def usage(names: dict[str, str | None]) -> str:
     loaded = f"It loads {' and '.join(outside)} too. " if outside else ""
     return f"""## Use with transformers
 
-{loaded}The code in this folder needs torch and transformers only; read it before you trust it.
+{loaded}The code in this folder needs torch and transformers, and soundfile and soxr to read audio files.
+Read it before you trust it.
 
 ```python
 from transformers import pipeline

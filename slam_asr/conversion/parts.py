@@ -18,7 +18,7 @@ from slam_asr.pretrained.locate import locate_model
 
 @dataclass
 class Parts:
-    """The weights of a checkpoint, divided and checked against their encoder and LLM."""
+    """The weights of a checkpoint, divided by part and checked as `divide` describes."""
 
     content: Content
     projector: Mapping[str, torch.Tensor]
@@ -46,7 +46,9 @@ class Parts:
 
 
 def divide(content: Content) -> Parts:
-    """Divide the weights by part, and check that they fit the encoder, the LLM and the recipe.
+    """Divide the weights by part, and check that projector and LoRA adapter fit encoder, LLM and recipe.
+
+    The weights of a fully trained encoder or LLM are not checked here, but when they are written.
 
     Raises:
         ModelError: the checkpoint has no projector, or weights that do not fit.

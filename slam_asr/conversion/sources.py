@@ -46,7 +46,7 @@ class Content:
     """What a checkpoint of any kind contains."""
 
     weights: Mapping[str, torch.Tensor]
-    """The names begin with `projector.`, `llm.` or `encoder.`; a tensor may be read only on access."""
+    """The names begin with `projector.`, `llm.` or `encoder.`. Some mappings load a tensor on each access."""
     recipe: Recipe
     """The recipe of the training."""
     bases: dict[str, Any]
@@ -88,7 +88,8 @@ def find_source(
 
     Raises:
         ModelError: the checkpoint is missing, incomplete or damaged.
-        ConfigurationError: the options contradict the checkpoint's kind.
+        InputError: another stage than `train` wrote the folder, or the training run has no checkpoint.
+        ConfigurationError: the options contradict the checkpoint's kind, or it needs a recipe.
     """
     if checkpoint.endswith("model_states.pt"):
         # DeepSpeed's file of the weights; the optimiser's files are in the same folder.

@@ -70,7 +70,8 @@ def require_test_only(recipe: Recipe) -> None:
 def require_same_features(recipe: Recipe, model: str, config: ModelConfig) -> None:
     """Require that the model was trained on the features that the recipe extracts.
 
-    Only the encoder's name is compared here, without its folder; its weights are compared when it is loaded.
+    Encoders are compared by name here, without the folder. The weights are compared when the encoder is
+    loaded.
 
     Raises:
         ConfigurationError: the features differ; the message names the keys that differ and the options that

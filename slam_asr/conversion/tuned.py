@@ -51,7 +51,8 @@ def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: st
 def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
     """Write a fully trained LLM and its tokenizer, in the precision of the training.
 
-    The weights are written one by one, unless transformers converts them while it loads the base LLM.
+    The weights are written one by one, unless the base LLM cannot be loaded weight by weight; see
+    `NotLazilyLoadable`.
 
     Args:
         folder: folder for the LLM.
@@ -79,8 +80,8 @@ def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: R
 def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
     """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision of the training.
 
-    Merging is done in fp32. The weights are merged and written one by one, unless transformers converts them
-    while it loads the base LLM.
+    Merging is done in fp32. The weights are merged and written one by one, unless the base LLM cannot be
+    loaded weight by weight; see `NotLazilyLoadable`.
 
     Args:
         folder: folder for the LLM.
@@ -115,7 +116,7 @@ def load_merged_llm(adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> PreT
 
     Args:
         adapter: LoRA's weights, keyed by name in the LLM.
-        recipe: names the LLM, and the rank and the targets of the adapter.
+        recipe: names the LLM, and the rank, the alpha and the targets of the adapter.
     """
     llm = load_llm(
         locate_model(recipe.llm.name), torch.float32, trust_remote_code=recipe.llm.trust_remote_code

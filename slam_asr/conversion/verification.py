@@ -1,10 +1,10 @@
 """Verifies a converted model: it must compute what the checkpoint computes.
 
-The weights from the checkpoint and those read back from the written model are put into the same LLM, one
-after the other. Both must give the same loss, bit for bit, on a probe of three utterances. The converter has
-no corpus, so the probe's encoder outputs are random numbers and its texts are made up. The loss on the probe
-is therefore large and says nothing about the model's quality, but it depends on every trained weight of
-projector and LLM. A trained encoder does not take part in the probe; its weights are compared one by one.
+All written weights are read back and compared one by one with those of the checkpoint. Then both are put into
+the same LLM, one after the other, if the LLM fits in memory. They must give the same loss, bit for bit, on a
+probe of three utterances. The converter has no corpus, so the probe's encoder outputs are random numbers and
+its texts are made up. The loss on the probe is therefore large and says nothing about the model's quality. A
+trained encoder does not take part in the probe.
 
 An LLM that is written without a projector is an exception: it is loaded by itself, and its loss may differ by
 `MERGED_TOLERANCE`, because its weights were rounded.

@@ -97,8 +97,10 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         writers[target.to](folder, parts, target)
         checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
     allow_readers(folder)
-    trained = {"projector": parts.projector, "llm": parts.llm, "encoder": parts.encoder}
-    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in trained.items() if tensors}
+    llm = "adapter" if parts.adapter else "llm"
+    trained = {"projector": parts.projector, llm: parts.llm, "encoder": parts.encoder}
+    written = {llm: parts.llm} if target.to == "llm" else trained
+    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in written.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
     megabytes = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".safetensors", ".pt")) / 1e6
     return Outcome(f"{summary}, {megabytes:.1f} MB, {checked}", {"parameters": sum(counts.values())})
@@ -124,6 +126,11 @@ def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> Non
         raise ConfigurationError(
             f"{parts.where} contains a completely trained LLM or encoder, which SLAM-LLM's model.pt cannot "
             "hold: leave out --to."
+        )
+    if parts.recipe.projector.drop_blanks:
+        raise ConfigurationError(
+            f"{parts.where} was trained with projector.drop_blanks, so its LLM expects no blanks, and "
+            "SLAM-LLM drops none: leave out --to, or train with projector.drop_blanks 0."
         )
     projector = projector_from_weights(parts.projector, parts.recipe.projector, *parts.widths, parts.where)
     write_slam_llm(folder, projector.state_dict(), parts.adapter)

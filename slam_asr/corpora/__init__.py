@@ -23,7 +23,7 @@ AUDIO_SUFFIXES = (
     *(".m4a", ".webm", ".aac", ".amr", ".3gp", ".caf", ".wma", ".mp4", ".mov", ".mkv"),
 )
 """File suffixes of audio, in order of preference if one utterance has several files. The second line needs
-PyAV."""
+PyAV, except for some .caf files."""
 
 AUDIO_FOLDER = "audio"
 """Subfolder of the stage's output that holds audio unpacked from archives and tables."""
@@ -58,9 +58,9 @@ class Candidate:
     manifest_source: str | None = None
     """The `source` to write to the manifest, if it differs from `source`: a path relative to the manifest."""
     identity: str = field(default="", compare=False)
-    """A text that distinguishes the utterance, if its key may repeat, such as a file's name. Two candidates
-    with the same key and different identities are different utterances, and the reader then makes other keys.
-    If empty, the key is the identity."""
+    """A text, such as a file's name, that distinguishes the utterance from others with the same key. Two
+    candidates with the same key and different identities are different utterances, and the reader then makes
+    other keys. If empty, the key is the identity."""
     split: str = ""
     """The split that the utterance belongs to; empty until `splits.read_splits` sets it."""
     channel: int | None = None

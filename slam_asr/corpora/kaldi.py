@@ -67,20 +67,22 @@ class Kaldi(ListedCorpus):
 
     def items(self, subset: str) -> Iterator[Candidate | Rejection]:
         folder = self.by_subset[subset]
+        segmented = is_file(join(folder, "segments"))
         with ExternalSort() as records:
-            for utterance, field in self._fields(folder):
+            for utterance, field in self._fields(folder, segmented):
                 records.add(utterance.encode(), json.dumps(field).encode())
             for key, group in groupby(records, key=itemgetter(0)):
-                yield from _joined(key.decode(), [json.loads(field) for _, field in group], subset, folder)
+                fields = [json.loads(field) for _, field in group]
+                yield from _joined(key.decode(), fields, subset, folder, segmented)
 
-    def _fields(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
+    def _fields(self, folder: str, segmented: bool) -> Iterator[tuple[str, list[Any]]]:
         """Yield the fields of all utterances, list by list.
 
         Each item is an utterance's key and one field: ["audio", source, start, duration, channel] with times
         in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel] with the recording's
         channel in the original file. Channels are counted from 0.
         """
-        if is_file(join(folder, "segments")):
+        if segmented:
             yield from self._segments(folder)
         else:
             for recording, source in self._recordings(folder):
@@ -188,8 +190,13 @@ def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | Non
     return comparable(recording), start, duration, None if channel < 0 else channel
 
 
-def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iterator[Candidate | Rejection]:
-    """Build an utterance from its fields; yield a rejection for each line that repeats its audio or text."""
+def _joined(
+    key: str, fields: list[list[Any]], subset: str, folder: str, segmented: bool
+) -> Iterator[Candidate | Rejection]:
+    """Build an utterance from its fields, or a rejection if its audio or text is missing.
+
+    Each line that repeats the utterance's audio or text gives a further rejection.
+    """
     values = {
         name: [field[1:] for field in fields if field[0] == name]
         for name in ("audio", "text", "speaker", "recorded")
@@ -198,6 +205,9 @@ def _joined(key: str, fields: list[list[Any]], subset: str, folder: str) -> Iter
     if not values["text"]:
         if values["audio"]:
             yield Rejection(key, source, NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}.")
+        return
+    if segmented and not values["audio"]:
+        yield Rejection(key, "", NO_AUDIO, f"{key} has no line in {join(folder, 'segments')}.")
         return
     if not source:
         yield Rejection(key, "", NO_AUDIO, f"{key} has no recording in {join(folder, 'wav.scp')}.")

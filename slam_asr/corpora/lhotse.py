@@ -2,9 +2,10 @@
 
 A cut with one supervision is an utterance. A cut with several supervisions gives one utterance for each. The
 subset is the part of the file's name after `cuts_`: librispeech_cuts_train-clean-100.jsonl.gz holds the
-subset train-clean-100. Without `cuts_`, it is the file's name without suffixes. Some cuts are rejected: mixed
-cuts, cuts of several channels, padding, and cuts of a recording that has several channels or files, a
-transform other than Resample, or audio that is neither a file nor a URL.
+subset train-clean-100. Without `cuts_`, it is the file's name without suffixes. Some cuts are rejected: cuts
+without a recording or without a supervision, mixed cuts, cuts of several channels, padding, and cuts of a
+recording that has several channels or files, a transform other than Resample, or audio that is neither a file
+nor a URL.
 """
 
 import gzip

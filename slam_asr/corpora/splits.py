@@ -75,7 +75,8 @@ def requested_splits(subset: str, data: Data) -> list[str]:
     """Return the splits to which a subset belongs by its name, or else by the recipe's patterns.
 
     A subset of one of a dataset's configurations, such as `clean/test`, is matched by the part after the
-    slash, unless a pattern of the recipe has a slash and thus chooses among configurations.
+    slash, and then by its full name. If a pattern of the recipe has a slash and thus chooses among
+    configurations, only the full name is matched.
     """
     patterns = {split: getattr(data, split) for split in required_splits(data)}
     by_configuration = any("/" in pattern for split in patterns for pattern in patterns[split])

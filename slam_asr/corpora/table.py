@@ -1,9 +1,11 @@
 """Reader for tables (csv, tsv or parquet) with one utterance per row.
 
-The recipe's `data.columns` names the columns. A column that it does not name is recognised by its usual name.
-A split column names each utterance's subset. Without one, the subset is named after the file, such as
-train.tsv. Relative audio paths are resolved against the table's folder, or against `data.audio_root`.
-Other columns are copied to the manifest, except columns without a name, such as an index that pandas wrote.
+The recipe's `data.columns` names the columns. A column that it does not name is recognised by its usual name,
+except the start and the duration of segments, which have no usual names. A split column names each
+utterance's subset. Without one, the subset is named after the file, such as train.tsv. Relative audio paths
+are resolved against the table's folder, or against `data.audio_root`. Texts and numbers in other columns are
+copied to the manifest, except from columns that have the name of a manifest's field or no name, such as an
+index that pandas wrote.
 
 Names repeat in many data sets: each split numbers its files from 0, or an id means a sentence that several
 people read. If several rows with different audio have the same key, longer keys are made; see
@@ -216,8 +218,8 @@ def named_columns(file: str, columns: Columns) -> Columns:
     """Find the column of each role, from the recipe or by a usual name. A role without a column is empty.
 
     Raises:
-        ConfigurationError: a named or required column is missing, several columns fit one role, one column
-            has several roles, or two columns have the same name.
+        ConfigurationError: a named or required column is missing, several columns fit one role (other than
+            the speaker's), one column has several roles, or two columns have the same name.
     """
     available = columns_of(file)
     if twice := next((name for name in available if name and available.count(name) > 1), None):

@@ -185,6 +185,7 @@ def decode_on_several(
 
     Raises:
         UserError: a process failed; the message is that of the first one to fail. The others are terminated.
+        ProcessFailure: a process's GPU failed, which is usually temporary.
     """
     remaining, lock = iter(batches), threading.Lock()
     job = DecodingJob(

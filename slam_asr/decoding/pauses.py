@@ -80,8 +80,8 @@ def _parts(smooth: np.ndarray, longest: int, quiet: float) -> Iterator[tuple[int
     first = 0
     while len(smooth) - first > longest:
         # A cut is preferred in the second half, because short parts give the LLM little context. If only the
-        # first half has a pause, the cut is there. If neither has one, the cut is in the second half, perhaps
-        # within a word.
+        # first half has a pause, the cut is there, but not in the first tenth of the maximum length. Without
+        # any such pause, the cut is in the second half, perhaps within a word.
         late, early = (first + longest // 2, first + longest), (first + longest // 10, first + longest // 2)
         start, end = next(
             (span for span in (late, early) if smooth[slice(*span)].min(initial=np.inf) <= quiet), late

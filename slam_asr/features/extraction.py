@@ -3,7 +3,7 @@
 The shards to compute are planned from the manifests. A run after an interruption finds the finished shards
 and computes only the others. If n processes share the work, on one machine or on many, each takes every n-th
 shard. The bytes of the shards do not depend on n. A machine gets one process per GPU, unless
-`features.processes` requests another number. If there are several, each is
+`features.processes` requests another number. If there are several processes, each runs
 `python -m slam_asr.features.extraction JOB`.
 """
 

@@ -71,7 +71,8 @@ def _require_namespaces(store: str) -> list[FeatureNamespace]:
 def list_store(store: str) -> None:
     """Print a feature store's contents: encoders, utterances, hours, megabytes and shards.
 
-    Unfinished shards, their pieces, shards that nothing refers to, and lost shards are counted separately.
+    Shards of unfinished extractions, pieces of incomplete shards, shards that nothing refers to, and lost
+    shards are counted separately.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.
@@ -104,7 +105,7 @@ def list_store(store: str) -> None:
 
 
 def verify_store(store: str, repair: bool = False) -> None:
-    """Read every shard and compare its checksum.
+    """Read every shard of the finished extractions, and compare its checksum.
 
     Args:
         store: a folder or s3://bucket/prefix, as given to extract-features.

@@ -37,7 +37,7 @@ from slam_asr.generation.prefill import forward, prefill
 from slam_asr.generation.search_state import NEARLY_TIED, SearchState, choose
 
 _WORTH_SHRINKING = 8
-"""The batch shrinks only when at least one in this many of its utterances is settled, because shrinking
+"""If this is n, the batch shrinks only when at least 1/n of its utterances are settled, because shrinking
 copies the cache of all others."""
 
 
@@ -204,7 +204,7 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     """Build the processors that penalise tokens that an answer already contains.
 
     transformers' `generate` must not apply the repetition penalty itself. Given embeddings, it would exempt
-    as many of an answer's first tokens from the penalty as the utterance has padding positions on the left.
+    an answer's first n tokens from the penalty, where n is the number of the utterance's padding positions.
     An answer would therefore depend on the other utterances of the batch.
     """
     # https://github.com/huggingface/transformers/pull/45389 has only added a warning: `generate` of

@@ -109,8 +109,8 @@ def choose(
     # The best candidates that do not end become the running beams. One more candidate is selected, but only
     # to detect near ties.
     best, order = (scores + candidates.ends * _NEVER).topk(beams + 1)  # at least 2 · beams candidates exist
-    # Two decisions can be close: which candidates are among the best n, for n = `beams`, so that they may end
-    # an answer; and which candidates continue.
+    # Two decisions can be close. The first is which candidates are among the `beams` best: only these may
+    # become finished answers. The second is which candidates continue.
     nearly_tied = _is_near(scores[:, beams - 1], scores[:, beams])
     if beams > 1:
         nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])

@@ -100,7 +100,8 @@ def remove_positions(
     remaining[batch.is_audio] = ~dropped
     if batch.lengths is not None:
         columns = remaining[0].nonzero()[:, 0]
-        # Labels begin at the second column; with one for the first, they can be selected like the columns.
+        # Labels begin at the second column. With a label for the first column too, the same indices select
+        # labels and columns.
         labels = functional.pad(batch.labels, (1, 0), value=IGNORED)[:, columns][:, 1:]
         changed = replace(
             batch,

@@ -80,7 +80,8 @@ PEAKS = {
 }
 """Dense TFLOP/s of GPUs in half precision, from NVIDIA's data sheets.
 
-A key is a word of the device's name.
+A key is a word of the device's name. If a GPU exists as SXM and as PCIe card, the number is that of SXM: an
+H100 PCIe has 756.
 """
 
 

@@ -35,7 +35,7 @@ class Answer:
     """Token ids as generated, including the end token and the padding after it."""
     close: bool | None = False
     """Whether rounding may have decided the text, because the scores of competing choices differed by less
-    than `NEARLY_TIED` at some step. None if not known."""
+    than `NEARLY_TIED` at some step. None if not known. In training, nothing is recorded and it is False."""
     choices: list[Choice] = field(default_factory=list)
     """The n-best list, which starts with this answer; empty if `decoding.nbest` is 1."""
 

@@ -15,7 +15,7 @@ from slam_asr.pages.render import render, with_thousands
 from slam_asr.storage import write_atomically
 
 RUN_MARKERS = "●■▲◆▼★"
-"""Markers of the first six lines in `draw_runs`. Their colours are --run-1 to --run-6 in the style sheet."""
+"""Markers of the first six runs in `draw_runs`. Their colours are --run-1 to --run-6 in the style sheet."""
 CURVE_POINTS = 400
 """Maximum number of points per curve. A screen cannot show more points, and the page would be large."""
 

@@ -31,7 +31,7 @@ from slam_asr.runtime.machine import Machine
 MAX_OVERESTIMATE = 1.15
 """Maximum ratio of the predicted to the actual memory."""
 LONGEST, SAMPLE = 8, 64
-"""Numbers of utterances that are tokenised, because to tokenise a thousand hours would take a minute.
+"""Numbers of utterances whose texts are tokenised. All texts of a thousand hours would take a minute.
 
 `LONGEST` have the longest audio, and as many have the longest text: the longest utterance is likely to be
 among them. The mean length comes from a sample of `SAMPLE` utterances or up to twice as many.

@@ -19,14 +19,17 @@ TOKENS_PER_SECOND = 3.7
 LibriSpeech has 2.7 words per second, and Llama's tokenizer about 1.35 tokens per lower-case word.
 """
 USABLE = 0.92
-"""Share of a GPU's memory that a plan may use. The rest allows for larger batches and for fragmentation."""
+"""Share of the memory of a GPU, or of a host without GPUs, that a plan may use.
+
+The rest allows for larger batches and for fragmentation.
+"""
 ENCODING_SHARE, TRAINING_SHARE = 0.30, 0.40
 """Typical shares of a GPU's peak FLOP/s that encoding and training reach. SLAM-LLM reaches 0.09 to 0.20."""
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs of a plan."""
+    """The GPUs of a plan. If `number` is 0, the other fields describe the CPU and its memory."""
 
     number: int
     """Number of GPUs; 0 for one process on a CPU."""
@@ -82,7 +85,8 @@ class Plan:
     memory: Memory
     """Memory of one process in bytes: on its GPU or, without GPUs, on the host."""
     fits: bool
-    """Whether every phase of training fits in the usable share of a GPU's memory."""
+    """Whether every phase of training fits in the usable share of the memory: a GPU's or, without GPUs, the
+    host's."""
     cache_bytes: float
     """Size in bytes of the feature store for the training audio; 0 if the recipe caches no features."""
     stages: dict[str, Stage]
@@ -235,7 +239,7 @@ def _stages(shapes: Shapes, load: Load, gpus: Gpus, speech: Speech) -> tuple[dic
     prefill = tested * (2 * shapes.layer_parameters * (load.length - load.targets) + on_the_fly)
     beams = recipe.decoding.beams
     # As in `plan_batches`, each beam takes positions for audio and prompt, and for the longest answer.
-    positions_of_one = (load.length + recipe.decoding.max_new_tokens) * beams
+    positions_of_one = (load.length - load.targets + recipe.decoding.max_new_tokens) * beams
     rows = max(1, recipe.decoding.positions_per_batch // positions_of_one)
     decode = prefill + tested * 2 * shapes.llm_parameters * load.targets * beams
     # Each decoding step reads all weights once. A batch takes as many steps as its longest answer has tokens,

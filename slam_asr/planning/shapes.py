@@ -139,8 +139,8 @@ class Shapes:
     def scores_in_chunks(self) -> bool:
         """Whether training computes logits one chunk at a time.
 
-        For an LLM with its weights, training decides in the same way: it uses `answer_loss.allows_chunks`
-        unless the ZeRO stage is 3.
+        Training decides by the same conditions, but it asks the LLM with its weights: it calls
+        `answer_loss.allows_chunks`, unless the ZeRO stage is 3.
         """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
         if (

@@ -1,7 +1,8 @@
 """Converts the original checkpoint files of speech encoders to folders that transformers loads.
 
-The supported models are OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0; the last
-two may be pretrained or fine-tuned with CTC. fairseq is not needed, and no code from the file is run. The
+The supported models are OpenAI's Whisper, Microsoft's WavLM, and fairseq's HuBERT and wav2vec 2.0. The last
+two may be pretrained or fine-tuned with CTC, which changes fairseq's layout. A fine-tuned WavLM is read if
+its file has the layout of the pretrained one. fairseq is not needed, and no code from the file is run. The
 model's sizes come from the configuration in the file, so a missing layer is noticed. Every tensor is renamed,
 or dropped because no encoder needs it, or causes an error.
 """

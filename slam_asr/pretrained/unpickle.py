@@ -139,8 +139,9 @@ def plain(value: Any) -> Any:
 
     Namespaces and omegaconf's containers become dicts and lists; omegaconf's nodes become their values;
     members of enumerations become their values, or their names if only the names are pickled; numpy's scalars
-    become numbers; other objects become dicts of their attributes. Tensors remain unchanged. An object's
-    reference to an object that contains it, such as its parent, becomes None.
+    become numbers; classes become their full names. Other objects become dicts of their attributes or, if
+    none are pickled, their arguments. Tensors remain unchanged. An object's reference to an object that
+    contains it, such as its parent, becomes None.
     """
     return _plain(value, ())
 

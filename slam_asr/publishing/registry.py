@@ -45,4 +45,8 @@ class Registry(Protocol):
             uri: address of the model folder.
             description: a sentence that describes the version.
             properties: facts about the model, including its fingerprint and scores.
+
+        Raises:
+            ConfigurationError: an MLflow server takes only models in object storage, and `uri` is a local
+                folder.
         """

@@ -36,7 +36,10 @@ class Job:
 
 
 class ProcessEnded(Exception):
-    """A process ended before its work was done. `processes_of` turns this exception into a `UserError`."""
+    """A process ended before its work was done.
+
+    `processes_of` turns this exception into a `UserError` or, after a failure of the GPU, a `ProcessFailure`.
+    """
 
 
 @contextlib.contextmanager

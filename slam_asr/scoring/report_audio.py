@@ -56,7 +56,7 @@ def encode_audio(
         megabytes: maximum size of all audio together, in MB after base64 encoding.
 
     Returns:
-        The audio of each utterance that fits, as MP3 in base64.
+        The audio of the utterances before the first that does not fit, as MP3 in base64.
     """
     encoded: dict[Name, str] = {}
     remaining = megabytes * 1e6

@@ -15,6 +15,8 @@ from slam_asr.serving.limits import Refusal
 from slam_asr.serving.service import CLIENT_GONE, Exchange, Service
 from slam_asr.serving.upload import FORMATS, Body, require_same_origin
 
+_FAILED = "failed"
+"""State of a server whose decoding thread has ended: it does not recover by itself."""
 _FORM = {
     "requestBody": {
         "required": True,
@@ -61,7 +63,7 @@ def _add_transcriptions(app: FastAPI, service: Service) -> None:
         exchange = Exchange(service, body)
         try:
             _authorise(service, request)
-            # This is done before the body is read, because a busy server must not receive megabytes first.
+            # This comes before the form is read: `discard` then reads a refused upload without saving it.
             service.admit()
             return await exchange.answer()
         except Refusal as refusal:
@@ -103,12 +105,17 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """Report whether the process works; if it does not, it should be restarted."""
         alive = service.batcher.alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else _FAILED}, 200 if alive else 503)
 
     @app.get("/ready")
     async def ready() -> Response:
         """Report whether requests for transcripts are accepted."""
-        status = "ready" if service.ready else "draining" if service.draining else "loading"
+        if service.draining:
+            status = "draining"
+        elif not service.batcher.alive:
+            status = _FAILED
+        else:
+            status = "ready" if service.ready else "loading"
         return JSONResponse({"status": status}, 200 if service.ready else 503)
 
     @app.get("/metrics")

@@ -13,7 +13,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "slam_asr_requests",
-            "Requests for a transcript by HTTP status; 499 if the client disconnected early.",
+            "Requests for a transcript by status: the HTTP status, that of an error within a stream, or 499 "
+            "if the client disconnected early.",
             ["status"],
             registry=self.registry,
         )

@@ -91,10 +91,13 @@ class Service:
         """Refuse a request if the server cannot accept it now.
 
         Raises:
-            Refusal: the model is not loaded, the server is ending, or too many requests are in progress.
+            Refusal: the model is not loaded, the server has failed or is ending, or too many requests are in
+                progress.
         """
         if self.draining:
             raise unavailable("The server is shutting down: send the request again.")
+        if not self.batcher.alive:
+            raise unavailable("The server has failed and has to be restarted; its log has the reason.")
         if not self.ready:
             raise unavailable("The model is being loaded: try again in a few seconds.")
         if self.in_progress >= self.limits.requests:

@@ -229,6 +229,7 @@ class Body:
 
         Raises:
             Refusal: the body is too large, is a damaged form, exceeds a form's limits, or stopped arriving.
+            ClientDisconnect: the client has disconnected.
         """
         # Refused before the first byte is read. `receive` notices a length that is missing or wrong.
         if self._announced > self._max_bytes:
@@ -242,7 +243,10 @@ class Body:
             raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
 
     async def discard(self) -> None:
-        """Read the rest of a refused upload, within limits: some clients send all of it before they read."""
+        """Read the rest of a refused upload, within limits.
+
+        Some clients read the answer only after they have sent all of it.
+        """
         if self._announced > 2 * self._max_bytes:
             return
         with contextlib.suppress(Refusal, TimeoutError):

@@ -33,7 +33,7 @@ def compare(
 
     Returns:
         One comparison per test subset, if the utterances come from several subsets, and finally one over all
-        utterances.
+        utterances. Subsets whose references contain no words are left out.
 
     Raises:
         InputError: an output is missing or damaged; an utterance is in only one of them (unless `common`), is

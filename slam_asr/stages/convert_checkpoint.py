@@ -39,8 +39,9 @@ def convert_checkpoint(
             itself, on machines without slam-asr; `voxtral` a folder for transformers' own class Voxtral,
             without code; `slam-llm` SLAM-LLM's model.pt; `llm` only the trained LLM, with merged LoRA.
         recipe: defines encoder, LLM, projector and prompt for checkpoints that do not name them: SLAM-LLM's
-            model.pt and DeepSpeed's folders. For others, only `encoder.name`, `llm.name` and
-            `llm.trust_remote_code` are used: where the models are now, and whether the LLM's code may run.
+            model.pt, DeepSpeed's folders and what zero_to_fp32.py wrote. For others, only `encoder.name`,
+            `llm.name` and `llm.trust_remote_code` are used: where the models are now, and whether the LLM's
+            code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints, without those of the beginning).
         half: save projector and LoRA adapter in fp16, which halves their size.

@@ -59,6 +59,9 @@ def decode(
 
     Raises:
         ModelError: a base model is not the one that the model was trained with.
+        ConfigurationError: `work_shard` is not i/n; this machine cannot compute in the recipe's precision or
+            has too few GPUs; the model has no CTC head, but the recipe requests CTC's scores; or an utterance
+            leaves too few LLM positions for its answer.
         UserError: the model or a base model does not exist, or the features come from another encoder.
     """
     from slam_asr.decoding.journal import DecodeJournal

@@ -25,11 +25,15 @@ TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 PAUSES = (2.0, 5.0, 10.0)
 """Seconds between requests for the reason: Kubeflow copies the workflow's state a few seconds late."""
 RESULTS = ("compare-runs", "score")
-"""The stages whose summary is the run's result, if they have run; the last stage comes first."""
+"""The stages whose summary can be the run's result. The first of these that has run gives the result."""
 
 
 def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
-    """Send a notice that the run of this pod has ended. Problems are logged, and never fail the run.
+    """Send a notice that the run of this pod has ended. No problem fails the run.
+
+    A line is logged if the notice is not sent, or if it lacks the result because the store cannot be read. If
+    the API does not answer, nothing is logged, and the notice lacks the run's name and the reason of a
+    failure.
 
     Args:
         store: store of the run.

@@ -48,8 +48,9 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
         overwrite: replace results of other inputs instead of refusing.
 
     Returns:
-        The stage's record; its folder contains hypotheses.jsonl, wer.json, report.html, report.md, the same
-        texts in SLAM-LLM's format (decode_log_pred, decode_log_gt) and, if decode wrote them, n-best lists.
+        The stage's record. Its folder contains hypotheses.jsonl, wer.json, report.html, report.md, the
+        hypotheses and references in SLAM-LLM's format (decode_log_pred, decode_log_gt) and, if decode wrote
+        them, n-best lists.
 
     Raises:
         InputError: parts are missing, or come from different models, manifests or options.
@@ -69,7 +70,8 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     }
 
     if not separates_words(row.reference for row in rows):
-        inputs["unit"] = "characters"  # reports of version 0.1.0 count words in any language
+        # Without this key, a report of version 0.1.0, which counts words in any language, would be reused.
+        inputs["unit"] = "characters"
     for name in (NBEST, AUDIO):
         # The key is left out if no part has such a file: reports without them have the same fingerprint as
         # before.

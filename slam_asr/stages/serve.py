@@ -35,7 +35,8 @@ def serve(
 
     Args:
         recipe: how to decode (its section `decoding`), and where the base models are (`encoder.name`,
-            `llm.name`); by default, the recipe that the model was trained with.
+            `llm.name`); on the command line, the recipe that the model was trained with, unless another is
+            named.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
         host: address to listen on; 0.0.0.0 for all IPv4 addresses of this machine, :: for all addresses.
@@ -47,7 +48,8 @@ def serve(
 
     Raises:
         ConfigurationError: the packages of the extra `serve` are not installed, the address or the file with
-            keys cannot be used, or a limit is out of bounds (raised before anything is loaded).
+            keys cannot be used, or a limit is out of bounds (all raised before anything is loaded); or the
+            recipe does not fit this machine or the model.
         ModelError: the model or a base model is missing or damaged, or a base model is not the one that the
             model was trained with.
     """

@@ -29,7 +29,8 @@ def transcribe(
 
     Args:
         recipe: how to decode (its section `decoding`), and where the base models are (`encoder.name`,
-            `llm.name`); by default, the recipe that the model was trained with.
+            `llm.name`); on the command line, the recipe that the model was trained with, unless another is
+            named.
         files: audio files or videos of any usual format, local or s3://, of any length and sample rate.
         model: folder that convert-checkpoint wrote, or the name of a shipped model. By default, the best of
             the shipped models.
@@ -46,8 +47,8 @@ def transcribe(
     Raises:
         InputError: a file does not exist or is not audio (raised before anything is loaded), or is damaged
             (raised after all others are transcribed).
-        ConfigurationError: options contradict each other, two transcripts would have the same path, or a file
-            needs PyAV, which is not installed.
+        ConfigurationError: options contradict each other, two transcripts would have the same path, a file
+            needs PyAV, which is not installed, or the recipe does not fit this machine or the model.
         ModelError: the model or a base model is missing or damaged, or a base model is not the one that the
             model was trained with.
         StorageError: the output prefix in object storage cannot be written; a local output folder raises an

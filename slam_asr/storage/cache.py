@@ -30,7 +30,10 @@ def cache_folder() -> Path:
 
 
 class CacheFull(Exception):
-    """An object does not fit: everything in the cache is in use, or the disk is full."""
+    """An object does not fit: with the files in use, it exceeds the limit; or the disk is full.
+
+    An object that is larger than the limit never fits.
+    """
 
 
 class DiskCache:

@@ -214,7 +214,8 @@ def write_bytes(path: PathOrUri, content: bytes | memoryview | str, replace: boo
         replace: whether to replace an existing file or object.
 
     Returns:
-        Whether the content was written. If `replace` is false, the first of several writers wins.
+        Whether the content was written. If `replace` is false, the first of several writers wins. Where the
+        object storage has no conditional writes, the last of several simultaneous writers wins.
 
     Raises:
         OSError: the disk is full, or the folder is not writable.

@@ -76,7 +76,8 @@ class Parts:
     def distance_weight(self, step: int) -> float:
         """Return the weight of the distance loss in a step of the beginning.
 
-        The weight grows linearly, because an output that an early step draws to a wrong token stays there.
+        The weight grows linearly from 0. In early steps, the expected embeddings are often those of wrong
+        tokens, and an output that is drawn to a wrong token stays there.
         """
         options = self.recipe.projector.beginning
         return options.distance_weight * step / options.steps

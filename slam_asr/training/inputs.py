@@ -5,7 +5,7 @@ This module also collects the inputs that the trained weights depend on, for the
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.model_folder import ADAPTER, CTC_HEAD, WEIGHTS, adapter_file, read_config
 from slam_asr.artifacts.utterances import fit_to_window
-from slam_asr.config.recipe import Recipe
+from slam_asr.config.recipe import Recipe, settings_that_affect_weights
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -249,57 +249,3 @@ def check_llm(recipe: Recipe, folder: Path) -> Prompt:
     if recipe.llm.tuning == "lora":
         require_targets(describe_llm(folder, trust), recipe.llm.lora)
     return prompt
-
-
-def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
-    """Return those of the recipe's settings that change the trained weights by more than rounding errors.
-
-    The engine, for example, is left out: all engines give the same weights up to rounding.
-    """
-    values = asdict(recipe)
-    for key in (
-        "nodes",
-        "processes",
-        "engine",
-        "zero_stage",
-        "log_every",
-        "positions_per_batch",
-        "offload_optimizer",
-        "deepspeed",
-        "packing",
-        "gradient_checkpointing",
-        "compile",
-        "liger",
-        "nonfinite_steps",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoints",
-        "samples",
-        "trackers",
-    ):
-        del values["training"][key]
-    assert isinstance(recipe.training.deepspeed, dict), "load_recipe has read the file, if it was a path"
-    optimizer = recipe.training.deepspeed.get("optimizer")
-    if optimizer:
-        values["training"]["deepspeed"] = {"optimizer": optimizer}
-    # These keys did not exist in earlier versions. They are left out where they have no effect, so that the
-    # inputs of a training run from an earlier version still match.
-    for section, key in (
-        ("llm", "trust_remote_code"),
-        ("llm", "answer_prefix"),
-        ("projector", "dropout"),
-        ("projector", "ctc_weight"),
-        ("projector", "drop_blanks"),
-    ):
-        if not values[section][key]:
-            del values[section][key]
-    if not recipe.projector.beginning.active:
-        del values["projector"]["beginning"]
-    del values["encoder"]["batch_seconds"]
-    del values["projector"]["init_from"]  # the digest of its weights is an input of its own
-    # Only three settings of the features matter: the dtype, to which features are rounded, and the two that
-    # determine the order of the utterances.
-    values["features"] = {
-        key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
-    }
-    return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}

@@ -129,11 +129,15 @@ def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
         if row.pop("phase", MAIN) != phase:
             continue
         if "validation" in row:
-            validation.append({"step": row["step"], **row["validation"]})
+            validation.append({"step": row["step"], **_with_nan(row["validation"])})
         else:
-            # `Monitor` writes null for a loss that is not finite.
-            training.append(row | {"loss": math.nan if row["loss"] is None else row["loss"]})
+            training.append(_with_nan(row))
     return training, validation
+
+
+def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Undo what `Monitor` does to a loss that is not finite: it writes null."""
+    return numbers | {"loss": math.nan if numbers["loss"] is None else numbers["loss"]}
 
 
 def last_samples(path: Path) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ PLATEAU_RISE = 0.02
 PLATEAU_PATIENCE = 1000
 """Number of steps without progress after which a plateau is reported."""
 SOLVED = 0.6
-"""Accuracy from which on the LLM is no longer guessing."""
+"""At this accuracy or above, the LLM no longer guesses without the audio."""
 
 
 @dataclass
@@ -192,13 +192,7 @@ class Monitor:
     def _write(self, row: dict[str, Any]) -> None:
         if self.phase != MAIN:
             row = row | {"phase": self.phase}
-        # JSON has neither NaN nor infinity.
-        self.file.write(
-            json.dumps(
-                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            )
-            + "\n"
-        )
+        self.file.write(json.dumps(_without_nan(row)) + "\n")
         # A checkpoint copies this file, and the copy needs all lines up to the checkpoint's step.
         self.file.flush()
 
@@ -210,6 +204,18 @@ class Monitor:
         for tracker in self.trackers:
             tracker.close()
         self.page.close()
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace numbers that are not finite by None, for JSON, which has neither NaN nor infinity."""
+    return {
+        name: _without_nan(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in row.items()
+    }
 
 
 class _Interval:

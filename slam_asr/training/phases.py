@@ -106,7 +106,7 @@ def enter_main(
             `projector.init_from` or, without it, from random weights.
 
     Raises:
-        UserError: the LLM's weights cannot be used.
+        UserError: the weights of the encoder, the projector or the LLM cannot be used.
     """
     recipe, options = parts.recipe, parts.recipe.training
     torch.manual_seed(options.seed + parts.rank)  # for dropout, if any

@@ -52,7 +52,7 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the start of this attempt."""
     earlier: float = 0.0
-    """Seconds that earlier attempts took."""
+    """Seconds that earlier attempts took until the checkpoint from which this attempt resumes."""
 
     @property
     def seconds(self) -> float:
@@ -156,12 +156,13 @@ class Resumer:
         """Hand a checkpoint to the writer, if one is due and the writer is idle.
 
         Training does not wait for slow storage: while a checkpoint is being written, the next one is
-        postponed.
+        postponed. Two cases are exceptions: the best checkpoint so far is queued, and with `forced`, training
+        waits until the writer is idle.
 
         Args:
             progress: how far the training has come, this step included.
             due: whether `training.checkpoint_minutes` have passed, by the clock of the first process.
-            pending: number of checkpoints that are still being written, as a mean over the processes.
+            pending: number of checkpoints that are being written or queued, as a mean over the processes.
             dev_loss: dev loss after this step; None if it was not measured, and in the beginning.
             forced: whether training or its beginning ends here, so that the step must be saved in any case.
         """

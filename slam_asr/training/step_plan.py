@@ -41,7 +41,7 @@ class Window:
 
     epoch: int
     shards: list[int]
-    """Canonical numbers of the shards."""
+    """Canonical numbers of the shards: their ranks by smallest audio id, as in `Examples.shards`."""
     steps: list[list[int]]
     """Indices of each step's utterances."""
 
@@ -59,7 +59,8 @@ def plan_epoch(
 
     Args:
         positions: [utterances] number of LLM positions of each utterance.
-        shards: [utterances] integers: canonical number of the shard that contains each utterance's audio.
+        shards: [utterances] integers: canonical number of the shard that contains each utterance's features;
+            see `Window.shards`.
         window_shards: number of shards whose utterances are shuffled together.
         budget: maximum size of a step, in LLM positions or in the unit of `sizes`. A single utterance that is
             larger gets a step of its own.
@@ -283,9 +284,9 @@ def split_packed(
 
     Packed micro-batches have no padding, so lengths may be mixed freely. Utterances are dealt out longest
     first, each to the emptiest micro-batch. All micro-batches are then about equally full, and no process
-    waits long for another: the fullest has at most 4/3 of the positions that the fullest of the best division
-    would have (Graham, 1969). The number of micro-batches starts at the smallest that the sum of positions
-    allows, and grows until all of them are within the budget.
+    waits long for another. The fullest micro-batch is at most 4/3 as full as in the best possible division
+    (Graham, 1969). The number of micro-batches starts at the smallest multiple of `processes` that the sum of
+    positions allows, and grows until all of them are within the budget.
 
     Args:
         step: indices of the step's utterances.

@@ -62,8 +62,9 @@ def make_trackers(
     Args:
         names: `training.trackers`.
         folder: local folder of the training run.
-        run: name of the tracker's run. All attempts at a training run have the same name, so that a resumed
-            one continues its run.
+        run: name of the tracker's run, the same for all attempts at a training run. A resumed attempt
+            continues the earlier attempt's run: W&B finds it by this name, MLflow by the file `mlflow-run` in
+            `folder`.
         recipe: the recipe's values by full key, such as `training.seed`.
         done: number of steps done before the checkpoint that is resumed from; 0 for a new training run.
     """

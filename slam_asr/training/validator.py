@@ -137,8 +137,8 @@ class Validator:
         """Score the dev set.
 
         Returns:
-            Mean loss and accuracy over the target tokens of the dev set; None if a process was asked to stop
-            meanwhile.
+            Mean loss and accuracy over the target tokens of the dev set. In the beginning, these are CTC's
+            loss, and 1 minus the token error rate. None if a process was asked to stop meanwhile.
         """
         reader, engine, device = self.parts.readers["dev"], self.parts.engine, self.parts.device
         mine = own_share(self.parts, list(range(len(reader.examples))), reader)

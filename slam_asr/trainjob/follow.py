@@ -49,6 +49,8 @@ class FollowedTrainJob:
 
         Raises:
             ClusterError: the failed job still exists a minute after its deletion was requested.
+            RuntimeError: a request of the SDK failed; see `explained_refusals`.
+            TimeoutError: Kubernetes does not answer.
         """
         try:
             existing = self.client.get_job(self.name)

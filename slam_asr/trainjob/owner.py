@@ -60,7 +60,8 @@ def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) 
         owner: reference to the owner, as from `owner_of_this_step`.
 
     Raises:
-        ApiException: the API refuses the request.
+        ApiException: the API refuses a request.
+        HTTPError: the API does not answer.
     """
     metadata = custom_api.get_namespaced_custom_object(*_GROUP, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []

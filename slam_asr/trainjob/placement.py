@@ -50,6 +50,7 @@ class Placement:
     timeout_hours: float = 0.0
     """Time limit of the job in hours; 0 means no limit.
 
-    An attempt at the step deletes its job at the end, so the next attempt creates a new job with the full
-    time. If an attempt is killed, its job continues, and the next attempt follows this job.
+    An attempt at the step deletes its job at the end, also after SIGTERM, so the next attempt creates a new
+    job with the full time. If an attempt is killed without notice, its job continues, and the next attempt
+    follows this job.
     """

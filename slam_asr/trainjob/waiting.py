@@ -33,6 +33,7 @@ def waiting_nodes(
 
     Raises:
         ApiException: the API refuses a request.
+        HTTPError: the API does not answer.
     """
     selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name=node"
     latest: dict[str, V1Pod] = {}

@@ -44,7 +44,7 @@ def test_doctor_checks_each_step_from_inside_a_pod(real):
 # ── a run that nothing disturbs ────────────────────────────────────────────────────────────────────
 
 
-def test_demo_reaches_its_word_error_rate(real, demo):
+def test_demo_succeeds_and_is_far_better_than_with_shuffled_audio(real, demo):
     status = real.command("status", demo)
     assert status.last == "the run succeeded"
     for step in STEPS:
@@ -103,7 +103,7 @@ def artifact_of_own_store(real: RealCluster, connection: Connection, fields: dic
         return answer.read()
 
 
-def test_same_content_is_submitted_again_and_reuses_all_results(real, demo):
+def test_same_content_is_submitted_again_and_reuses_the_training(real, demo):
     # Kubeflow answers 409 to a second pipeline or version with the same name.
     answer = real.submit(*CHECKPOINTS, "--wait")
     assert answer.code == 0 and answer.last == "the run succeeded", answer.out + answer.err

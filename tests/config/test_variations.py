@@ -118,8 +118,13 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_variations_with_the_same_training_do_not_run_at_once():
     alike = resolve(RECIPE, [ONE, {"name": "beams", "decoding.beams": 2} | ONE])
-    with pytest.raises(UserError, match=r"learning_rate=0\.001 and beams differ only in decoding"):
+    with pytest.raises(UserError, match=r"learning_rate=0\.001 and beams differ in nothing that changes"):
         require_distinct_trainings(RECIPE, alike)
+    engines = resolve(RECIPE, [ONE | {"training.engine": engine} for engine in ("ddp", "fsdp")])
+    with pytest.raises(UserError, match="would train the same model"):
+        require_distinct_trainings(RECIPE, engines)
+    starts = resolve(RECIPE, [ONE | {"projector.init_from": name} for name in ("a", "b")])
+    require_distinct_trainings(RECIPE, starts)
     require_distinct_trainings(RECIPE, resolve(RECIPE, [ONE, {"training.max_steps": 3}]))
 
 

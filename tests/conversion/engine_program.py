@@ -1,6 +1,6 @@
-"""A program that the tests run under torchrun: it trains a small model with every ZeRO stage and precision.
+"""A program that the tests run under torchrun: it trains a small model with every ZeRO stage.
 
-For each of them, it writes DeepSpeed's own checkpoint and the engine's fp32 weights.
+It does so in fp32 and in bf16, and each time writes DeepSpeed's own checkpoint and the engine's fp32 weights.
 """
 
 import dataclasses

@@ -168,6 +168,8 @@ def test_an_exported_folder_leaves_out_the_same_blanks(tiny_recipe, llm, tmp_pat
     model = convert_checkpoint(file, str(tmp_path / "model"), recipe=recipe, verify=False)
     with pytest.raises(ModelError, match=r"has no CTC head: convert a checkpoint of the finished"):
         open_model(model.folder).load(recipe.decoding, with_encoder=True)
+    with pytest.raises(ModelError, match=r"has no CTC head, which projector\.drop_blanks \(0\.5\) needs"):
+        convert_checkpoint(model.folder, str(tmp_path / "headless"), to="huggingface", verify=False)
     # A file of weights has no head; a training run records it.
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     config["training"][CTC_HEAD] = {"tokens": [5, 9, 40], "sharpness": 0.01}
@@ -200,7 +202,7 @@ def blank_probabilities(model: str) -> torch.Tensor:
         return slam.blank_filter.head(outputs).softmax(1)[:, 0]
 
 
-def test_the_sources_need_nothing_but_torch_and_transformers():
+def test_the_sources_import_only_the_standard_library_and_five_packages():
     allowed = {"torch", "transformers", "safetensors", "numpy", "soxr"} | sys.stdlib_module_names
     files = list(SOURCES.glob("*_slam_asr.py"))
     assert len(files) == 5

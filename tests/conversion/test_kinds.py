@@ -213,6 +213,9 @@ def test_a_merged_llm_computes_the_logits_of_llm_and_adapter(tiny_recipe, tmp_pa
     error, effect = (found - expected).abs().max(), (before - expected).abs().max()
     assert error < effect * (1e-5 if precision == "fp32" else 0.05), (error, effect)
     assert "before" in record.summary
+    # The projector is not in the result.
+    parameters = sum(tensor.numel() for tensor in adapter.values())
+    assert record.metrics["parameters"] == parameters and record.summary.startswith("adapter of "), record
     # A model folder with an adapter gives the same merged LLM.
     model = convert_checkpoint(str(file), str(tmp_path / "model"), recipe=recipe)
     again = convert_checkpoint(model.folder, str(tmp_path / "again"), to="llm")

@@ -67,7 +67,7 @@ TUNINGS = {
     "full": ({"llm.tuning": "full", "training.precision": "bf16"}, "model"),
     "lora": ({**LORA, "training.precision": "bf16"}, "llm"),
 }
-"""By the LLM's tuning: changes to the recipe, and the format to convert to."""
+"""Changes to the recipe, and the format to convert to, keyed by the LLM's tuning."""
 
 
 @pytest.mark.cold

@@ -117,7 +117,7 @@ def test_the_condition_that_fails_is_named(tiny_recipe, parts, tmp_path, options
         convert_checkpoint(file, str(tmp_path / "voxtral"), to="voxtral", recipe=recipe)
 
 
-def test_an_encoder_without_the_constant_and_an_llm_without_a_spare_token_are_refused(
+def test_an_encoder_whose_constant_is_zero_and_an_llm_without_a_spare_token_are_refused(
     tiny_recipe, tiny_models, parts, tmp_path
 ):
     recipe, file = checkpoint(tiny_recipe, tmp_path, parts | {"llm.name": tiny_models["llm"]})

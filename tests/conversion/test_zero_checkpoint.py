@@ -25,7 +25,7 @@ def checkpoints(request, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_stage_and_precision_converts_to_the_engines_own_weights(checkpoints):
+def test_every_stage_in_fp32_and_bf16_converts_to_the_engines_own_weights(checkpoints):
     for stage in STAGES:
         for precision in PRECISIONS:
             folder = checkpoints / f"{stage}-{precision}"

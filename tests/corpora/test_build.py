@@ -1,4 +1,4 @@
-"""Manifests contain every usable utterance once, in one split, with decoded audio; or none is written."""
+"""Manifests contain every utterance whose audio can be decoded once, in one split; or none is written."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Any table is read with the meaning that the library that wrote it gives it, or refused in one sentence.
+"""Any table is read as the library that wrote it would read it, or refused in one sentence.
 
 The expected result of a table is computed here from the written values, without the readers. `make soak`
 tries many more tables.

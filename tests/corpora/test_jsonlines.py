@@ -1,4 +1,7 @@
-"""Each line belongs to one subset: its file's, if that is named after a split; or its own; or its file's."""
+"""In a folder, a file named after a split is the subset of all its lines. Other lines may name their subset.
+
+A line that names none belongs to the subset that its file is named after.
+"""
 
 import json
 

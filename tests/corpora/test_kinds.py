@@ -614,6 +614,9 @@ def test_segments_of_a_recording_are_utterances(tmp_path):
         ("lost", "transcript without audio"),
         ("silent", "audio without transcript"),
     ]
+    sentences = {r.key: r.detail for r in items if isinstance(r, Rejection)}
+    assert sentences["d"] == f"d has no line in {tmp_path / 'x' / 'segments'}."
+    assert sentences["lost"] == f"lost has no recording in {tmp_path / 'x' / 'wav.scp'}."
 
 
 @pytest.mark.parametrize("line", ["a r 1 0.5", "a r x 1", "a r", "a r -1 1"])

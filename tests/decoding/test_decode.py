@@ -284,19 +284,21 @@ def test_a_killed_decoding_resumes(model, manifest, tiny_recipe, tmp_path):
         "6",
         "--output",
     ]
-    file = tmp_path / "killed" / FILE
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 1):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    if process.returncode == -signal.SIGKILL:
-        done = subprocess.run(
-            [*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True
-        )
-        assert "utterances are already decoded" in done.stdout
+    for attempt in range(5):  # on a busy machine, the program may end before the signal arrives
+        killed = tmp_path / f"killed{attempt}"
+        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.PIPE, text=True)
+        file = killed / FILE
+        while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 1):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode:
+            break
+    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run([*command, str(killed)], capture_output=True, text=True, check=True)
+    assert "utterances are already decoded" in done.stdout
     subprocess.run([*command, str(tmp_path / "complete")], capture_output=True, check=True, env=os.environ)
-    assert (tmp_path / "killed" / "hypotheses.jsonl").read_text() == (
+    assert (killed / "hypotheses.jsonl").read_text() == (
         tmp_path / "complete" / "hypotheses.jsonl"
     ).read_text()
 

@@ -137,6 +137,19 @@ def test_audio_in_two_manifests_of_one_command_is_saved_once(tiny_models, manife
     assert saved == len(LENGTHS) + 1
 
 
+def test_no_key_can_write_outside_the_store(tiny_models, tmp_path):
+    utterances = utterances_in(tmp_path / "audio")
+    keys = ["a/b/../../../../../escaped", str(tmp_path / "absolute"), "..", "ü ß 漢 " + "k" * 2000]
+    for utterance, key in zip(utterances, keys, strict=True):
+        utterance.key = key
+    write_manifest(tmp_path / "manifest.jsonl", utterances)
+    extract_features(recipe(tiny_models), [str(tmp_path / "manifest.jsonl")], str(tmp_path / "in" / "store"))
+    assert {p.name for p in tmp_path.iterdir()} == {"audio", "in", "manifest.jsonl"}
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["store"]
+    store = FeatureStore(str(tmp_path / "in" / "store"))
+    assert all(len(store.read(utterance.audio_id)) for utterance in utterances)
+
+
 def test_a_changed_encoder_never_reads_old_features(tiny_models, manifest, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_models["encoder"], other)

@@ -26,7 +26,7 @@ NOWHERE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy
 FAILURES, SHORT = (30, 300) if os.environ.get("SLAM_ASR_SOAK") else (2, 10)
 """Number of failing runs, and of containers that end as soon as they start; the tests run them one by one."""
 ONE_BY_ONE = ("build-manifest", "extract-features", "train")
-"""Stages that the tests also run alone, without a network. The others run only in the complete pipeline."""
+"""Stages that run with `--only` and without a network, before a complete pipeline reuses their results."""
 if os.environ.get("SLAM_ASR_SOAK"):
     ONE_BY_ONE += ("convert-checkpoint", "decode", "score")
 

@@ -9,18 +9,19 @@ from slam_asr.errors import UserError
 from slam_asr.pretrained.copy_to_bucket import copy_models
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
-from slam_asr.storage import walk
 
 
-def test_copied_models_are_the_same_and_copied_once(bucket, tiny_recipe, capsys):
+def test_copied_models_are_the_same_and_copied_once(faulty_s3, tiny_recipe, capsys):
+    faulty_s3.fault_rate = 0
     recipe = load_recipe(str(tiny_recipe))
     encoder, llm = copy_models("s3://bucket/models", recipe)
     assert llm.startswith("s3://bucket/models/")
     for copied, original in ((encoder, recipe.encoder.name), (llm, recipe.llm.name)):
         assert weights_sha256(locate_model(copied)) == weights_sha256(locate_model(original))
-    before = {f.name: f for f in walk("s3://bucket/models")}
-    assert any(name.endswith("config.json") for name in before)
+    assert faulty_s3.count("PUT", "config.json") > 0
+    faulty_s3.clear()
     assert copy_models("s3://bucket/models", recipe) == [encoder, llm]
+    assert faulty_s3.requests and {r.method for r in faulty_s3.requests} <= {"GET", "HEAD"}
     assert capsys.readouterr().out.count("already at") == 2
 
 

@@ -1,4 +1,4 @@
-"""CTC over token embeddings: the loss is torch's, outputs approach embeddings, any text can be spelled."""
+"""CTC over token embeddings: the loss is torch's, outputs approach embeddings, train texts can be spelled."""
 
 import pytest
 import torch

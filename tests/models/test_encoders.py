@@ -1,4 +1,4 @@
-"""Every encoder gives an utterance the same frames alone and in a batch, as its checkpoint requires."""
+"""Every encoder gives the same frames alone and in a batch, and normalises as its checkpoint requires."""
 
 import math
 

@@ -143,7 +143,7 @@ def test_a_randomly_damaged_file_is_read_or_refused_in_one_sentence(tmp_path, is
     file = tmp_path / "file.pt"
     torch.save(content, file, _use_new_zipfile_serialization=is_zip)
     sound = file.read_bytes()
-    # A list of members before the file's beginning.
+    # With a change to this byte of its offset, the archive's list of members is before the file's beginning.
     place = sound.rindex(b"PK\x06\x06") + 50 if is_zip else 0
 
     @examples(100)

@@ -250,7 +250,7 @@ def test_a_hub_that_cannot_be_reached_is_reported_in_one_sentence():
 # Digests
 
 
-def test_one_file_has_its_own_digest_and_several_have_one_digest(tmp_path):
+def test_one_file_has_its_own_digest_and_several_have_one_that_ignores_their_names(tmp_path):
     single = write_folder(tmp_path / "single")
     assert weights_sha256(single) == hashlib.sha256(b"weights").hexdigest()
     sharded = []
@@ -332,7 +332,7 @@ def no_connection() -> Exception:
         ((error_of_status(503), error_of_status(429), error_of_status(500)), [1, 5, 15]),
     ],
 )
-def test_failures_of_the_hub_that_may_be_temporary_are_repeated_with_growing_pauses(
+def test_calls_of_the_hub_are_repeated_with_growing_pauses_after_failures_that_may_be_temporary(
     monkeypatch, capsys, failures, pauses
 ):
     slept: list[float] = []

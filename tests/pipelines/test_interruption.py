@@ -20,7 +20,7 @@ MOMENTS = [
     "5/6 decode",
     "decoding 6",
 ]
-"""The run is killed when the log has a line with this text. In the order of the log."""
+"""Each run is killed at the first log line with one of these texts. They are in the order of the log."""
 MOMENTS_TO_TEST = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["step 1/3"]
 
 

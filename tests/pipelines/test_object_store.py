@@ -1,4 +1,4 @@
-"""A complete run with its results in object storage reuses them, and never reveals credentials."""
+"""A second machine reuses all results of a run from object storage, and nothing reveals credentials."""
 
 import json
 import os

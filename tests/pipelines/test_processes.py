@@ -70,12 +70,12 @@ def wait_for_end(pid: int) -> bool:
     return False
 
 
-def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
+def test_interrupted_step_may_finish_what_it_prints(tmp_path):
     # The step prints more than fits in a pipe: if nobody read it, the step would block until it is killed.
     code = (
         "import time\n"
         "try: print('on', flush=True); time.sleep(60)\n"
-        "except KeyboardInterrupt: print('x' * 1_000_000)"
+        f"except KeyboardInterrupt: print('x' * 1_000_000, flush=True); open({str(tmp_path / 'done')!r}, 'w')"
     )
 
     def interrupt(_: str) -> None:
@@ -84,7 +84,7 @@ def test_interrupted_step_may_finish_what_it_prints(monkeypatch):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         processes.run(python(code), interrupt)
-    assert time.monotonic() - started < processes.GRACE / 2
+    assert time.monotonic() - started < processes.GRACE / 2 and (tmp_path / "done").exists()
 
 
 # kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. `timeout`

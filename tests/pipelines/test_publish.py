@@ -1,4 +1,4 @@
-"""On this machine too, the publishing pipeline tries the registry first and ends with a decision."""
+"""The publishing pipeline, run on this machine, tries the registry first and ends with a decision."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def refused(
 
 
 @pytest.mark.slow
-def test_refused_model_is_a_finished_run_that_says_why(refused):
+def test_run_whose_model_is_refused_succeeds_and_says_why(refused):
     output, stdout, state, _ = refused
     assert re.findall(r"^\d/8 (\S+)$", stdout, re.MULTILINE) == list(outputs_of(PUBLISHING))
     rate, report, last = re.search(

@@ -202,14 +202,15 @@ def test_memory_that_a_containers_processes_already_take_is_not_available(
 
 def test_the_memory_of_python_is_counted_for_each_process(capsys):
     model = shapes(positions_per_batch=100)
-    beyond = predicted_memory(model, on_gpu=False) - PROCESS_OVERHEAD
-    fitting = beyond + PROCESS_OVERHEAD
+    predicted = training_memory(model, loads_of(model, Words(), utterances(), 1)[1], 1, on_gpu=False)
+    fitting, fitting_without_python = predicted.total, (predicted.total - predicted.overhead) / 0.9
     require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting / 0.9, fitting / 0.9))
     assert capsys.readouterr().out == ""
     require_fit(model, Words(), utterances(), Machine(1, 1, False, fitting, fitting))
     assert "warning: This training run needs about" in capsys.readouterr().out
     with pytest.raises(UserError, match="Python and its libraries"):
-        require_fit(model, Words(), utterances(), Machine(1, 1, False, 0.2e9, 0.2e9))
+        machine = Machine(1, 1, False, fitting_without_python, fitting_without_python)
+        require_fit(model, Words(), utterances(), machine)
     with pytest.raises(
         UserError, match=r"^4 training processes need about 2 GB of memory on this host, which has 1\.5 GB"
     ):

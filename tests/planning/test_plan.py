@@ -42,7 +42,7 @@ def test_every_shipped_recipe_can_be_planned_without_its_models(capsys):
     assert "proposed:" in capsys.readouterr().out
 
 
-def test_an_epoch_of_a_thousand_hours_takes_the_published_time():
+def test_planned_flops_of_a_thousand_hours_are_plausible_for_the_published_time():
     # If an epoch takes the published four hours on four A100 GPUs (312 TFLOP/s each), the planned FLOPs are
     # 8 % (WavLM) and 16 % (Whisper) of the peak.
     result = plan(load_recipe("wavlm-large-vicuna-7b", {"training.epochs": 1}), gpus=4, hours=1000)
@@ -126,7 +126,7 @@ def test_the_command_takes_the_recipe_as_first_argument(capsys):
     assert "each of 2 GPUs in training, ZeRO stage 3" in out and "24 GB" in out
 
 
-def test_the_steps_work_and_memory_of_a_beginning_are_counted(capsys):
+def test_a_plan_counts_the_steps_flops_and_memory_of_a_beginning(capsys):
     options = {"training.epochs": 1, "projector.beginning.steps": 500}
     without = plan(load_recipe("wavlm-large-vicuna-7b", options), gpus=4)
     assert without.beginning is None and "beginning" not in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_only_a_significantly_better_model_replaces_the_registered_one(
 
     assert summary_of("first", 3).startswith("published as version ")
     first = registry.versions[0].name
-    # The difference of a single utterance may be chance, in either direction.
+    # A lower rate that may be chance is not enough, and a higher rate is refused too.
     assert summary_of("similar", 4) == (
         f"not published: 12.50 % is not significantly better than 16.67 % of the registered version {first} "
         "(p = 0.422)"
@@ -127,7 +127,7 @@ def test_only_a_significantly_better_model_replaces_the_registered_one(
     assert f"of the registered version {first} " in summary_of("later", 3)
 
 
-def test_newest_version_is_found_on_the_first_page_of_many(registry):
+def test_newest_version_that_is_not_archived_is_found_on_any_page(registry):
     opened = connection.open_registry("kubeflow", "many")
     assert opened.newest() is None
     for number in range(5):

@@ -18,8 +18,8 @@ SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 KILLS = 60
 """Kills of each stage in the soak."""
 STARTUP = 30.0
-"""CPU seconds of a stage and its processes within which they are killed; imports take most of it. The moment
-is in CPU time because on a busy machine a start takes minutes."""
+"""A stage is killed before it and its processes have used this many seconds of CPU time. Imports take most of
+that time. CPU time is used because on a busy machine a start takes minutes."""
 IDLE = 10.0
 """Seconds with less than 0.2 s of CPU time after which a start is over."""
 TOKEN = "SLAM_ASR_TEST_TOKEN"

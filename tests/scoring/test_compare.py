@@ -105,7 +105,7 @@ def test_utterances_of_only_one_side_are_refused_or_counted(outputs, tmp_path, c
         ("a\tcaf\udce9\n", "a\tcafe\n", r"x_pred is not UTF-8 text"),
     ],
 )
-def test_files_that_do_not_match_are_refused(tmp_path, outputs, pred, gt, message):
+def test_files_of_slam_llm_that_are_wrong_or_do_not_match_are_refused(tmp_path, outputs, pred, gt, message):
     (tmp_path / "x_pred").write_text(pred, encoding="utf-8", errors="surrogateescape")
     (tmp_path / "x_gt").write_text(gt, encoding="utf-8")
     with pytest.raises(UserError, match=message):

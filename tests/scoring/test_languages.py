@@ -122,7 +122,7 @@ def test_build_manifest_writes_nfc(form):
 def test_english_rules_are_applied_to_english_alone():
     rows = [row("यह किताब", "यह कितब"), row("मेरी किताबें", "मेर किताबे")]
     total = analyse(measure(rows))["all"]
-    # Without vowel signs, the three wrong words of these four would count as right.
+    # A normaliser that removes vowel signs would count the three wrong words of these four as right.
     assert (total["wer"], total["normalised"]) == (75.0, 75.0)
     assert normalise_any_language("यह, किताब!") == "यह किताब"
     assert (

@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 from slam_asr.artifacts.transcript import Piece
 from slam_asr.config.recipe import Decoding
 from slam_asr.models.searcher import Answer
+from slam_asr.serving.app import build_app
 from slam_asr.serving.batcher import Batcher, DecodingError, Job
+from slam_asr.serving.limits import Limits, Refusal
 from slam_asr.serving.metrics import Metrics
+from slam_asr.serving.service import Served, Service
 
 
 class Slow:
@@ -168,3 +172,18 @@ def test_silence_is_answered_at_once():
 
     run(slow, use)
     assert slow.batches == [[1]]
+
+
+def test_a_server_whose_decoding_thread_has_ended_does_not_ask_clients_to_try_again():
+    loaded = threading.Event()
+    service = Service(
+        Served(lambda: Slow(100), ["m"], 0, "", [], Limits(), None), on_loaded=lambda error: loaded.set()
+    )
+    service.batcher.start()
+    assert loaded.wait(10)
+    client = TestClient(build_app(service))
+    assert client.get("/ready").json() == {"status": "ready"}
+    service.close()
+    assert [client.get(path).json()["status"] for path in ("/ready", "/health")] == ["failed", "failed"]
+    with pytest.raises(Refusal, match="has failed and has to be restarted"):
+        service.admit()

@@ -121,8 +121,10 @@ def test_an_unusable_secret_is_reported_in_one_sentence(
     monkeypatch.setenv("SLAM_ASR_S3_SECRET", str(tmp_path / "secret"))
     if files is not None:
         mount(tmp_path / "secret", monkeypatch, **files)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         read_bytes("s3://bucket/x")
+    # Not str(), which escapes line breaks.
+    assert "\n" not in raised.value.args[0]
 
 
 def test_a_request_outlives_the_replacement_of_its_client(bucket, monkeypatch):

@@ -2,7 +2,7 @@
 
 import os
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,19 +115,13 @@ def test_one_of_several_conditional_writers_wins_under_faults(faulty_s3):
     # moto may let two simultaneous conditional writers win, so it gets one request at a time.
     faulty_s3.one_at_a_time = True
     for attempt in range(3):
-        winners = []
-
-        def compete(attempt=attempt, winners=winners) -> None:
+        with ThreadPoolExecutor(8) as pool:
             # All write the same content, so the content does not show which of them was first.
-            if write_bytes(f"{ROOT}/claim-{attempt}", b"mine", replace=False):
-                winners.append(threading.get_ident())
-
-        threads = [threading.Thread(target=compete) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(winners) == 1 and read_bytes(f"{ROOT}/claim-{attempt}") == b"mine"
+            writers = [
+                pool.submit(write_bytes, f"{ROOT}/claim-{attempt}", b"mine", replace=False) for _ in range(8)
+            ]
+        assert sorted(writer.result() for writer in writers) == [False] * 7 + [True]
+        assert read_bytes(f"{ROOT}/claim-{attempt}") == b"mine"
 
 
 @pytest.mark.parametrize("answer", [(501, "NotImplemented"), (400, "InvalidArgument")])

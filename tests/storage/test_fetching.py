@@ -8,14 +8,15 @@ import os
 import random
 import resource
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from slam_asr.errors import from_os_error
 from slam_asr.storage import exists, fetch, fetch_folder, name_of, read_bytes, upload, write_bytes
 from slam_asr.storage.client import client
+from tests import ranks
 from tests.faults import STALL
 
 fork = multiprocessing.get_context("fork")
@@ -35,14 +36,12 @@ def test_concurrent_workers_fetch_each_object_once(faulty_s3, small_pieces, tmp_
         folder = fetch_folder("s3://bucket/folder")
         assert (folder / "b/c").read_bytes() == b"b/c" * 1000
 
-    workers = [
-        (fork.Process if kind == "processes" else threading.Thread)(target=fetch_all) for _ in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert kind == "threads" or [w.exitcode for w in workers] == [0] * 4
+    if kind == "processes":
+        assert ranks.fork(*[fetch_all] * 4) == [0] * 4
+    else:
+        with ThreadPoolExecutor(4) as pool:
+            workers = [pool.submit(fetch_all) for _ in range(4)]
+        assert [worker.result() for worker in workers] == [None] * 4
     assert faulty_s3.count("GET", "/file") == 4 and faulty_s3.count("GET", "/folder/") == 2
     assert not list((tmp_path / "cache").rglob("*.partial"))
 

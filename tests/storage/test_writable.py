@@ -179,7 +179,7 @@ def test_the_upload_of_a_checkpoint_is_retried_for_the_seconds_of_patience(
     assert len(denied) == 3 and weight("s3://bucket/x/checkpoints") == 1.0
 
 
-def test_a_local_checkpoint_that_cannot_be_written_names_the_latest_one(process_group, tmp_path, monkeypatch):
+def test_a_first_local_checkpoint_that_cannot_be_written_is_reported(process_group, tmp_path, monkeypatch):
     monkeypatch.setenv("SLAM_ASR_S3_PATIENCE", "0")
     folder = tmp_path / "checkpoints"
     writer = CheckpointWriter(str(folder), tmp_path, keep=2)

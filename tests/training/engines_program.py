@@ -44,7 +44,7 @@ PRECISIONS = ("fp32", "bf16", "fp16") if torch.cuda.is_available() else ("fp32",
 class Model(torch.nn.Module):
     """A model with a frozen layer and two trained parts, whose learning rates differ.
 
-    Its sizes are odd, so that slices are unequal.
+    Most of its sizes are odd, so that slices are unequal.
     """
 
     def __init__(self) -> None:

@@ -76,6 +76,7 @@ def main(folder: Path) -> None:
     results = {
         kind: [losses(compiled, **options) for compiled in (False, True)] for kind, options in ENGINES.items()
     }
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     leave_answer(folder, results)
 
 

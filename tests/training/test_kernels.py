@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slam_asr.config.recipe import Projector, load_recipe
+from slam_asr.config.recipe import Projector, load_recipe, settings_that_affect_weights
 from slam_asr.models.answer_loss import score_in_chunks
 from slam_asr.models.batch import Row, collate, pack
 from slam_asr.models.llm import checkpoint_layers
 from slam_asr.models.packed_attention import allow_packing
 from slam_asr.models.projector import build_projector
 from slam_asr.models.slam import Slam
-from slam_asr.training.inputs import settings_that_affect_weights
 from slam_asr.training.kernels import compile_layers, use_liger
 from tests.ranks import run_on_ranks
 from tests.training import kernels_program
@@ -62,9 +61,18 @@ def step(model: Slam, batch) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def without_a_compiler(monkeypatch):
-    """Layers are traced as for a compiler, but run as torch's own operations."""
+def graphs():
+    """Make torch.compile begin anew; return a function that counts the graphs that it has compiled since."""
+    from torch._dynamo.utils import counters
+
     torch.compiler.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch, graphs):
+    """Layers are traced as for a compiler, but run as torch's own operations."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
@@ -77,7 +85,7 @@ def without_a_compiler(monkeypatch):
         *([(pack, True), (collate, False)] if os.environ.get("SLAM_ASR_SOAK") else []),
     ],
 )
-def test_traced_layers_compute_the_same(lay_out, checkpointing, without_a_compiler):
+def test_traced_layers_compute_the_same(lay_out, checkpointing, without_a_compiler, graphs):
     uncompiled, compiled = tiny(), tiny(checkpointing)
     names = list(compiled.state_dict())
     compile_layers(compiled.llm)
@@ -87,30 +95,29 @@ def test_traced_layers_compute_the_same(lay_out, checkpointing, without_a_compil
             step(compiled, lay_out(rows(*lengths))), step(uncompiled, lay_out(rows(*lengths))), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert graphs() > 0
 
 
 @pytest.mark.slow
-def test_no_batch_causes_a_recompilation(without_a_compiler):
-    from torch._dynamo.utils import counters
-
+def test_no_batch_causes_a_recompilation(without_a_compiler, graphs):
     model = tiny()
     compile_layers(model.llm)
     step(model, pack(rows(4, 9)))
-    counters.clear()
+    compiled = graphs()
     for lengths in ((5, 3, 8), (6, 2), (9, 9, 4, 3, 2, 7), (12,)):
         step(model, pack(rows(*lengths)))
-    assert counters["stats"]["unique_graphs"] == 0
+    assert graphs() == compiled > 0
 
 
 @pytest.mark.slow
-def test_generated_code_computes_the_same():
-    torch.compiler.reset()
+def test_generated_code_computes_the_same(graphs):
     uncompiled, compiled = tiny(), tiny()
     compile_layers(compiled.llm)
     for ours, theirs in zip(
         step(compiled, pack(rows(4, 9, 3))), step(uncompiled, pack(rows(4, 9, 3))), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert graphs() > 0
 
 
 @pytest.mark.slow

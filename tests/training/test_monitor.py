@@ -1,6 +1,7 @@
 """A training run reports the same in the log, the curve, the page, TensorBoard's files and other trackers."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_log_curve_and_page_agree(tmp_path, capsys):
     assert shown["samples"] == SAMPLES.texts and len(shown["curve"]) == 4
 
 
+def test_a_curve_is_json_even_if_a_dev_loss_is_not_finite(tmp_path):
+    monitored = monitor(tmp_path)
+    monitored.step(numbers(1))
+    monitored.validation(1, float("nan"), 0.0, None)
+    monitored.close()
+    assert "NaN" not in (tmp_path / "curve.jsonl").read_text()
+    [[point]] = [read_curve(tmp_path / "curve.jsonl")[1]]
+    assert math.isnan(point["loss"]) and point["accuracy"] == 0.0
+
+
 def test_a_validation_names_the_character_error_rate(tmp_path, capsys):
     monitored = monitor(tmp_path)
     monitored.step(numbers(1))
@@ -113,7 +124,7 @@ def test_an_incomplete_last_line_is_skipped(tmp_path):
     assert len(read_curve(tmp_path / "curve.jsonl")[0]) == 4
 
 
-def test_tensorboard_reads_what_was_written_and_nothing_from_after_the_resumed_step(tmp_path):
+def test_tensorboards_files_have_the_numbers_and_mark_where_a_resumed_run_replaces_them(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     train(tmp_path)
@@ -142,7 +153,7 @@ def test_tensorboard_reads_what_was_written_and_nothing_from_after_the_resumed_s
 
 
 @pytest.mark.slow
-def test_mlflow_and_wandb_get_the_numbers_and_a_resumed_training_continues_its_run(tmp_path, monkeypatch):
+def test_wandb_writes_a_run_and_mlflow_gets_the_numbers_also_after_a_resumption(tmp_path, monkeypatch):
     mlflow = pytest.importorskip(
         "mlflow",
         reason="needs mlflow-skinny and wandb (the optional extra `trackers`, which is not in the lock file)",

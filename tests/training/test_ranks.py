@@ -108,8 +108,8 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_read(tiny_recipe, tmp_path)
         train(recipe, "/no/such/manifest", str(tmp_path), "/no/such/store")
 
 
-def test_settings_that_affect_weights_exclude_all_others(tiny_recipe):
-    from slam_asr.training.inputs import settings_that_affect_weights
+def test_the_seed_affects_weights_but_processes_and_logging_do_not(tiny_recipe):
+    from slam_asr.config.recipe import settings_that_affect_weights
 
     plain = settings_that_affect_weights(load_recipe(str(tiny_recipe)))
     assert plain == settings_that_affect_weights(

@@ -25,7 +25,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "vocab_size": 101,
 }
-"""Sizes of the LLMs. They are odd, so that processes have unequal shards."""
+"""Sizes of the LLMs. Most are odd, so that processes have unequal shards."""
 FAMILIES = {
     # name: (transformers' model type, changes to SIZES, maximum size of a file)
     "llama-tied": ("llama", {"tie_word_embeddings": True}, "20KB"),
@@ -144,7 +144,7 @@ def test_a_base_models_weight_names_without_prefix_are_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "nan", "cut", "tied twice", "no safetensors"])
-def test_damage_is_reported_as_for_a_completely_loaded_llm(tmp_path, fault):
+def test_damage_is_reported_as_for_a_completely_loaded_llm_or_the_llm_is_not_read_lazily(tmp_path, fault):
     folder = write(tmp_path, "llama-one-file")
     file = folder / "model.safetensors"
     name = "model.layers.1.mlp.up_proj.weight"

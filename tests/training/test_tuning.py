@@ -1,4 +1,4 @@
-"""Parts that are trained with the projector change, others do not, and decoding uses all trained parts."""
+"""A checkpoint has only the parts that the recipe trains, and decoding uses all of them."""
 
 import json
 import os
@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.model_folder import read_adapter, read_config, read_projector
 from slam_asr.config.recipe import load_recipe
+from slam_asr.decoding.model import Model
 from slam_asr.errors import UserError
+from slam_asr.models.precision import DTYPES
 from slam_asr.stages.build_manifest import build_manifest
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
 from slam_asr.stages.decode import decode
@@ -40,7 +42,7 @@ if os.environ.get("SLAM_ASR_SOAK"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_trained_reaches_decoding(tiny_recipe, tiny_corpus, tmp_path, kind):
+def test_everything_trained_reaches_decoding(tiny_recipe, tiny_corpus, tmp_path, monkeypatch, kind):
     recipe = load_recipe(str(tiny_recipe), {"training.learning_rate": 1e-3, **KINDS[kind]})
     built = build_manifest(recipe, str(tiny_corpus), str(tmp_path / "m"))
     features = extract_features(recipe, [built.folder], str(tmp_path / "f"))
@@ -71,7 +73,15 @@ def test_everything_trained_reaches_decoding(tiny_recipe, tiny_corpus, tmp_path,
         own = load_file(model.file(f"{part}/model.safetensors"))
         assert own.keys() == base.keys()
         assert any(not torch.equal(own[n].float(), base[n].float()) for n in own)
+    loaded, load = [], Model.load
+    monkeypatch.setattr(Model, "load", lambda *a, **options: loaded.append(load(*a, **options)) or loaded[-1])
     decoded = decode(recipe, model.folder, [built.folder], str(tmp_path / "d"), features.folder)
+    used = {f"{part}.{n}": t for part in parts for n, t in getattr(loaded[0], part).named_parameters()}
+    for name, tensor in weights.items():
+        # A tuned LLM is written in the precision of the training.
+        own_llm = name.startswith("llm.") and recipe.llm.tuning == "full"
+        written = tensor.to(DTYPES[recipe.training.precision]) if own_llm else tensor
+        assert torch.equal(used[name], written.to(used[name].dtype)), name
     scored = score(recipe, model.folder, [decoded.folder], str(tmp_path / "s"))
     assert scored.metrics["wer"] > 0
     if recipe.encoder.tuning == "frozen":

@@ -7,7 +7,7 @@ from slam_asr.stages.train import train
 
 
 @pytest.mark.slow
-def test_a_recipe_with_n_best_lists_trains_with_one_greedy_transcript_per_sample(prepared, tmp_path):
+def test_a_recipe_with_n_best_lists_trains_with_one_transcript_per_sample(prepared, tmp_path):
     recipe, manifests, features = prepared
     options = {"training.max_steps": 2, "training.validate_every": 2, "training.samples": 2}
     options |= {"decoding.beams": 3, "decoding.nbest": 3}

@@ -214,9 +214,7 @@ def test_a_refusal_is_one_sentence_and_nothing_is_created(cluster, change, sente
         (422, "spec.x: Required value", "Kubeflow Trainer refuses the TrainJob (spec.x: Required value)."),
     ],
 )
-def test_a_refusal_by_an_admission_webhook_is_not_taken_for_missing_rights(
-    kubernetes, status, message, sentence
-):
+def test_a_refusal_to_create_the_job_is_explained_by_its_cause(kubernetes, status, message, sentence):
     kubernetes.refusal = (status, message)
     with pytest.raises(ClusterError) as refusal:
         create()

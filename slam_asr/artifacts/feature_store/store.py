@@ -21,7 +21,8 @@ from slam_asr.storage.downloads import download
 from slam_asr.storage.objects import read
 
 _MAX_MAPPED = 64
-"""Maximum number of shards mapped into memory at once. A training window needs fewer."""
+"""Maximum number of shards mapped into memory at once. A training window has 8 by default
+(`features.window_shards`)."""
 _PARALLEL_FETCHES = 3
 """Number of shards fetched at once. Each of them is fetched in parallel pieces."""
 

@@ -1,4 +1,4 @@
-"""transformers' pipeline for this model. This file needs only torch and transformers.
+"""transformers' pipeline for this model. It needs only torch and transformers, and soxr to resample.
 
 transformers' own pipeline for speech recognition treats every model that it does not know as a CTC model.
 """

@@ -34,8 +34,8 @@ class Update:
     applied: bool
     """Whether the weights changed; False if a gradient was not finite."""
     gradient_norm: float | None
-    """2-norm over all trained weights before clipping. None if it is not finite, or if the engine does not
-    compute it."""
+    """2-norm of the gradient of all trained weights, before clipping. None if it is not finite, or if the
+    engine does not compute it."""
 
 
 class ParameterGroups:

@@ -52,7 +52,7 @@ class TorchEngine(Engine):
 
     Args:
         model: on any device; moved to `device`.
-        options: engine, precision, clipping, weight decay.
+        options: engine, precision, clipping, weight decay, and the default learning rate.
         device: where the model trains.
         learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
             children get `training.learning_rate`.

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -231,7 +230,7 @@ def test_without_space_on_local_disk_utterances_are_read_one_by_one(bucket, monk
     assert not [f for f in walk(str(reader._cache.folder)) if not f.name.startswith(".")]
 
 
-def test_a_flipped_byte_is_noticed_without_the_disk_too(bucket):
+def test_a_flipped_byte_is_noticed_even_if_no_shard_fits_on_the_local_disk(bucket):
     features = some_features()
     namespace, index = publish("s3://bucket/f", features)
     path = namespace.shard_path(index.shards[0].name)
@@ -290,14 +289,6 @@ def test_fp8_is_half_the_size_of_bf16():
     assert size["fp8"] / size["bf16"] == pytest.approx(0.505, abs=0.001)
 
 
-def test_no_key_can_write_outside_the_store(tmp_path):
-    keys = ["a/b/../../../escaped", "/etc/x", "..", "ü ß 漢", "k" * 2000, "a b"]
-    utterances = [Utterance(key, "/x", "text", 1.0, 16000, audio_id_of(key)) for key in keys]
-    publish(tmp_path / "store", {u.audio_id: torch.ones(2, 4) for u in utterances})
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert all(len(FeatureStore(str(tmp_path / "store")).read(u.audio_id)) == 2 for u in utterances)
-
-
 def test_segments_of_one_file_have_their_own_audio_ids():
     complete = Utterance("w", "/x", "t", 10.0, 16000, audio_id_of("file"))
     one, two = (dataclasses.replace(complete, start=s, duration=2.0) for s in (0.0, 2.0))
@@ -312,21 +303,7 @@ def test_a_damaged_fingerprint_is_reported_in_one_sentence(tmp_path):
         FeatureStore(str(tmp_path))
 
 
-def test_an_entry_takes_68_bytes():
-    count = 200_000
-    columns = {
-        name: np.zeros(count, kind)
-        for name, kind in {
-            "shard": np.int32,
-            "begin": np.int64,
-            "scale_begin": np.int64,
-            "frames": np.int32,
-            "span": np.int32,
-            "check": np.int64,
-        }.items()
-    }
-    audio_ids = np.random.default_rng(0).integers(0, 256, (count, 32), dtype=np.uint8)
-    columns["address"] = audio_ids[np.lexsort(audio_ids.T[::-1])]
-    index = Index(FINGERPRINT, 4, [], columns)
-    assert sum(c.nbytes for c in index.columns.values()) == 68 * count
-    assert index.find(columns["address"][1234].tobytes().hex()) == 1234
+def test_an_entry_takes_68_bytes(tmp_path):
+    _, index = publish(tmp_path, {audio_id_of(i): torch.zeros(0, 4) for i in range(500)})
+    for made in (index, Index.from_bytes(index.to_bytes(), "here"), merge(FINGERPRINT, 4, [index])):
+        assert sum(column.nbytes for column in made.columns.values()) == 68 * 500

@@ -1,7 +1,7 @@
 """An HTTP server that imitates Kubeflow Pipelines.
 
 It builds its answers with the classes of the real client, saves what it receives, and checks the token. If a
-test asks for it, it answers late, with 503, with a truncated answer or with a login page.
+test asks for it, it answers late, with an error, with a truncated answer or with a login page.
 """
 
 import email
@@ -57,7 +57,7 @@ class FakeKubeflow:
         self.waits = ""
         """Message of the first step's pod, if it never starts."""
         self.polls: dict[str, int] = {}
-        """Number of requests for the state of each run after the first one. Its progress follows from it."""
+        """For each run, how often its state was requested again after the first time; sets its progress."""
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
         """Return the workflow of a run. Each request for its state but the first takes it a step further."""

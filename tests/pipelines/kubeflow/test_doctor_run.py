@@ -20,7 +20,10 @@ FAULT = "✗ store s3://bucket/store: s3://bucket/store cannot be written: acces
 
 @pytest.fixture
 def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
-    """Run `doctor --run`, where `findings` are the pods' logs by step; return exit code and output."""
+    """Return a function that runs `doctor --run` and returns its exit code and output.
+
+    Its argument `findings` gives the log of each pod, keyed by step.
+    """
     profile = tmp_path / "profile.yaml"
     profile.write_text('namespace: team\nstorage: {store: "s3://bucket/store", secret: bucket-secret}\n')
 

@@ -72,7 +72,7 @@ def test_message_is_repeated_until_it_arrives(hook):
     ("statuses", "problem"),
     [([500] * 9, "HTTP 500"), ([302] * 9, "HTTP 302"), ([404] * 9, "HTTP 404"), (None, "NewConnectionError")],
 )
-def test_webhook_that_cannot_be_reached_gets_one_warning_without_its_url(hook, capsys, statuses, problem):
+def test_webhook_that_fails_causes_one_warning_without_its_url(hook, capsys, statuses, problem):
     url = hook.url
     if statuses is None:
         with socket.socket() as free:
@@ -165,7 +165,8 @@ def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
     assert hook.messages[0][1]["text"] == f"The run run-1 {verb}."
 
 
-# Cold: a fork server that a step starts would import kfp as kfp's executor does, without the compiler.
+# Cold, because this test runs the pipeline in its own process, so that a step would start the fork server.
+# kfp sets `_KFP_RUNTIME` for a step. A fork server with this variable would import kfp without its compiler.
 @pytest.mark.cold
 @pytest.mark.slow
 def test_training_pipeline_with_the_exit_task_runs_in_kfps_own_runner(
