@@ -62,9 +62,8 @@ def make_trackers(
     Args:
         names: `training.trackers`.
         folder: local folder of the training run.
-        run: name of the tracker's run, the same for all attempts at a training run. A resumed attempt
-            continues the earlier attempt's run: W&B finds it by this name, MLflow by the file `mlflow-run` in
-            `folder`.
+        run: name of the tracker's run, `RECIPE-DIGITS`, the same for all attempts at a training run. A
+            resumed attempt continues the earlier attempt's run, which is found by the name's last digits.
         recipe: the recipe's values by full key, such as `training.seed`.
         done: number of steps done before the checkpoint that is resumed from; 0 for a new training run.
     """
@@ -96,17 +95,25 @@ class _TensorBoard:
         self.writer.close()
 
 
+_MLFLOW_TAG = "slam_asr.training"
+"""Tag of MLflow's runs by which a resumed attempt finds the earlier attempt's run."""
+
+
 class _Mlflow:
     def __init__(self, folder: Path, run: str, recipe: dict[str, Any]) -> None:
         # Not an import statement: the images contain every package that such a statement names, but mlflow is
         # optional.
         self.mlflow = mlflow = importlib.import_module("mlflow")
-        run_id = folder / "mlflow-run"
-        if run_id.is_file():
-            mlflow.start_run(run_id=run_id.read_text(encoding="utf-8"))
+        # The name ends with the digits that distinguish training runs. The server is searched for them,
+        # because a resumed attempt may run on another machine, which has no file of the earlier one.
+        identity = run.rpartition("-")[2]
+        earlier = mlflow.search_runs(
+            filter_string=f"tags.`{_MLFLOW_TAG}` = '{identity}'", max_results=1, output_format="list"
+        )
+        if earlier:
+            mlflow.start_run(run_id=earlier[0].info.run_id)
         else:
-            started = mlflow.start_run(run_name=run)
-            run_id.write_text(started.info.run_id, encoding="utf-8")
+            mlflow.start_run(run_name=run, tags={_MLFLOW_TAG: identity})
             # Some servers limit values to 500 characters.
             mlflow.log_params({key: str(value)[:500] for key, value in recipe.items()})
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,11 +173,14 @@ def test_wandb_writes_a_run_and_mlflow_gets_the_numbers_also_after_a_resumption(
     other = tmp_path / "o"
     other.mkdir()
     train(other, trackers=["mlflow"])
+    # Another machine has a folder of the same path, and nothing in it.
+    shutil.rmtree(other)
+    other.mkdir()
     monitored = monitor(other, done=4, total=6, trackers=["mlflow"])
     monitored.step(numbers(5))
     monitored.step(numbers(6))
     monitored.close()
-    run = mlflow.get_run((other / "mlflow-run").read_text())
+    [run] = mlflow.search_runs(output_format="list")
     assert run.data.metrics["train.loss"] == 0.5 and run.data.metrics["dev.wer"] == 0.25
     assert run.data.params["training.log_every"] == "2"
 
