@@ -4,10 +4,10 @@
     python benchmarks/plan.py --only 2 --json     # a single case, as a line of JSON
 
 Each case trains a projector in front of a frozen LLM with random weights for two optimiser steps, in a
-separate process. The features are random. Their batches are packed or padded, and scored, as in training. On
-a CPU, the measurement is the peak resident memory minus the resident memory of the same process just before a
-model is loaded (torch, transformers and DeepSpeed imported, process group started). On a GPU, it is torch's
-peak of allocated memory. If DeepSpeed is not installed, DDP is measured.
+separate process. The features are random. Batches are packed or padded, and their loss is computed, as in
+training. On a CPU, the measurement is the peak resident memory minus the resident memory of the same process
+just before a model is loaded (torch, transformers and DeepSpeed imported, process group started). On a GPU,
+it is torch's peak of allocated memory. If DeepSpeed is not installed, DDP is measured.
 """
 
 import argparse
@@ -41,8 +41,8 @@ CASES = [
     (_llama(1024, 2816, 8, 16, 32000), {"precision": "bf16"}, 16, 200, 140, 40),
     (_llama(512, 1408, 16, 8, 16000), {"packing": False}, 40, 120, 80, 20),
     (_llama(1280, 3456, 10, 20, 8000), {"packing": False}, 8, 300, 240, 50),
-    # These two have a large vocabulary. Their logits are computed in chunks in the first, and all at once in
-    # the second, under ZeRO-3, where they are the largest part.
+    # The last two cases have a large vocabulary. The first of them computes its logits in chunks. The second
+    # uses ZeRO-3, which needs all logits at once; they are then the largest part of the memory.
     (_llama(512, 1408, 6, 8, 128000), {}, 24, 100, 40, 50),
     (_llama(512, 1408, 6, 8, 128000), {"zero_stage": 3}, 24, 100, 40, 50),
 ]

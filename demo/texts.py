@@ -32,7 +32,8 @@ WORDS = {
 }
 
 LENGTHS = (8, 25)
-"""Minimum and maximum number of words of a training utterance; long ones are encoded more efficiently."""
+"""Minimum and maximum number of words of an utterance in each of the subsets. Short utterances are avoided,
+because Whisper needs as much time to encode one second as to encode thirty."""
 HELD_OUT = {10: "dev-synthetic", 30: "test-synthetic"}
 """Positions of the held-out chapters among every 40 chapters of the text, each with its subset."""
 
@@ -89,7 +90,10 @@ def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
     for position, name in enumerate(sorted(chapters)):
         texts[HELD_OUT.get(position % 40, "train-synthetic")].extend(pieces(chapters[name]))
     if not texts["train-synthetic"]:
-        raise ValueError(f"{path} has no line `<chapter>-<number> TEXT` of English words")
+        raise ValueError(
+            f"{path} gives no training text: it needs lines `<chapter>-<number> TEXT` of English words, and "
+            f"at least {LENGTHS[0]} words in a chapter"
+        )
     for subset in texts.values():
         random.Random(seed).shuffle(subset)
     return texts

@@ -85,6 +85,16 @@ def test_a_file_that_was_cut_off_is_refused(container, missing):
     assert "ends too early" in refusal(content[:-missing])
 
 
+def test_the_missing_end_of_a_file_of_gigabytes_is_noticed_if_its_length_has_64_bits():
+    content = bytearray(encoded("RF64", noise(0.5)))
+    samples = content.index(b"ds64") + 16
+    content[samples : samples + 8] = struct.pack("<Q", 5 * 2**30)
+    # Only if the chunk itself names no length, that of ds64 counts.
+    length = content.index(b"data") + 4
+    content[length : length + 4] = b"\xff" * 4
+    assert "ends too early" in refusal(bytes(content))
+
+
 def test_a_damaged_file_has_a_length_so_that_batches_with_other_files_can_be_planned(tmp_path):
     (tmp_path / "x.wav").write_bytes(encoded("WAV", noise(0.5))[:-2000])
     assert count_samples(tmp_path / "x.wav") == 6_000

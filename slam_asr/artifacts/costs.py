@@ -81,7 +81,10 @@ def cost_table(steps: Sequence[StepRecord], prices: Prices) -> list[CostRow]:
 
 
 def describe_costs(steps: Sequence[StepRecord], prices: Prices) -> str:
-    """Format the cost table for a terminal; empty if the run has no steps, or neither prices nor GPUs."""
+    """Format the cost table for a terminal.
+
+    Empty if the run has no steps, or if there are no prices and all steps are known to have used no GPU.
+    """
     if not steps or not (prices or any(step.gpus != 0 for step in steps)):
         return ""
     heading = CostRow("step", "time", "GPU-hours", "cost" if prices else "", "reused results")

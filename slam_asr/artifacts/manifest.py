@@ -45,7 +45,8 @@ class Utterance:
     audio_channel: int | None = field(default=None, kw_only=True)
     """Number of the channel of the file to use, counted from 0. None for the mean of all channels."""
     duration: float | None = None
-    """Length in seconds of the segment, or of the file if `start` is None: samples at 16 kHz / 16,000."""
+    """Length in seconds of the segment, or of the file if `start` is None: the number of samples after
+    resampling to 16 kHz, divided by 16,000."""
     sample_rate: int | None = None
     """The file's own rate in Hz; `audio.load_audio` always resamples to 16 kHz."""
     sha256: str | None = None
@@ -120,10 +121,10 @@ class Manifest(Sequence[Utterance]):
             # Two threads may both open the file here, and the attribute then refers to only one of the two.
             # The local variable keeps a thread's own file open until the thread has read from it.
             file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
-        # Blank lines before the next utterance are read too. JSON ignores them.
         start, end = int(self._offsets[i]), int(self._offsets[i + 1])
         # pread instead of seek and read, because threads and forked processes share the file's position.
-        line = os.pread(file.fileno(), end - start, start)
+        # Blank lines before the next utterance are read too, and removed: JSON does not permit form feeds.
+        line = os.pread(file.fileno(), end - start, start).rstrip()
         return _utterance(line, parent_of(self.path), self._location(i))
 
     def __iter__(self) -> Iterator[Utterance]:
@@ -329,8 +330,10 @@ def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
 
 
 def _check_text(name: str, value: Any, where: Location) -> None:
-    if not isinstance(value, str) or not (name == "target" or value.strip()):
+    if not isinstance(value, str):
         raise InputError(f"{where()}: {name} must be text, not {json.dumps(value)[:60]}.")
+    if not value.strip() and name != "target":
+        raise InputError(f"{where()}: {name} must be text that is not blank.")
     if name in ("key", "target"):
         try:
             value.encode()

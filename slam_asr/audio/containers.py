@@ -5,7 +5,8 @@ remain. It ignores what follows the announced samples: the rest of a wav with a 
 but the first of a file that was joined from several. This module finds both faults without decoding, in the
 containers RIFF, RIFX, RF64, BW64, W64, AIFF, AIFC, 8SVX, 16SV, CAF, AU, NIST SPHERE and Ogg. The modules
 `flac` and `mp3` do the same for FLAC and mp3. libsndfile's other formats are rare, and are checked only by
-decoding.
+decoding. A RIFF, RIFX or IFF file that announces 2 GiB or more is not refused if its end is missing, because
+a wav that was written to a pipe looks the same.
 """
 
 import os
@@ -21,7 +22,7 @@ _PIPE_LENGTH = 0x7FFF_F000
 """Bytes. A wav written to a pipe announces about 2 or 4 GiB, because its length was unknown when the header
 was written."""
 _UNKNOWN_LENGTH = 2**62
-"""Bytes. The 64-bit formats announce such a length, or a negative one, if it was unknown."""
+"""Bytes. If the length was unknown, the 64-bit formats announce at least this length, or a negative one."""
 _MAX_REST = 128
 """Bytes after the announced samples that are ignored, at most 16 ms of telephone speech. Programs append
 marks of their own; an ID3v1 tag has 128 bytes."""
@@ -85,7 +86,7 @@ def check_length(stream: BinaryIO) -> int | None:
         return _check_chunks(stream, layout, size, head[:4])
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:  # AU, big-endian or little-endian
         start, length = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
-        if length != 0xFFFF_FFFF:  # the length is left open
+        if length != 0xFFFF_FFFF:  # this value would leave the length open
             check_end(stream, start + length, size)
             return length
     elif head.startswith(b"NIST_1A\n") and (extent := _sphere_extent(head)):
@@ -115,9 +116,10 @@ def _check_chunks(stream: BinaryIO, layout: _ChunkLayout, size: int, magic: byte
             stream.seek(start)
             long_length = struct.unpack("<8xQ", stream.read(16).ljust(16, b"\0"))[0]
         elif end is None and name == layout.samples:
+            narrow = layout.fields in ("<4sI", ">4sI")
             if length == 0xFFFF_FFFF and long_length is not None:
-                length = long_length
-            if _is_unknown(length, start, size, layout) or (length == 0 and _is_unclosed(stream, magic)):
+                length, narrow = long_length, False
+            if _is_unknown(length, start, size, narrow) or (length == 0 and _is_unclosed(stream, magic)):
                 return None
             end = start + length
             if end > size:
@@ -160,11 +162,18 @@ def _chunks(stream: BinaryIO, layout: _ChunkLayout, size: int) -> Iterator[tuple
         position += -position % layout.alignment
 
 
-def _is_unknown(length: int, start: int, size: int, layout: _ChunkLayout) -> bool:
-    """Return whether a length only means that the samples extend to the end of the file."""
+def _is_unknown(length: int, start: int, size: int, narrow: bool) -> bool:
+    """Return whether a length only means that the samples extend to the end of the file.
+
+    Args:
+        length: the announced bytes of samples.
+        start: the first sample's place in the file.
+        size: the file's bytes.
+        narrow: whether the length has 32 bits, so that programs that write to a pipe announce 2 GiB or more.
+    """
     if length < 0 or length >= _UNKNOWN_LENGTH:
         return True
-    return layout.fields in ("<4sI", ">4sI") and length >= _PIPE_LENGTH and start + length > size
+    return narrow and length >= _PIPE_LENGTH and start + length > size
 
 
 def _is_unclosed(stream: BinaryIO, magic: bytes) -> bool:
@@ -200,7 +209,8 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
     """Compare the end of the announced content, as an offset in bytes, with the size of the file.
 
     Raises:
-        ContainerFault: the file ends earlier, or holds more than tags and padding after it.
+        ContainerFault: the file ends earlier, or more than `_MAX_REST` bytes follow that are neither a tag
+            nor padding.
     """
     if end > size:
         raise ContainerFault(TRUNCATED_TEXT)

@@ -4,8 +4,8 @@ Settings for which a recipe has keys (ZeRO stage, precision, offload, clipping, 
 batch, accumulation) are moved into those keys. A recipe that sets such a key to another value is refused,
 with a message that names both. Other settings are passed on to DeepSpeed. Keys that DeepSpeed does not
 know are refused, because DeepSpeed would silently ignore them. Settings for things that slam-asr does in
-its own way are refused too. `train_batch_size` is dropped: it is the product of the batch, the accumulation
-and the number of processes.
+its own way are refused too. `train_batch_size` is dropped if the batch and the accumulation are set, because
+it is their product with the number of processes. Without them it is refused.
 
 The names are those of DeepSpeed 0.19.8, in `deepspeed_keys.yaml`.
 """
@@ -86,7 +86,8 @@ def adopt(values: dict[str, Any], where: str) -> None:
     ):
         raise ConfigurationError(
             f"{named} sets train_batch_size without train_micro_batch_size_per_gpu and "
-            "gradient_accumulation_steps: set all three, or none and training.positions_per_step instead."
+            "gradient_accumulation_steps: set all three, or leave all three out and set "
+            "training.positions_per_step."
         )
     training[KEY] = settings
 

@@ -3,7 +3,7 @@
 They are written as a list, in which each entry gives the changes of one variation by full key:
 
     - {training.learning_rate: 1e-4}
-    - {name: two layers, projector.hidden: 4096}
+    - {name: wide, projector.hidden: 4096}
 
 or as a grid, whose combinations are all tried:
 
@@ -43,7 +43,7 @@ _NAME = re.compile(r"[^\x00-\x1f/]{1,80}")
 
 @dataclass
 class Variation:
-    """One training run of a sweep."""
+    """One member of a sweep: a set of changes to the recipe, with a name."""
 
     name: str
     overrides: dict[str, Any]
@@ -130,8 +130,8 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         name = variation.name
         if not _NAME.fullmatch(name):
             raise ConfigurationError(
-                f"{where} is named {name!r}: a name has 1 to 80 characters, without line breaks and slashes; "
-                "give it one with `name: …`."
+                f"{where} is named {name!r}: a name has 1 to 80 characters, without slashes, line breaks and "
+                "other control characters; give it one with `name: …`."
             )
         if name in seen.values():
             raise ConfigurationError(

@@ -10,6 +10,7 @@ nor a URL.
 
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -25,7 +26,8 @@ from slam_asr.storage import open_stream
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
-"""A cut counts as its complete recording if their starts and durations differ by less than these seconds."""
+"""Seconds. An utterance counts as the complete recording if it starts less than this after the recording's
+start and their durations differ by less than this."""
 _MAX_LINE = 2**26
 """Maximum length of a line in bytes. Without it, a small compressed file could fill the memory: a line of
 zeros grows a thousandfold when it is decompressed."""
@@ -112,7 +114,8 @@ class Lhotse(ListedCorpus):
 
 
 def _unsupported(cut: dict[str, Any]) -> str:
-    """Return why a cut cannot be used; empty if it is a segment of one file with one channel."""
+    """Return why a cut is of an unsupported form; empty if it is a segment of one file with one channel, or
+    has no recording."""
     if cut.get("type", "MonoCut") != "MonoCut":
         return f"is a {cut['type']}"
     recording = cut.get("recording") or {}
@@ -158,7 +161,11 @@ def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with _lines(file) as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(_MAX_LINE), b""), start=1):
+            # `readline` may fail too, so the number is set before it is called.
+            for number in itertools.count(1):
+                line = lines.readline(_MAX_LINE)
+                if not line:
+                    break
                 if len(line) == _MAX_LINE:
                     raise ValueError(f"it is longer than {_MAX_LINE // 2**20} MiB")
                 if not line.isspace():

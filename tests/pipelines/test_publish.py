@@ -64,7 +64,7 @@ def test_run_whose_model_is_refused_succeeds_and_says_why(refused):
 
 
 @pytest.mark.slow
-def test_accepted_model_is_registered_with_the_run_and_reuses_the_training(refused, tiny_recipe, tiny_corpus):
+def test_second_run_reuses_the_training_and_registers_the_accepted_model(refused, tiny_recipe, tiny_corpus):
     output, _, state, address = refused
     done = run(tiny_recipe, tiny_corpus, output, address, *PUBLISH, "--gate.max_wer", "1000")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The learning rate rises to its peak, and ends at the value of its schedule."""
+"""The learning rate rises to its peak; then it stays there or falls to zero, as the schedule's kind says."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from slam_asr.training.phases import learning_rate_schedule
 
 
 @pytest.mark.parametrize(("kind", "last"), [("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)])
-def test_the_rate_rises_to_its_peak_and_falls_to_its_end(kind, last):
+def test_the_rate_rises_to_its_peak_and_never_rises_again(kind, last):
     rate = learning_rate_schedule(kind, 1.0, warmup_steps=10, total_steps=100)
     assert [rate(step) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
     assert rate(100) == pytest.approx(last)
