@@ -62,7 +62,7 @@ def step(model: Slam, batch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def graphs():
-    """Make torch.compile begin from nothing; return a function that counts the graphs that it has compiled since."""
+    """Discard all compiled graphs; return a function that counts those that are compiled afterwards."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
