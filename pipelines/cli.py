@@ -11,7 +11,7 @@ from slam_asr import options
 from slam_asr.config.schema import nearest
 from slam_asr.errors import UserError, exit_on_user_error
 from slam_asr.options import Command, list_commands
-from slam_asr.runtime.utf8 import ensure_utf8
+from slam_asr.runtime.environment import prepare_environment
 
 PROGRAM = "python -m pipelines"
 COMMANDS = {
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 for a failure, 2 for an error that the user can fix, 130 if interrupted.
     """
     if argv is None:
-        # Called only for this process's own command line, because `ensure_utf8` may restart the program.
-        ensure_utf8()
+        # Only for this process's own command line, because `prepare_environment` may restart the program.
+        prepare_environment()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -37,7 +37,7 @@ from slam_asr.options import (
     refuse_empty,
     take_words,
 )
-from slam_asr.runtime.utf8 import ensure_utf8
+from slam_asr.runtime.environment import prepare_environment
 from slam_asr.steps import STEPS
 from slam_asr.version import describe_version
 
@@ -107,7 +107,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command from the command line. A user's mistake ends it with one sentence and exit code 2."""
     if arguments is None:
-        ensure_utf8()
+        prepare_environment()
         arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")

@@ -23,6 +23,7 @@ import soundfile
 import yaml
 from moto.server import ThreadedMotoServer
 
+from slam_asr.runtime.environment import huge_pages
 from tests.docker_engine import NoEngine, build_images, engine
 from tests.faults import FaultyProxy
 
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         str(f) for f in (WARM, WARM.parents[1], os.environ.get("PYTHONPATH")) if f
     )
+    # A program that lacks this variable would start itself again, which a warm one cannot.
+    os.environ.update(huge_pages())
     # Two workers with one thread each finish sooner than two workers with two threads on two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -69,9 +69,9 @@ assert sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode
 from slam_asr.artifacts.stage_record import Outcome, read_record, run_stage
 from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.progress import log_line
-from slam_asr.runtime.utf8 import ensure_utf8
+from slam_asr.runtime.environment import prepare_environment
 from slam_asr.storage import write_atomically
-ensure_utf8()
+prepare_environment()
 folder = Path(sys.argv[1])
 recipe = load_recipe(str(folder / "given.yaml"))
 def work(folder):
@@ -94,8 +94,8 @@ def test_files_are_utf8_under_any_locale(environment, tmp_path):
 
 ARGUMENTS = """
 import sys
-from slam_asr.runtime.utf8 import ensure_utf8
-ensure_utf8()
+from slam_asr.runtime.environment import prepare_environment
+prepare_environment()
 print(*sys.argv[1:], "☃")
 open(sys.argv[2], "w").close()
 """

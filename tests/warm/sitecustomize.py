@@ -82,8 +82,8 @@ def _connect(address: str) -> "socket.socket":
 
 def _without_warmth(environment: "os._Environ[str]") -> dict[str, str]:
     # With one thread per library, importing numpy starts no thread. `become` sets the number that a program
-    # needs.
-    return {k: v for k, v in environment.items() if k != "SLAM_ASR_WARM"} | {
+    # needs. kfp sets `_KFP_RUNTIME` for a step, and is then imported without its compiler.
+    return {k: v for k, v in environment.items() if k not in ("SLAM_ASR_WARM", "_KFP_RUNTIME")} | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

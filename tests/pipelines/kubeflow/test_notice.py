@@ -165,9 +165,6 @@ def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
     assert hook.messages[0][1]["text"] == f"The run run-1 {verb}."
 
 
-# Cold, because this test runs the pipeline in its own process, so that a step would start the fork server.
-# kfp sets `_KFP_RUNTIME` for a step. A fork server with this variable would import kfp without its compiler.
-@pytest.mark.cold
 @pytest.mark.slow
 def test_training_pipeline_with_the_exit_task_runs_in_kfps_own_runner(
     hook, tiny_recipe, tiny_corpus, tmp_path
