@@ -130,9 +130,9 @@ def _commands() -> str:
         NOTE.format(source="the stage functions"),
         "",
         "Option names use dashes. A list is given as separate values: `--manifests a.jsonl b.jsonl`.",
-        "Every path is a local path or `s3://bucket/key`; only that of `--api-key-file` must be local. A "
-        "command with `--recipe` accepts every [recipe key](recipe.md) as an option too, such as "
-        "`--training.max_steps 200`.",
+        "Every path is a local path or `s3://bucket/key`, except that `--api-key-file` must be local, and "
+        "`--to` of `copy-models` must be in object storage. A command with `--recipe` accepts every "
+        "[recipe key](recipe.md) as an option too, such as `--training.max_steps 200`.",
         "",
         "A trained model contains its recipe. `convert-checkpoint`, `decode`, `score`, `publish`, "
         "`transcribe` and `serve` refuse options for keys that have no effect on such a model; `score` and "

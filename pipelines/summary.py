@@ -1,4 +1,4 @@
-"""The summary that a run prints at its end, or at its failure."""
+"""What a run prints at its end: a summary, or one line about the step that failed."""
 
 import signal
 from pathlib import Path
@@ -9,7 +9,9 @@ from slam_asr.errors import EXIT_CODE
 from slam_asr.progress import clock
 
 METRICS = ("{}", "{} shuffled audio", "{} empty output")
-"""Names of a run's error rate (`wer`, or `cer` where characters are counted) and of its two controls.
+"""Templates for the names of a run's error rate and of its two controls.
+
+`{}` stands for `wer`, or for `cer` where characters are counted.
 
 The controls must be far higher: one scores the hypotheses for another utterance's audio, the other scores
 empty output.
@@ -17,7 +19,10 @@ empty output.
 
 
 def summary(steps: list[LocalStep], seconds: float) -> str:
-    """Format a table of the steps, the error rate with its controls, the report's path, and the publication.
+    """Format a table of the steps, and below it the result.
+
+    The result is the error rate with its controls, and the report's path; for a sweep, the best variation and
+    the path of the comparison. If the run has the step `publish`, its decision follows.
 
     Args:
         steps: the finished steps of a run.

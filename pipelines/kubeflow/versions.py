@@ -76,8 +76,8 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
     namespace = connection.namespace if connection.multi_user else None
     pipeline_id = _find_pipeline(connection, pipeline, namespace)
     if pipeline_id is None:
-        # The pipeline is created empty. Created from a package, it would get a version from that as well, in
-        # addition to the version that is uploaded below.
+        # The pipeline is created empty. If it were created from the package, this would add a version with
+        # another name, besides the one that is uploaded below.
         empty = kfp_server_api.V2beta1Pipeline(
             display_name=pipeline, name=pipeline, description=description, namespace=namespace
         )

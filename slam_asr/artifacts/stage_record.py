@@ -77,9 +77,9 @@ class Record(Outcome):
     inputs: dict[str, Any] = field(default_factory=dict)
     """Everything on which the results depend; see `run_stage`."""
     seconds: float = 0.0
-    """Wall time in seconds of the run that did the work."""
+    """Wall time of the work in seconds."""
     finished: float = 0.0
-    """Unix time at the end of that run, by the clock of its machine."""
+    """Unix time at which the work ended, by the clock of its machine."""
     version: str = __version__
     """Version of slam-asr that did the work."""
     cores: int | None = None
@@ -112,7 +112,7 @@ def run_stage(
             outside the folder.
 
     Returns:
-        The record of this run, or of the earlier run with the same inputs.
+        The record of this work or, if it was already done with the same inputs, of the earlier work.
 
     Raises:
         ConfigurationError: the folder holds results of other inputs, and `overwrite` is false.
@@ -124,8 +124,8 @@ def run_stage(
     remote = is_s3(output)
     folder = output.rstrip("/") if remote else str(local_path(output).absolute())
     locked_folder = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
-    # Each set of inputs has its own work folder. An unfinished run with other inputs may have left files,
-    # which must not be uploaded with these results.
+    # If the output is in object storage, each set of inputs has its own work folder. An unfinished run with
+    # other inputs may have left files, which must not be uploaded with these results.
     work_folder = locked_folder / digest(inputs)[:24] if remote else locked_folder
     locked_folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked_folder.parent / f".{locked_folder.name}.lock"
@@ -147,7 +147,7 @@ def run_stage(
         if remote:
             log_line(f"{stage}: uploading to {folder}")
             publish_folder(work_folder, folder, last=RECORD)
-            # This also removes the work folders that interrupted runs with other inputs have left.
+            # This also removes the work folders that interrupted attempts with other inputs have left.
             shutil.rmtree(locked_folder)
     log_line(f"{stage}: {record.summary} in {clock(record.seconds)} ({folder})")
     return record
@@ -191,7 +191,7 @@ def read_record(folder: str | Path) -> Record | None:
         record = Record(**({"gpus": None} | json.loads(read_bytes(path))))
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{path} is not a stage's record: remove that folder and run the stage again."
+            f"{path} is not a stage's record: remove the folder that contains it and run the stage again."
         ) from error
     # The record names the folder in which it was written. The folder may have been copied since.
     record.folder = str(folder).rstrip("/") if is_s3(folder) else str(local_path(folder))
@@ -230,8 +230,8 @@ def write_pointer(
     """
     pointer: dict[str, Any] = {
         "uri": record.folder,
-        # The record contains the inputs and the time of the run, so its digest changes whenever the results
-        # are replaced.
+        # The record contains the inputs and the time at which the work ended, so its digest changes whenever
+        # the results are replaced.
         "sha256": sha256_of_bytes(read_bytes(join(record.folder, RECORD))),
         "bytes": sum(f.bytes for f in walk(record.folder)),
         "stage": record.stage,
@@ -298,7 +298,7 @@ def _read_pointer(path: str | Path) -> dict[str, Any]:
 
 
 def follow_work_shards(paths: Iterable[str]) -> str:
-    """Check the pointers of several work shards, whose results share a store; return the first's folder.
+    """Check the pointers of several work shards that share a feature store; return the first's folder.
 
     Raises:
         InputError: a pointer is damaged, its folder is missing, or its record was replaced.

@@ -105,7 +105,7 @@ class CorpusStatistics:
             "rejected": {"total": self._reasons.total(), "by_reason": dict(sorted(self._reasons.items()))},
             "examples": {reason: self._examples[reason] for reason in sorted(self._examples)},
             "converted": {"to_16_khz": self.resampled, "to_mono": self.downmixed},
-            # Characters with equal counts are in the order of code points, so that a corpus always has the
-            # same page.
+            # Characters with equal counts are in the order of code points, so that the same corpus always
+            # gives the same statistics.json and statistics.html.
             "alphabet": dict(sorted(self._alphabet.items(), key=lambda pair: (-pair[1], pair[0]))),
         }

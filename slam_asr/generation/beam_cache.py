@@ -17,7 +17,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "slam_asr_shared_prefix"
@@ -33,7 +33,7 @@ class CannotShare(Exception):
     """
 
 
-def is_plain(cache: object) -> bool:
+def is_plain(cache: Cache) -> bool:
     """Return whether every layer caches the keys and values of all positions.
 
     Layers with sliding windows drop positions, and recurrent layers have none. Neither kind of cache can be

@@ -228,7 +228,7 @@ def lora_config(options: Lora) -> "LoraConfig":
 
     return LoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft declares an int, but only multiplies by it
+        lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
         # Adapters change no bias, so the frozen LLM without them is exactly the base model.

@@ -248,7 +248,7 @@ def _computed_buffers(
         module._buffers[leaf] = replacement
     # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips such modules.
     for module in llm.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        module._is_hf_initialized = False
     # Initialising draws random numbers for the weights. The fork leaves the caller's random state unchanged.
     with torch.random.fork_rng(devices=[]):
         llm.initialize_weights()

@@ -24,8 +24,9 @@ class Limits:
     segment: float = bounded(20.0, at_least=1)
     """Maximum length of a segment in seconds, like `--longest` of `slam-asr transcribe`."""
     wait: float = bounded(0.02, at_least=0, at_most=10)
-    """Seconds that a batch waits for segments of further requests, counted from the arrival of its first
-    request. Time in which another batch is decoded counts too. A full batch does not wait."""
+    """Seconds that a batch waits for segments of further requests, counted from the time at which the first
+    request was uploaded and divided into segments. Time in which another batch is decoded counts too. A full
+    batch does not wait."""
 
     @property
     def bytes(self) -> int:

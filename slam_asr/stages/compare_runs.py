@@ -20,7 +20,7 @@ def compare_runs(
     variations: list[str] | None = None,
     overwrite: bool = False,
 ) -> Record:
-    """Compare the results of several training runs, best error rate first, with their curves in one figure.
+    """Compare the results of several training runs, best error rate first, with their curves drawn together.
 
     Args:
         runs: folders that score wrote.

@@ -51,8 +51,8 @@ def convert_checkpoint(
             the trained weights, and the names of encoder and LLM.
         report: with `--to huggingface` or `voxtral`, folder that score wrote for this model; its error rates
             become part of the model card.
-        verify: before publishing a result, compare all weights with the checkpoint's and, if the LLM fits in
-            memory, the loss on random audio; with `--to llm` only the loss, with `--to voxtral` the logits.
+        verify: compare all weights of the result with the checkpoint's and, if the LLM fits in memory, the
+            loss on random audio; with `--to llm` only the loss, with `--to voxtral` the logits.
         overwrite: replace a model that was made from another checkpoint.
 
     Returns:

@@ -124,7 +124,8 @@ class Monitor:
                 f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
                 f"ETA {self.meter.eta}{' of the beginning' * in_beginning}"
             )
-            # Trackers get the step as their horizontal axis, and rates in place of the two sums per step.
+            # Trackers get the step as their horizontal axis, and rates instead of `positions` and
+            # `audio_seconds`.
             self._track(
                 numbers.step,
                 {

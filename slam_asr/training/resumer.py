@@ -24,7 +24,8 @@ class Counts:
     """State of the loop that every checkpoint contains."""
 
     nonfinite: int = 0
-    """Number of consecutive steps, up to the last one, that were skipped."""
+    """Number of consecutive steps, up to the last one, that were skipped because the loss or the gradient was
+    not finite. In fp16, steps with a finite loss do not count."""
     best_dev_loss: float = math.inf
     stale: int = 0
     """Number of validations since the one with the best dev loss."""
@@ -99,7 +100,7 @@ class Resumer:
         parts, steps = self.parts, self.parts.plan.steps
         progress = Progress()
         # Only the first process looks for a checkpoint, and broadcasts the result: otherwise the processes
-        # could see different pointers.
+        # could find different checkpoints.
         candidates: list[Checkpoint | None] = [None]
         if parts.rank == 0:
             # Called before `find`, because the recovered checkpoint is newer than the folder's latest one.

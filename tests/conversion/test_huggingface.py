@@ -40,7 +40,7 @@ from tests.models.test_encoders import waves, write_waveform_model
 PROGRAM = Path(__file__).parent / "elsewhere_program.py"
 SECONDS = (0.9, 0.31, 2.0, 1.37, 0.02, 0.7, 2.6, 0.5)
 """Lengths of the utterances in seconds. One is too short for a frame of a waveform encoder, and one is longer
-than the window of the tiny Whisper, which is 2 s."""
+than 2 s, the window of the Whisper that `trained` writes."""
 OPTIONS_OF_KIND = {
     "whisper-all": {"encoder.frames": "all"},
     "whisper-speech": {
@@ -174,7 +174,8 @@ def test_an_exported_folder_leaves_out_the_same_blanks(tiny_recipe, llm, tmp_pat
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     config["training"][CTC_HEAD] = {"tokens": [5, 9, 40], "sharpness": 0.01}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    # About half of the positions, with no probability so close to the threshold that rounding would matter.
+    # The threshold is in the widest gap within the middle half of the probabilities. At least a quarter of
+    # the positions is then left out, at least a quarter is not, and rounding decides about none.
     probabilities = blank_probabilities(model.folder).sort().values
     middle = slice(len(probabilities) // 4, 3 * len(probabilities) // 4)
     gap = middle.start + int(probabilities[middle].diff().argmax())

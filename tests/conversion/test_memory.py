@@ -130,7 +130,7 @@ def test_an_llm_written_weight_by_weight_equals_one_written_at_once(
 
 
 @pytest.mark.cold
-def test_a_file_written_one_by_one_is_read_by_safetensors(tmp_path):
+def test_a_file_whose_tensors_were_written_one_by_one_is_read_by_safetensors(tmp_path):
     tensors = {
         "b": torch.randn(3, 5),
         "a": torch.randn(2, 2).bfloat16(),

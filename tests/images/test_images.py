@@ -68,7 +68,7 @@ def test_image_contains_what_the_stage_imports_and_its_dependencies(stage):
     assert ("torch" in names) == (stage not in WITHOUT_TORCH)
 
 
-def test_packages_of_one_purpose_are_in_one_image():
+def test_packages_for_one_stage_are_only_in_its_image_and_optional_ones_in_none():
     assert [stage for stage in IMAGES if "deepspeed" in packages_of(stage)] == ["train"]
     assert [stage for stage in IMAGES if "pyarrow" in packages_of(stage)] == ["build-manifest"]
     assert [stage for stage in IMAGES if "kubeflow" in packages_of(stage)] == ["train"]

@@ -54,7 +54,7 @@ def test_a_position_with_too_few_frames_becomes_a_zero_vector(projector):
 
 
 @torch.no_grad()
-def test_the_convolution_equals_the_references():
+def test_the_convolution_equals_that_of_the_reference_implementation():
     model = build_projector(small_options("cov1d-linear"), 8, 12)
     frames = torch.randn(23, 8)
     # The reference's forward pass: transpose [batch, frames, width], convolve, transpose back.

@@ -137,6 +137,6 @@ def test_different_references_are_refused(outputs, tmp_path):
         (["a", "b", "c"], "c follows no option"),
     ],
 )
-def test_missing_files_and_arguments_are_reported(arguments, message):
+def test_missing_files_and_missing_or_surplus_arguments_are_reported(arguments, message):
     with pytest.raises(UserError, match=message):
         run("compare", arguments)

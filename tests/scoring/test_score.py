@@ -42,7 +42,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def part_of(tmp_path):
-    """Return a function that writes the hypotheses and record of work shard `number` of `of`.
+    """Return a function that writes the hypotheses and the record of the work shard `number`/`of`.
 
     If `of` is None, the record names no work shard, as in version 0.1.0.
     """

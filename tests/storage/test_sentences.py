@@ -131,7 +131,7 @@ def test_an_invalid_address_is_reported_in_one_sentence(bucket, call):
 
 
 @pytest.mark.parametrize("variable", ["SLAM_ASR_S3_PATIENCE", "SLAM_ASR_S3_TIMEOUT"])
-def test_a_time_limit_that_is_not_a_number_is_reported_in_one_sentence(bucket, monkeypatch, variable):
+def test_an_invalid_time_limit_is_reported_in_one_sentence(bucket, monkeypatch, variable):
     for value in ("long", "-1", "nan"):
         monkeypatch.setenv(variable, value)
         assert variable in message_of(read_bytes, "s3://bucket/x")
@@ -177,7 +177,7 @@ def test_a_permanent_failure_of_one_piece_ends_the_retries_of_the_others(
     calls = {"fetch": fetch, "upload": lambda uri: upload(tmp_path / "file", uri)}
     started = time.monotonic()
     assert "access is denied" in message_of(calls[kind], "s3://bucket/x")
-    assert time.monotonic() - started < 10  # the first piece alone is retried for 30 s
+    assert time.monotonic() - started < 10  # otherwise, the first piece would be retried for 30 s
 
 
 @pytest.mark.parametrize("size", [10, 250_000])

@@ -13,8 +13,8 @@
 
 Features are looked up by a digest of the audio (`Utterance.audio_id`), not by the utterance's key. Audio that
 is in two manifests is therefore saved once. If a file's audio is replaced, the old features are never used
-for the new audio. Files are never changed: a new manifest adds an index, and shards for its new audio. An
-index is written after its shards, and a store without an index is treated as missing.
+for the new audio. A new manifest changes no file: it adds an index, and shards for its new audio. An index is
+written after its shards, and a store without an index is treated as missing.
 """
 
 import json

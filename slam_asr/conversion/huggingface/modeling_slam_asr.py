@@ -137,7 +137,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 self.llm.get_submodule(parent), last, LoraLinear(base, a, b, self.config.lora_scale or 1.0)
             )
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save the configuration and the trained weights, those of the projector and the adapter.
 
         Raises:
@@ -300,7 +300,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,

@@ -51,7 +51,7 @@ class SlamAsrPipeline(Pipeline):
         # An empty prompt is one too; the model's own is used only if none is given.
         return {}, {name: value for name, value in forward.items() if value or value == ""}, {}
 
-    def preprocess(self, recording: Any) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def preprocess(self, recording: Any) -> dict[str, np.ndarray]:
         """Read a recording as samples [samples] at 16 kHz."""
         target = self.processor.feature_extractor.sampling_rate
         rate = target
@@ -72,7 +72,7 @@ class SlamAsrPipeline(Pipeline):
             samples = soxr.resample(samples, rate, target)
         return {"audio": samples}
 
-    def _forward(  # type: ignore[override]
+    def _forward(
         self,
         model_inputs: dict[str, Any],
         generate_kwargs: dict[str, Any] | None = None,
@@ -86,7 +86,7 @@ class SlamAsrPipeline(Pipeline):
         tokens = self.model.generate(**inputs, **(generate_kwargs or {}))
         return {"tokens": tokens[:, inputs["input_ids"].shape[1] :]}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> dict[str, str]:  # type: ignore[override]
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> dict[str, str]:
         """Return the text."""
         (text,) = self.processor.batch_decode(model_outputs["tokens"], skip_special_tokens=True)
         return {"text": text.strip()}
