@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from slam_asr.runtime.environment import HUGE_PAGES, TUNABLES
 
-
 WORK = "passes"
 """Argument with which this program does the work that is measured if no command is given."""
 
