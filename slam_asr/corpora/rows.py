@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+"""Suffixes of the files that `Table.find` looks for. Only Hugging Face datasets have JSON lines and arrow."""
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
 """Numbers of rows that are decoded at once, in tables with and without cells that may contain audio.

@@ -21,7 +21,7 @@ STARTUP = 30.0
 """A stage is killed before it and its processes have used this many seconds of CPU time. Imports take most of
 that time. CPU time is used because on a busy machine a start takes minutes."""
 IDLE = 10.0
-"""Seconds with less than 0.2 s of CPU time after which a start is over."""
+"""A start is over when the stage uses less than 0.2 s of CPU time in this many seconds."""
 TOKEN = "SLAM_ASR_TEST_TOKEN"
 """Environment variable by which the stage's processes are found: all of them inherit it."""
 WITHIN = 30.0
@@ -131,11 +131,11 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
     """The stage is killed while its processes start, and before or while they import torch."""
     token = uuid.uuid4().hex
     killed = start(stage, arguments[stage], tmp_path, token)
-    # Not more often, because each call reads the state of every process on the machine, and imports take
-    # seconds.
+    # A check every 0.2 s is often enough, because imports take seconds. Each check reads the state of every
+    # process on the machine.
     while killed.poll() is None and not processes_with(token, WORKERS[stage]):
         time.sleep(0.2)
-    # Whether a process still runs is not checked here: it may end before the check.
+    # Only the stage itself is checked: the process that it started may already have ended.
     assert killed.poll() is None, "the stage ended before it started a process"
     killed.kill()
     killed.wait()

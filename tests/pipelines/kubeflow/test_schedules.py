@@ -44,7 +44,7 @@ def test_schedules_are_listed_paused_resumed_and_deleted_by_name(kubeflow, progr
     )
     assert program("schedule", "list")[1].splitlines()[0].endswith("paused  0 0 3 * * *")
     assert kubeflow.schedules["schedule-1"].status == "DISABLED"
-    # Kubeflow itself also accepts such expressions, from other clients.
+    # Other clients can create schedules with expressions such as @daily, which Kubeflow accepts.
     kubeflow.schedules["schedule-2"].trigger["cron_schedule"]["cron"] = "@daily"
     assert program("schedule", "list")[1].splitlines()[1].endswith("active  @daily  next unknown")
     assert program("schedule", "resume", "nightly")[0] == 0
