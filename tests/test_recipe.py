@@ -343,7 +343,7 @@ def test_every_key_is_unique_and_documented():
 
 
 def _sections(section):
-    """Return each dataclass of a recipe and the names of its sub-sections, each with its own docstring."""
+    """Check that each dataclass of a recipe has a docstring, and map it to the names of its sub-sections."""
     inner = {f.name: f.default_factory for f in fields(section) if is_dataclass(f.default_factory)}
     sections = {section: inner.keys()}
     for kind in inner.values():

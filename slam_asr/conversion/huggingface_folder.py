@@ -255,7 +255,7 @@ def add_audio_token(
             is a special token that the prompt does not use.
 
     Returns:
-        The token; and a template in Jinja that writes a conversation of one turn as the text of training.
+        The token; and a Jinja template that turns a conversation of one turn into the text used in training.
 
     Raises:
         ModelError: the LLM's chat template changes prompts in a way that is not known here, or the LLM has

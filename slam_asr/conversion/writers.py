@@ -83,7 +83,7 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     """
     if target.report:
         require_own_report(target.report, content.facts, content.where)
-    # Weights that do not fit encoder, LLM or recipe are refused here, before anything is written.
+    # A projector or LoRA adapter that does not fit is refused here, before anything is written.
     parts = divide(content)
     writers = {
         "llm": _write_llm,

@@ -60,7 +60,8 @@ class Extraction:
         files: paths of the manifests. Audio that is in several manifests counts only for the first.
         output: path or URI of the store.
         work_shard: which of the planned shards this extraction computes.
-        quiet: log nothing, because the stage that started this process has already done so.
+        quiet: do not log how many utterances are too long, because the stage that started this process has
+            already done so.
     """
 
     def __init__(

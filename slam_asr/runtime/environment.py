@@ -35,7 +35,7 @@ def prepare_environment() -> None:
     missing = _utf8_mode() | huge_pages()
     if missing:
         os.environ.update(missing)
-        # Not `sys.orig_argv`: glibc's GBK decodes bytes that Python's GBK cannot encode again.
+        # Not `sys.orig_argv`: glibc decodes some GBK bytes to characters that Python's GBK cannot encode.
         _, *arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
         os.execv(sys.executable, [os.fsencode(sys.executable), *arguments])
     if sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
@@ -48,7 +48,7 @@ def huge_pages() -> dict[str, str]:
     if HUGE_PAGES in given:
         return {}
     try:
-        # `always` gives huge pages without a request, `never` in spite of one.
+        # `always` gives huge pages even without a request; `never` gives none even with one.
         on_request = "[madvise]" in _KERNELS_MODE.read_text(encoding="ascii")
     except OSError:
         on_request = False

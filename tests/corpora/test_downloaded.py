@@ -504,7 +504,7 @@ def test_a_speaker_that_is_null_is_unknown(tmp_path):
 
 
 @pytest.mark.real_input("B31-file-uri")
-def test_escapes_in_a_file_uri_are_characters(tmp_path):
+def test_escapes_in_a_file_uri_are_decoded(tmp_path):
     source = write_wav(tmp_path / "with space 100%.wav").absolute()
     uris = [source.as_uri(), source.as_uri().replace("file://", "file:"), f"file://localhost{source}"]
     lines = [json.dumps({"key": str(i), "source": uri, "target": "x"}) for i, uri in enumerate(uris)]

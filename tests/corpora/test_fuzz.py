@@ -136,7 +136,7 @@ def empty_corpus(folder: Path, suffix: str) -> Path:
     return root / ("metadata.jsonl" if suffix == "jsonl" else f"train.{suffix}")
 
 
-def write_as_found(file: Path, columns: dict[str, list]) -> None:
+def write_with_usual_names(file: Path, columns: dict[str, list]) -> None:
     """Write a table. In metadata.jsonl, the column of audio is called `file_name`."""
     is_metadata = file.name == "metadata.jsonl"
     write(file, {"file_name" if is_metadata and n == "audio" else n: v for n, v in columns.items()})
@@ -147,7 +147,7 @@ def write_as_found(file: Path, columns: dict[str, list]) -> None:
 @given(columns=tables())
 def test_a_table_of_any_columns_is_read_as_it_was_written(folder, suffix, columns):
     file = empty_corpus(folder, suffix)
-    write_as_found(file, columns)
+    write_with_usual_names(file, columns)
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     default_subset = "corpus" if suffix == "jsonl" else "train"
     expected = [meaning_of(row, file.parent, default_subset) for row in rows]
@@ -167,7 +167,7 @@ def test_a_column_of_a_type_that_does_not_fit_its_role_is_refused(folder, suffix
     value = data.draw(st.sampled_from(values))
     columns |= {role: [value] * len(columns["text"])}
     file = empty_corpus(folder, suffix)
-    write_as_found(file, columns)
+    write_with_usual_names(file, columns)
     found = rows_in(file.parent)
     is_number = isinstance(value, int | float)
     if (role in ("id", "split") and is_number) or (role == "audio" and isinstance(value, bytes)):

@@ -183,7 +183,7 @@ def test_one_stage_by_hand_as_a_user_unknown_to_the_image(images, tiny_recipe, t
 def test_all_steps_run_with_a_read_only_root_filesystem(
     images, tiny_models, tiny_recipe, tiny_corpus, tmp_path
 ):
-    """Each step, as the image's own user, writes nothing but its output and temporary files in /tmp."""
+    """Each step of the training pipeline, as the image's user, writes only its output and files in /tmp."""
     os.chown(tmp_path, 1000, 1000)
     folders = [tiny_corpus, tiny_recipe.parent, Path(tiny_models["llm"]).parent]
     for folder in (tmp_path, *folders):

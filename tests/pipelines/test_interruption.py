@@ -20,7 +20,7 @@ MOMENTS = [
     "5/6 decode",
     "decoding 6",
 ]
-"""Each run is killed at the first log line with one of these texts. They are in the order of the log."""
+"""Texts in the log, in its order. For each text, one run is killed at the first line that contains it."""
 MOMENTS_TO_TEST = MOMENTS if os.environ.get("SLAM_ASR_SOAK") else ["step 1/3"]
 
 

@@ -1,4 +1,4 @@
-"""`slam-asr serve` refuses options that cannot work before it loads weights. The error is one sentence."""
+"""Before it loads weights, `slam-asr serve` refuses options that cannot work. The error is one sentence."""
 
 import importlib.util
 import re

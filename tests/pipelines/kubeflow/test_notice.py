@@ -169,7 +169,7 @@ def test_state_comes_from_argo_where_kubeflow_has_not_updated_its_own(
 def test_training_pipeline_with_the_exit_task_runs_in_kfps_own_runner(
     hook, tiny_recipe, tiny_corpus, tmp_path
 ):
-    """All steps and both loops are in the group before the exit task, which runs after a failure too."""
+    """The exit handler contains all steps and both loops. Its exit task runs after a failure too."""
 
     def place(step: str, task: dsl.PipelineTask) -> None:
         task.set_env_variable(RUN, "run-7")
@@ -230,8 +230,8 @@ def test_submit_leaves_the_notice_to_the_exit_task_if_that_ran(hook):
 
     run = V2beta1Run(run_id="r", display_name="n", state="FAILED")
     steps = [RunStep("train", "train", "failed", detail="why"), RunStep("notify", "notify", "succeeded")]
-    for with_task in (steps, steps[:1]):
-        send_if_missing(RunView(run, None, with_task), Cluster(on_exit=OnExit("slack")), "http://l", print)
+    for its_steps in (steps, steps[:1]):
+        send_if_missing(RunView(run, None, its_steps), Cluster(on_exit=OnExit("slack")), "http://l", print)
     send_if_missing(RunView(run, None, steps[:1]), Cluster(), "http://l", print)
     assert [m["text"] for _, m in hook.messages] == ["n (run r) failed in train: why.\nhttp://l"]
 
