@@ -1,4 +1,4 @@
-"""Measure the speed of encoders in their published shapes, and its share of the hardware's limit.
+"""Measure the speed of encoders in their published shapes, also as a share of the hardware's limit.
 
     python benchmarks/encoders.py                                   # GPU: WavLM-large, Whisper large-v3, bf16
     python benchmarks/encoders.py --layers 2 --seconds-a-batch 60   # CPU: the same code, but small

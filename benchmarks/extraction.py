@@ -5,8 +5,8 @@
 
 Two methods alternate, on the same utterances. One runs only the encoder, on prepared batches of the same
 composition. The other does all that `extract-features` does with an utterance (reading, decoding,
-spectrogram, encoder, writing, checksums), but neither loads weights nor plans shards. Prints the utterances
-per second of both and their ratio.
+spectrogram, encoder, writing, checksums). Loading weights and planning shards are not timed. Prints the
+utterances per second of both and their ratio.
 """
 
 import argparse

@@ -6,9 +6,9 @@
 Without a command, it makes six forward and backward passes like those of a small LLM: activations of 512
 positions, and logits for 49,152 tokens.
 
-The two settings alternate, so that a change in the machine's load affects both. Prints for each setting the
-median of the seconds, the CPU seconds, the page faults and the peak resident memory of the largest process,
-and the ratio of the seconds: the median over the pairs, with the lowest and the highest.
+The two settings alternate, so that a change in the machine's load affects both. Prints four medians for each
+setting: seconds, CPU seconds, page faults, and the peak resident memory of the largest process. Then prints
+how many times as fast the command is with huge pages: the median over the pairs, the lowest and the highest.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Run:
     seconds: float
     cpu_seconds: float
     faults: int
-    """Page faults of the command and its child processes that needed no disk."""
+    """Page faults without a disk access, of the command and its child processes."""
     peak: int
     """Peak resident memory in bytes of the largest process."""
 

@@ -46,7 +46,7 @@ class Result:
     begins: bool
     seed: int
     steps: int
-    """Number of steps until the accuracy was reached, or of all steps."""
+    """Number of steps until the accuracy was reached; if it was not, all steps of the run."""
     seconds: float
     accuracy: float
     """Mean over the last `AVERAGED` steps."""

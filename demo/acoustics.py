@@ -94,7 +94,7 @@ def _tilted(samples: np.ndarray, decibels: float) -> np.ndarray:
 def _noise(samples: np.ndarray, snr: float, rng: np.random.Generator) -> np.ndarray:
     """Return noise `snr` dB below the samples, with a spectrum from white to brown."""
     spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
-    # The amplitude falls with the frequency to a random power. Below 20 Hz, 1/400 of the spectrum's 8 kHz,
+    # The amplitude is divided by a random power of the frequency. Below 20 Hz, 1/400 of the spectrum's 8 kHz,
     # the divisor is constant.
     spectrum /= np.maximum(np.arange(len(spectrum)), len(spectrum) / 400) ** rng.uniform(0.0, 1.0)
     noise = np.fft.irfft(spectrum, len(samples))

@@ -91,7 +91,8 @@ def _tasks(spec: dict[str, Any]) -> dict[str, _Task]:
             task["taskInfo"]["name"],
             "parameterIterator" in task,
             {
-                # A loop names its output after the task in it; the dashboard shows the name inside.
+                # A loop's output has a name such as `pipelinechannel--decode-hypotheses`. The dashboard shows
+                # the name that the output has inside the loop: `hypotheses`.
                 artifact: selectors[artifact]["artifactSelectors"][0]["outputArtifactKey"]
                 if artifact in selectors
                 else artifact

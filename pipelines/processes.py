@@ -93,7 +93,7 @@ def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] 
         env: environment of the command; default: this process's.
     """
     # The step gets a session of its own. On Ctrl-C, the terminal signals only its foreground group, so only
-    # `_end` interrupts the step, once, and this process decides what is still printed.
+    # `_interrupt` interrupts the step, once, and this process decides what is still printed.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

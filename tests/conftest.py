@@ -73,7 +73,8 @@ def _seed(name: str) -> None:
     seed = zlib.crc32(f"{SEED} {name}".encode())
     random.seed(seed)
     np.random.seed(seed)
-    # Few of the quick tests need torch, which takes seconds to import. It begins with a constant seed.
+    # torch takes seconds to import and few of the quick tests need it, so it is not imported here. If a test
+    # imports it later, torch begins with its own constant seed.
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
 

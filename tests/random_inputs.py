@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 SOAK = bool(os.environ.get("SLAM_ASR_SOAK"))
 TIMES_MORE = 250
-"""How many times as many inputs `make soak` draws."""
+"""Factor by which `make soak` draws more inputs."""
 
 
 def number_of(inputs: int) -> int:

@@ -89,7 +89,7 @@ def test_the_missing_end_of_a_file_of_gigabytes_is_noticed_if_its_length_has_64_
     content = bytearray(encoded("RF64", noise(0.5)))
     samples = content.index(b"ds64") + 16
     content[samples : samples + 8] = struct.pack("<Q", 5 * 2**30)
-    # Only if the chunk itself names no length, that of ds64 counts.
+    # The length in ds64 counts only if the data chunk itself names none.
     length = content.index(b"data") + 4
     content[length : length + 4] = b"\xff" * 4
     assert "ends too early" in refusal(bytes(content))

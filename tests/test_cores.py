@@ -55,7 +55,7 @@ def test_a_limit_is_shared_by_processes_and_by_workers_that_read_audio(eight_cor
     assert default_workers(1, on_gpu=True) == 3
 
 
-def test_only_a_limit_below_the_cores_changes_this_process_and_never_what_the_user_set(
+def test_only_a_limit_below_the_cores_changes_the_threads_and_a_users_own_value_remains(
     eight_cores, monkeypatch
 ):
     cores.limit_threads()

@@ -15,7 +15,7 @@ FOLDERS = ("slam_asr", "pipelines", "components", "images", "demo", "docs", "req
 
 
 def without_encoding(tree: ast.AST) -> Iterator[str]:
-    """Yield calls that open text without an encoding. Ruff's PLW1514 finds only those of known types."""
+    """Yield calls that open text without an encoding. Ruff's PLW1514 misses objects of unknown types."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

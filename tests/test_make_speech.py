@@ -32,7 +32,7 @@ def text(tmp_path):
 
 
 def spelled(number: int) -> str:
-    """Write a number in letters, for the alphabet of transcripts."""
+    """Write a number in letters, because lines with digits are not used."""
     return "".join("abcdefghij"[int(digit)] for digit in str(number))
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_chapter_is_continued_without_repeating_its_first_utteran
     assert soundfile.info(folder / "8-2-0002.flac").duration == pytest.approx(0.3)
 
 
-def test_disturbed_speech_has_its_length_and_resembles_the_original():
+def test_disturbed_speech_is_as_long_as_the_original_and_resembles_it():
     rng = np.random.default_rng(0)
     speech = np.convolve(rng.standard_normal(32_000), np.hanning(40), "same").astype(np.float32)
     assert len(acoustics.at_speed(speech, 1.1)) == pytest.approx(32_000 / 1.1, abs=2)

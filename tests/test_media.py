@@ -199,7 +199,7 @@ def test_a_file_that_is_too_long_is_refused_before_it_is_decoded():
 
 
 @pytest.mark.parametrize("name", ["m4a", "caf"])
-def test_a_damaged_file_has_a_length_so_that_the_others_are_transcribed(tmp_path, name):
+def test_a_damaged_file_has_the_length_0_so_that_the_others_are_transcribed(tmp_path, name):
     samples = sound("m4a")
     content = encoded("m4a", samples) if name == "m4a" else caf_with_aac(samples, SAMPLE_RATE)
     path = tmp_path / f"x.{name}"

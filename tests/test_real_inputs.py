@@ -1,4 +1,4 @@
-"""Each input of users that once gave a wrong result is named by the test that verifies the right one."""
+"""Each input of users that once gave a wrong result is named by the test that verifies the right result."""
 
 from pathlib import Path
 

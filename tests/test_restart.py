@@ -77,11 +77,11 @@ def test_a_process_reports_the_failure_of_its_gpu_by_its_exit_code(tmp_path):
 
 
 @pytest.mark.cold
-@pytest.mark.parametrize(("code", "error"), [(os.EX_TEMPFAIL, True), (1, False)])
-def test_stage_starts_again_if_the_gpu_of_one_of_its_processes_failed(monkeypatch, code, error):
+@pytest.mark.parametrize(("code", "gpu_failed"), [(os.EX_TEMPFAIL, True), (1, False)])
+def test_stage_starts_again_if_the_gpu_of_one_of_its_processes_failed(monkeypatch, code, gpu_failed):
     # The module that each process runs: it ends with a code at once.
     monkeypatch.setattr(launch, "START", "tests.runtime.ending_worker")
     with pytest.raises(Exception) as raised, processes_of(str(code), Job(), 2, "nothing") as running:
         for process in running:
             process.wait()
-    assert restart.is_gpu_failure(raised.value) == error
+    assert restart.is_gpu_failure(raised.value) == gpu_failed

@@ -28,7 +28,7 @@ LAUGHS = "".join(f"- &l{n} [{', '.join([f'*l{n - 1}'] * 10) if n else 'ha, ha'}]
 def sentence(call, *arguments) -> str:
     with pytest.raises(UserError) as raised:
         call(*arguments)
-    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+    assert "\n" not in raised.value.args[0] and len(str(raised.value)) < 1000
     return str(raised.value)
 
 

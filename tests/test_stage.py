@@ -84,7 +84,7 @@ def test_a_file_in_place_of_the_folder_is_reported_in_one_sentence(tmp_path, cap
             run_stage("train", str(output), {}, counting([]))
         assert exited.value.code == 2
         shown = capsys.readouterr().err
-        # An error escapes the line breaks of its message.
+        # A `UserError` shows a line break in its message as `\n`, so there must be none of these either.
         assert "but a folder is needed" in shown and shown.count("\n") == 1 and r"\n" not in shown
 
 

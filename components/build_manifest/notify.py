@@ -20,6 +20,7 @@ def notify(store: str, form: str, api: str, dashboard: str, status: dsl.Pipeline
         from slam_asr.stages.notify import notify as run
 
         run(store, form, api, dashboard, status.state or "")
-    # A message must never change the state of the run. The text of an error could contain the URL.
+    # A message must never change the state of the run. Only the error's type is printed, because its text
+    # could contain the webhook's URL, which is a secret.
     except Exception as error:
         print(f"warning: no notice was sent ({type(error).__name__})")

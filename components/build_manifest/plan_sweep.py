@@ -18,7 +18,7 @@ def plan_sweep(
 
     Args:
         recipe: Name of a shipped recipe, or the YAML text of a recipe.
-        variations: Changes, each with a name or without one: [{"name": "slow", "training.epochs": 1}].
+        variations: Sets of changes, each optionally with a name: [{"name": "slow", "training.epochs": 1}].
         store: Folder or s3:// prefix for the results of all stages.
         planned: Pointer to the folder with variations.json; it carries the recipe that is varied.
         sweep_metrics: Number of variations.

@@ -145,7 +145,7 @@ def _server(endpoint: str) -> tuple[str, str, int | None]:
 
 
 def _lacks(api: kubernetes.CoreV1Api, cluster: Cluster, launcher: Launcher, namespace: str) -> str:
-    """Return what is missing for the launcher's secret, and the command that creates it; empty if nothing."""
+    """Return what is wrong with the launcher's secret, and how to correct it; empty if nothing is."""
     try:
         content = api.read_namespaced_secret(launcher.secret, namespace).data or {}
     except kubernetes.ApiException as error:
@@ -162,7 +162,7 @@ def _lacks(api: kubernetes.CoreV1Api, cluster: Cluster, launcher: Launcher, name
 def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     """Check whether the dashboard can show the reports and curves of runs.
 
-    For several users, the dashboard drops provider settings with secrets for namespaces other than its own
+    A multi-user dashboard ignores a provider with a secret, except in the dashboard's own namespace
     (`frontend/server` of Kubeflow Pipelines 2.17.0), so it reads only from Kubeflow's own object storage.
 
     Raises:

@@ -161,8 +161,8 @@ class Connection:
     def version(self) -> str:
         """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        # The published type of v1beta1's answer has a version; v2beta1's has none. The dashboard, which
-        # passes the request on, gives the key another name.
+        # In the published API, only v1beta1's answer has a version. The dashboard, which passes the request
+        # on, gives the key another name.
         for api in ("v2beta1", "v1beta1"):
             try:
                 answer = self._pool.request(

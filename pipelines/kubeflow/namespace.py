@@ -188,8 +188,8 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
         subresource=subresource or None,
         name=name or None,
     )
-    # A review does not look up an account's groups, so those that every service account is in are named:
-    # rights may be bound to them.
+    # A review does not look up an account's groups. Rights may be bound to the groups that contain all
+    # service accounts, so the review names these groups.
     groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
     review = kubernetes.V1SubjectAccessReview(
         spec=kubernetes.V1SubjectAccessReviewSpec(

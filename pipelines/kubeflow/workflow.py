@@ -29,5 +29,5 @@ def read_workflow(connection: Connection, run_id: str) -> Workflow | None:
     try:
         return workflow_of(connection.call("read the run's workflow", request))
     except ClusterError:
-        # Callers still know the states of v2beta1, so a missing reason must not stop them.
+        # Without the workflow, callers still know the states from v2beta1, and lack only the reasons.
         return None

@@ -123,7 +123,8 @@ class Manifest(Sequence[Utterance]):
             file = self._file = open(fetch(self.path), "rb", buffering=0)  # noqa: SIM115 - closed with the object
         start, end = int(self._offsets[i]), int(self._offsets[i + 1])
         # pread instead of seek and read, because threads and forked processes share the file's position.
-        # Blank lines before the next utterance are read too, and removed: JSON does not permit form feeds.
+        # Blank lines before the next utterance are read too. They are removed, because they may contain form
+        # feeds, which JSON does not permit.
         line = os.pread(file.fileno(), end - start, start).rstrip()
         return _utterance(line, parent_of(self.path), self._location(i))
 

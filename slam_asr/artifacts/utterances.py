@@ -117,7 +117,7 @@ def fit_to_window(
     Args:
         utterances: the utterances of a manifest.
         spec: the encoder's description, with the recipe's choice for long audio.
-        quiet: log nothing, because the stage that started this process has already done so.
+        quiet: whether to log nothing, because the stage that started this process has logged it already.
 
     Returns:
         The utterances that the encoder takes, in the same order.

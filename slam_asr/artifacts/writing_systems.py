@@ -18,7 +18,7 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
-# The characters are not part of a match, because one of them may have a space on either side.
+# The characters are not part of a match, because a character between two spaces belongs to two matches.
 _SPACE_NEXT_TO_UNSPACED = re.compile(f" (?=[{_UNSPACED}])|(?<=[{_UNSPACED}]) ")
 _ZERO_WIDTH_SPACES = re.compile("[\u200b\ufeff]")
 """Khmer, Thai and Burmese texts may separate words with U+200B, for line breaks. U+FEFF may begin a text as a
@@ -110,8 +110,8 @@ def normalise_english(text: str) -> str:
 def normalise_any_language(text: str) -> str:
     """Remove case, punctuation and symbols from a text of any language.
 
-    Whisper's normaliser for languages other than English does the same, but also removes combining marks and
-    text in brackets. Without its vowel signs, किताब would become क त ब. Here both are retained.
+    Whisper's normaliser for languages other than English does the same, but also removes text in brackets and
+    combining marks. Both remain here: without its vowel signs, किताब would become क त ब.
     """
     text = unicodedata.normalize("NFKC", text).lower()
     text = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text)

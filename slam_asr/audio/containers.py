@@ -257,8 +257,8 @@ def joined_ogg(content: bytes) -> list[tuple[int, int]]:
     """
     starts = [0]
     last = position = 0
-    # A link begins with the first page of each of its streams. Only a first page after other pages begins
-    # another link.
+    # A link begins with the first page of each of its streams. So a first page begins another link only if
+    # the page before it is not a first page.
     in_headers = True
     while (position := content.find(b"OggS", position)) >= 0:
         page_size = _ogg_page_size(content, position)

@@ -79,7 +79,7 @@ class _Part:
     offsets: np.ndarray
     """int64 [frames + 1]: the offset of each frame in the file, in bytes, and the end of the last one."""
     delay: int = 0
-    """Samples at the start that are not part of the recording, with `_DECODER_DELAY`; 0 if unknown."""
+    """Samples at the start that are not part of the recording, including `_DECODER_DELAY`; 0 if unknown."""
     padding: int = 0
     """Samples at the end that are not part of the recording."""
 

@@ -22,9 +22,9 @@ from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
 _MIN_SAMPLE_RATE = 4000
 """Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
 ESTIMATE_ERROR = 0.05
-"""Fraction of the announced samples that may be missing if their number is an estimate. libsndfile estimates
-MPEG audio of layers I and II, or of a free bit rate, from the bit rate. `media` estimates the length of files
-that ffmpeg decodes from the times of their packets."""
+"""Fraction of the announced samples that may be missing if their number is an estimate. For MPEG audio of
+layers I and II, or of a free bit rate, libsndfile estimates it from the bit rate. For files that ffmpeg
+decodes, `media` estimates it from the times of the packets."""
 _SAMPLE_BYTES = {
     **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},

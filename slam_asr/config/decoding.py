@@ -28,8 +28,8 @@ class Decoding:
     length_penalty: float = 1.0
     """Exponent of the length in a beam's score; above 1 favours longer hypotheses."""
     ctc_weight: float = bounded(0.0, at_least=0.0, at_most=0.9)
-    """CTC's share of a hypothesis' score; the LLM has the rest. A share above 0 makes loops and words that
-    nobody said rarer. It needs a model that was trained with `projector.ctc_weight` or
+    """CTC's share of a hypothesis' score; the LLM has the rest. With a share above 0, loops are rarer,
+    and so are words that nobody said. This needs a model that was trained with `projector.ctc_weight` or
     `projector.beginning.keep_head`."""
     positions_per_batch: int = bounded(20_000, at_least=1)
     """Maximum number of LLM positions in one decoding batch. Every utterance counts as many positions as the

@@ -48,8 +48,8 @@ COUNTERPARTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "train_micro_batch_size_per_gpu": ("utterances_per_batch", int),
     "gradient_accumulation_steps": ("accumulation", int),
 }
-"""DeepSpeed's keys that have a counterpart in a recipe's section `training`: its name, and the conversion of
-the value."""
+"""For each of DeepSpeed's keys with a counterpart in a recipe's section `training`: the counterpart's name,
+and the conversion of the value."""
 
 
 def adopt(values: dict[str, Any], where: str) -> None:

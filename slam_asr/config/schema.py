@@ -112,7 +112,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
         return loader.get_single_data()
     except RecursionError:
         raise ConfigurationError(f"{where} is nested too deeply: correct it.") from None
-    # PyYAML's constructors raise it for a date such as 2024-13-45, and for an integer of 5000 digits.
+    # PyYAML's constructors raise ValueError for a date such as 2024-13-45, or an integer of 5000 digits.
     except ValueError as error:
         if isinstance(error, UnicodeError):
             raise
@@ -280,7 +280,7 @@ def nearest(word: str, known: list[str]) -> str:
 def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
     """Refuse unknown keys, and two kinds of values that jsonargparse would accept.
 
-    These are null, and anything but keys for a section.
+    These are null where a value is required, and, as the value of a section, anything but keys.
     """
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():

@@ -178,7 +178,7 @@ def varied(recipe: Recipe, variation: Variation) -> Recipe:
 
 
 def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
-    """Refuse variations with the same training: run at the same time, they would write the same checkpoints.
+    """Refuse variations with the same training: in parallel, they would write the same checkpoints.
 
     Trainings are the same if they give the same weights, for example with two engines.
 

@@ -147,7 +147,7 @@ def _require_space(file: str, target: Path, member: tarfile.TarInfo, remaining: 
         file: the archive, for messages.
         target: the existing folder to unpack to, or one to be created.
         member: the file to unpack next.
-        remaining: bytes that may still be unpacked after this file; negative if it is too large.
+        remaining: bytes that may still be unpacked after this file; negative if the archive is too large.
     """
     if remaining < 0:
         raise InputError(

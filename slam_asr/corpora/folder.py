@@ -70,7 +70,7 @@ class Folder(CorpusReader):
         """Open a folder; return None if none of its first audio files has a text file."""
         if not is_folder(root):
             return None
-        # Generators, so that no more files are listed and looked up than the transcripts read below need.
+        # Generators, so that listing and look-ups end as soon as enough transcripts have been found.
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
         stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
         texts = (

@@ -109,7 +109,8 @@ class Kaldi(ListedCorpus):
                 recording, *segment = _segment(rest, f"{path}, line {number}")
                 records.add(recording.encode(), json.dumps([utterance, recording, *segment]).encode())
             for _, group in groupby(records, key=itemgetter(0)):
-                source = ""  # a segment of an unknown recording, which `_joined` rejects
+                # If the recording is unknown, its source remains empty, and `_joined` rejects the segment.
+                source = ""
                 recorded = None
                 for _, record in group:
                     utterance, recording_or_source, start, duration, channel = json.loads(record)

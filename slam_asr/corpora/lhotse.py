@@ -98,8 +98,8 @@ class Lhotse(ListedCorpus):
             text = supervision.get("text") or ""
             if not isinstance(text, str):
                 raise TypeError(f"its text is of type {type(text).__name__}")
-            # Without start and duration, an utterance that is a complete file has the audio id of the file,
-            # as in manifests of other corpora.
+            # An utterance that is a complete file gets neither start nor duration. Its audio id is then that
+            # of the file, as in manifests of other corpora.
             complete = start < _TOLERANCE and abs(duration - float(recording["duration"])) < _TOLERANCE
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)

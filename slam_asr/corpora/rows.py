@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-"""Suffixes of the files that `Table.find` looks for. Only Hugging Face datasets have JSON lines and arrow."""
+"""Suffixes of the files that `Table.find` looks for. JSON lines and arrow are read only in Hugging Face
+datasets."""
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
 """Numbers of rows that are decoded at once, in tables with and without cells that may contain audio.

@@ -65,7 +65,8 @@ class Decoder:
         model: a located model.
         files: paths of the manifests.
         feature_store: feature store that extract-features wrote; without one, audio is encoded on the fly.
-        quiet: whether to log nothing, because the stage that started this process has logged it already.
+        quiet: do not log how many utterances are too long, because the stage that started this process has
+            already done so.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class Audio:
         return len(self.rows)
 
     def select(self, selection: np.ndarray | slice) -> "Audio":
-        """Return the part that a mask, bool [distinct], positions, int [n], or a slice selects."""
+        """Return a part, selected by a mask (bool [distinct]), positions (int [n]) or a slice."""
         return Audio(self.manifest, self.rows[selection], self.audio_ids[selection], self.samples[selection])
 
     def digest(self) -> str:
@@ -85,7 +85,7 @@ class PlannedShard:
     """Position in the plan, counted from 0. It decides which work shard computes the shard."""
     audio: Audio
     receipt: str
-    """Path of the index of this shard alone. It is written after the shard, to show that it is finished."""
+    """Path of the index of this shard alone, written after the shard to show that the shard is finished."""
     pieces: str
     """Folder of the pieces that are saved before the shard is complete; see `features.pieces`."""
 

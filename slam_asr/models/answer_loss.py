@@ -126,7 +126,7 @@ def allows_chunks(llm: PreTrainedModel) -> bool:
 
     Args:
         llm: an LLM that can be called. If its weights are sharded, call this function within `Slam.try_llm`.
-            The LLM may be left in evaluation mode.
+            This function may switch the LLM to evaluation mode, and does not switch it back.
     """
     head = llm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.dtype == torch.float16:

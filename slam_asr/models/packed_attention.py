@@ -68,7 +68,7 @@ def allow_packing(llm: PreTrainedModel) -> bool:
 
     Args:
         llm: an LLM that can be called. If its weights are sharded, call this function within `Slam.try_llm`.
-            The LLM may be left in evaluation mode.
+            This function may switch the LLM to evaluation mode, and does not switch it back.
 
     Returns:
         Whether packed rows may be used. If not, the LLM has its former attention function.

@@ -55,7 +55,7 @@ class CloseCalls(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return `scores` [utterances, vocabulary] unchanged; `input_ids` are [utterances, tokens so far]."""
-        # Logits serve as well as log probabilities: both have the same differences.
+        # Logits can replace log probabilities here: both have the same differences.
         first, second = scores.topk(2).values.unbind(1)
         # Steps after the end of an answer do not count.
         nearly_tied = (first - second < NEARLY_TIED) & ~torch.isin(input_ids, self.stops).any(1)

@@ -42,7 +42,7 @@ class Load:
     """The size of one micro-batch."""
 
     rows: float
-    """Number of utterances; it may be a fraction if utterances are packed."""
+    """Number of utterances. Estimates may be fractions."""
     length: int
     """Number of LLM positions of each utterance, including padding."""
     audio: int
@@ -176,7 +176,7 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
 
 
 def memory_of_phases(shapes: Shapes, processes: int, on_gpu: bool = True) -> list[Callable[[Load], Memory]]:
-    """Return a function for each phase of a training run, from a micro-batch to the memory of one process.
+    """Return, for each phase of a training run, a function that computes one process's memory from its load.
 
     The first function is for the phase with the LLM. The arguments are those of `training_memory`.
     """

@@ -77,7 +77,7 @@ def _code_refusal(folder: Path, part: str, code: str) -> ModelError:
 
 
 def _require_own_weights(folder: Path, part: str) -> None:
-    """Refuse a folder with a LoRA adapter: transformers would load the model that the adapter names instead.
+    """Refuse a folder with a LoRA adapter: transformers would instead load the model that the adapter names.
 
     Raises:
         ModelError: the folder holds adapter_config.json.

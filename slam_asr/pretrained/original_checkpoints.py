@@ -146,8 +146,8 @@ def recognise(content: Any, where: str) -> Original:
         case {"model": dict(tensors)} if any(
             "feature_extractor.conv_layers.0.0.weight" in str(name) for name in tensors
         ):
-            # Older versions of fairseq write `args`, newer ones `cfg`. Some files have both, and one of them
-            # is None.
+            # Older versions of fairseq write `args`, newer ones `cfg`. In some files, both keys are present,
+            # but the value of one is None.
             for options in (plain(content.get("cfg")), plain(content.get("args"))):
                 if isinstance(options, dict):
                     _require_tensors(tensors, where)

@@ -114,7 +114,7 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
                 raise _refusal(path, name)
         with (
             torch.serialization.safe_globals([(_stand_in_for(name), name) for name in foreign]),
-            warnings.catch_warnings(action="ignore"),  # of a damaged protocol number
+            warnings.catch_warnings(action="ignore"),  # torch warns of a damaged protocol number
         ):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         # With strides of zero, a few bytes are a tensor of any size, and computing with it exhausts memory.

@@ -19,7 +19,7 @@ from typing import IO
 Record = tuple[bytes, bytes]
 
 RUN_BYTES = 48 * 2**20
-"""Size in bytes of the records in memory at which a run is written, including `_RECORD_BYTES` per record."""
+"""A run is written when the records in memory exceed this many bytes, `_RECORD_BYTES` per record included."""
 _RECORD_BYTES = 100
 """Python's overhead per record: two bytes objects and a tuple."""
 _MAX_RUNS = 200

@@ -27,7 +27,7 @@ class Machine:
     def capacity(self) -> float | None:
         """Memory for one process in bytes. None if unknown.
 
-        Each process has a GPU of its own, but the processes on a host share its memory.
+        Each process has a GPU of its own, but the processes on a host share the host's memory.
         """
         return self.memory if self.memory is None or self.on_gpu else self.memory / self.local_processes
 

@@ -245,7 +245,7 @@ class Body:
     async def discard(self) -> None:
         """Read the rest of a refused upload, within limits.
 
-        Some clients read the answer only after they have sent all of it.
+        Some clients read the answer only after they have sent the complete upload.
         """
         if self._announced > 2 * self._max_bytes:
             return

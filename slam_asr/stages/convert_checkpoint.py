@@ -57,7 +57,7 @@ def convert_checkpoint(
 
     Returns:
         The stage's record; its folder holds projector.safetensors and config.json, or the requested format.
-        If the checkpoint is the original file of an encoder, it holds a model for `encoder.name` instead.
+        If the checkpoint is the original file of an encoder, the folder holds a model for `encoder.name`.
 
     Raises:
         ModelError: the checkpoint is missing or damaged, or does not fit its encoder or LLM.

@@ -74,7 +74,8 @@ def publish(
         raise InputError(f"{report} is the report of another model than {model}: name this model's report.")
     fingerprint = digest(model_record.inputs)[:16]
     properties = _properties(model_record, config, scores) | {FINGERPRINT: fingerprint}
-    # If the pipeline runs locally, kfp's id of the run differs from the one in RUN, which `run-records` uses.
+    # If the pipeline runs locally, kfp's id of the run differs from the one in the variable `RUN`, which
+    # also names the run's folder in the store's `run-records`.
     run = os.environ.get(RUN) or run
     properties |= {"run": run} if run else {}
     # The run's id is left out: the same model in another run is the same version.
@@ -120,7 +121,8 @@ def _place(registry: Registry) -> dict[str, Any]:
 def _read_model(model: str) -> tuple[Record, dict[str, Any]]:
     """Read a model's record and configuration.
 
-    `read_config` would need torch's packages, which are not in this stage's image.
+    `read_config` is not used, because other functions of its module import torch: requirements/lock.py would
+    find these imports, and add torch to this stage's image.
     """
     record, path = read_record(model), join(model, "config.json")
     try:
@@ -154,7 +156,10 @@ def _rate(scores: Record) -> tuple[str, float, tuple[float, float] | None]:
 
 
 def _properties(model: Record, config: Mapping[str, Any], scores: Record) -> dict[str, str | int | float]:
-    """Return facts that a registered version shows. `check_better` compares the next model with `scores`."""
+    """Return facts that a registered version shows.
+
+    One of them, `SCORES`, is the folder of its scores. `check_better` reads it to compare the next model.
+    """
     short, rate, interval = _rate(scores)
     manifests = model.inputs.get("training", {}).get("manifests", {})
     return {

@@ -115,7 +115,7 @@ def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left below a folder.
 
     `write_atomically` locks its file while it writes, so that file is not removed. Other writers of
-    temporary files take no lock.
+    temporary files take no lock, so their files may be removed too.
     """
     for temporary in folder.rglob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError), open(temporary, "rb") as file:

@@ -102,8 +102,8 @@ def use_liger(llm: PreTrainedModel) -> None:
     Liger's loss is not used, because `slam_asr.models.answer_loss` computes the loss. An LLM that Liger does
     not support is left unchanged, and a line is logged.
     """
-    # Not an import statement: the images contain every package that such a statement names, but liger-kernel
-    # is optional.
+    # Not an import statement: requirements/lock.py puts every package that such a statement names into the
+    # images, but liger-kernel is optional.
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     kind = llm.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -57,7 +57,7 @@ class Totals:
     stop: bool = False
     """Whether any process was asked to stop."""
     pending: float = 0.0
-    """Number of checkpoints that are still being written, as a mean over the processes."""
+    """Number of checkpoints that are being written or queued, as a mean over the processes."""
     failed: bool = False
     """Whether a checkpoint could not be written, so that training must stop."""
     due: bool = False

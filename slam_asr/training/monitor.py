@@ -21,7 +21,7 @@ from slam_asr.training.trackers import make_trackers
 from slam_asr.training.validator import Samples
 
 SHOWN = 3
-"""Number of transcripts that are logged after a validation. The page shows all of them."""
+"""Maximum number of transcripts that are logged after a validation. The page shows all transcripts."""
 PLATEAU_SMOOTHING = 100
 """Approximate number of steps over which the accuracy is averaged."""
 PLATEAU_RISE = 0.02

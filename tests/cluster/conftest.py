@@ -146,7 +146,7 @@ class RealCluster:
         return json.loads(read_bytes(join(root, name)))
 
     def losses(self, store: str) -> list[float]:
-        """Return the loss of each logged step of the only training run in a store."""
+        """Return the loss of each step of the only training run in a store."""
         root = join(self.store, store, "train")
         [name] = [i.name for i in walk(root) if i.name.endswith("curve.jsonl") and i.name.count("/") == 1]
         rows = [json.loads(line) for line in read_bytes(join(root, name)).splitlines()]

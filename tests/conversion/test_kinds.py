@@ -240,7 +240,7 @@ def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
     assert complete and complete.keys() == half.keys()
     for name, tensor in complete.items():
         assert half[name].dtype == torch.float16 and torch.equal(half[name], tensor.half())
-    # A copy of the model in half precision loses no more precision.
+    # Copying the model that is in half precision loses no further precision.
     copy = convert_checkpoint(models[1].folder, str(tmp_path / "copy"))
     assert all(torch.equal(t, half[n].float()) for n, t in read_adapter(copy.folder).items())
 

@@ -25,7 +25,7 @@ def write(folder, recipe: Recipe) -> None:
 def refusal(recipe: Recipe, model) -> str:
     with pytest.raises(UserError) as caught:
         adopt_trained_model(recipe, str(model), "{fingerprint}")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in caught.value.args[0]
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Manifests contain every utterance whose audio can be decoded once, in one split; or none is written."""
+"""Each utterance with readable audio is in the manifest of one split, once; or no manifest is written."""
 
 import functools
 import json

@@ -50,7 +50,7 @@ def refusal(corpus: Path, **data) -> str:
     """Return the sentence with which a corpus is refused, after checking that no manifest is left."""
     with pytest.raises(UserError) as caught:
         build(corpus, **data)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in caught.value.args[0]
     assert not any((corpus.parent / "out" / f"{split}.jsonl").exists() for split in SPLITS)
     return str(caught.value)
 

@@ -114,7 +114,7 @@ def rows_in(root: Path) -> list[Row] | str:
             reader = open_corpus(str(root), Data())
             items = [(subset, item) for subset in reader.subsets() for item in reader.read(subset)]
     except UserError as error:
-        assert str(error) and "\n" not in str(error)
+        assert str(error) and "\n" not in error.args[0]
         return str(error)
     for subset, item in items:
         text, extra = (item.text, item.extra) if isinstance(item, Candidate) else (None, {})

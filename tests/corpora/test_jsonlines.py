@@ -1,6 +1,6 @@
-"""In a folder, a file named after a split is the subset of all its lines. Other lines may name their subset.
+"""In a folder, all lines of train.jsonl, dev.jsonl and test.jsonl are in the subset of that name.
 
-A line that names none belongs to the subset that its file is named after.
+In other files, a line may name its subset. If it names none, it is in the subset named like its file.
 """
 
 import json

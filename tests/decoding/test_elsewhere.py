@@ -105,7 +105,7 @@ def test_training_keys_in_a_recipes_file_are_ignored(moved, tmp_path, tiny_recip
     assert record.facts["beams"] == 2
 
 
-def test_a_run_uses_its_recipes_place_of_a_base_model_with_the_same_name():
+def test_a_runs_recipe_may_name_another_place_of_the_models_own_base_model():
     model = "whisper-tiny.en-smollm2-135m"
     own = read_config(model).typed_recipe
     of_the_run = load_recipe("demo", {"encoder.name": "/mnt/whisper-tiny.en", "llm.name": "team/another-llm"})

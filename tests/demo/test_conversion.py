@@ -70,24 +70,24 @@ def ctranslate2_variables(model) -> dict[str, np.ndarray]:
         for index, layer in enumerate(stack.layers):
             prefix = f"{side}/layer_{index}"
             norms |= {
-                f"{prefix}/{ours}": getattr(layer, theirs)
-                for theirs, ours in NORMS.items()
-                if hasattr(layer, theirs)
+                f"{prefix}/{path}": getattr(layer, attribute)
+                for attribute, path in NORMS.items()
+                if hasattr(layer, attribute)
             }
             for number, linear in enumerate((layer.fc1, layer.fc2)):
                 variables |= {
                     f"{prefix}/ffn/linear_{number}/{kind}": getattr(linear, kind)
                     for kind in ("weight", "bias")
                 }
-            for theirs, (ours, groups) in STACKED.items():
-                attention = getattr(layer, theirs, None)
+            for attribute, (path, groups) in STACKED.items():
+                attention = getattr(layer, attribute, None)
                 for number, parts in enumerate(groups if attention else []):
                     linears = [getattr(attention, part) for part in parts]
                     biases = [torch.zeros(8) if linear.bias is None else linear.bias for linear in linears]
-                    variables[f"{prefix}/{ours}/linear_{number}/weight"] = torch.cat(
+                    variables[f"{prefix}/{path}/linear_{number}/weight"] = torch.cat(
                         [linear.weight for linear in linears]
                     )
-                    variables[f"{prefix}/{ours}/linear_{number}/bias"] = torch.cat(biases)
+                    variables[f"{prefix}/{path}/linear_{number}/bias"] = torch.cat(biases)
         for name, norm in norms.items():
             variables |= {f"{name}/gamma": norm.weight, f"{name}/beta": norm.bias}
     variables["decoder/embeddings/weight"] = model.model.decoder.embed_tokens.weight
@@ -108,7 +108,7 @@ def ctranslate2_bytes(variables: dict[str, np.ndarray]) -> bytes:
         return value.to_bytes(size, "little")
 
     def string(text: str) -> bytes:
-        """Return a text with a zero byte at its end, after the length of both in bytes."""
+        """Return the length in bytes of a text with a final zero byte, and then that text."""
         return u(len(text) + 1, 2) + text.encode() + b"\0"
 
     # Version of the format, name and revision of the specification, number of variables.

@@ -152,8 +152,8 @@ def test_answers_are_padded_with_token_0_if_that_is_the_pad_token():
 @torch.inference_mode()
 def test_near_ties_are_reported():
     llm, (embeddings, mask) = random_llm("tinyllama"), random_batch()
-    # Every two neighbouring tokens have equal weights. With an odd number of beams, the last beam therefore
-    # ties with the first one that is left out.
+    # Tokens 0 and 1 have equal weights, tokens 2 and 3 too, and so on. With an odd number of beams, the last
+    # beam therefore ties with the first one that is left out.
     llm.get_output_embeddings().weight[1::2] = llm.get_output_embeddings().weight[::2]
     assert all(beam_search(llm, embeddings, mask, configuration(num_beams=3)).nearly_tied)
     assert all(
@@ -209,7 +209,7 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
-    beam_cache.register_attention()  # later, its first call would replace `function` by `attend`
+    beam_cache.register_attention()  # now, because a first call later would replace `function` by `attend`
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield
@@ -255,5 +255,5 @@ def test_prefill_in_groups_equals_prefill_in_one_pass(family, monkeypatch):
     found = beam_search(llm, embeddings, mask, configuration())
     assert torch.equal(found.ids, together.ids)
     torch.testing.assert_close(found.scores, together.scores, rtol=1e-4, atol=1e-5)
-    # Gemma 3 has sliding windows, so its batch is always prefilled in one pass.
+    # Gemma 3 has sliding windows, so after the first group its complete batch is prefilled in one pass.
     assert rows[0] == 1 and (rows[1] == 1 or family == "gemma-3")

@@ -100,7 +100,7 @@ def test_an_unknown_model_is_refused_in_one_sentence(name, hint):
         locate_model(name)
     assert str(error.value).startswith(f"No model {name}")
     assert hint in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.args[0]
 
 
 def test_without_the_hub_the_sentence_names_the_program_that_fetches_the_demos_models():

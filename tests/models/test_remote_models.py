@@ -62,4 +62,4 @@ def test_a_model_without_weights_is_refused(bucket):
 def test_a_missing_model_is_refused_in_one_sentence(bucket, name, answer):
     with pytest.raises(UserError, match=answer) as raised:
         locate_model(name)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in raised.value.args[0]

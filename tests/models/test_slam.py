@@ -85,7 +85,7 @@ class NegativeFirstValue:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_dropped_blanks_leave_the_logits_of_a_row_that_never_had_them(joined, packed):
+def test_a_row_without_its_blanks_has_the_logits_of_one_that_never_had_them(joined, packed):
     model = joined[0]
     rows = rows_of(joined, [0, 1, 2])
     batch = pack(rows) if packed else collate(rows)

@@ -300,8 +300,8 @@ def test_picture_for_the_docs_shows_every_task_and_artifact():
         "word_error_rates": "",
     }
     assert sorted(label for label in labels if label not in STEPS) == sorted(shown)
-    # One edge leads to each artifact, one from it to each of its readers, and one to a task from each task
-    # that it waits for.
+    # One edge leads to each artifact, one from each artifact to each of its readers, and one to each task
+    # from every task for which it waits.
     waits = sum(
         len(task.dependent_tasks) for task in spec_of(GOLDEN / "one-gpu-node.yaml").root.dag.tasks.values()
     )
@@ -765,7 +765,8 @@ def test_default_profile_requests_no_gpus():
 
 
 def test_retries_are_not_cut_off_by_the_bound_on_their_duration(compiled):
-    # Argo gives a step up once this time has passed since its first start, whatever retries remain.
+    # Argo gives up on a step once `backoffMaxDuration` has passed since its first start, even with
+    # retries left.
     specification, platforms = yaml.safe_load_all((compiled / "slam-asr.yaml").read_text())
     limits = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     components = {"root": specification["root"], **specification["components"]}

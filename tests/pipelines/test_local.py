@@ -258,7 +258,7 @@ def test_artifacts_between_steps_are_small(finished):
 
 
 @pytest.mark.slow
-def test_change_of_training_reruns_only_the_steps_after_it(finished, tiny_recipe, tiny_corpus):
+def test_change_of_training_reuses_only_the_steps_before_it(finished, tiny_recipe, tiny_corpus):
     output, _ = finished
     done = run(tiny_recipe, tiny_corpus, output, "--training.max_steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -87,8 +87,8 @@ def test_interrupted_step_may_finish_what_it_prints(tmp_path):
     assert time.monotonic() - started < processes.GRACE / 2 and (tmp_path / "done").exists()
 
 
-# kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. `timeout`
-# sends its signal to the process, and then again to the group that the process is in.
+# kfp runs the steps of a loop in threads, and waits for them when the main thread is interrupted. The signal
+# is sent twice, as by the program `timeout`: to the process, and then to the group that the process is in.
 STEP_IN_A_THREAD = """
 import os, signal, sys, threading
 from concurrent.futures import ThreadPoolExecutor

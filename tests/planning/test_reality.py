@@ -1,4 +1,4 @@
-"""The predicted memory is what a training process takes, even for sizes not used to fit constants."""
+"""The predicted memory is what a training process takes, even for sizes not used to calibrate it."""
 
 import importlib.util
 import os

@@ -62,4 +62,4 @@ def test_faults_are_one_sentence(recipe_with, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ClusterError, match=r"does not answer .*: check MLFLOW_REGISTRY_URI") as error:
         check_registry(recipe, str(tmp_path / "out"))
-    assert "\n" not in str(error.value) and "a-password" not in str(error.value)
+    assert "\n" not in error.value.args[0] and "a-password" not in str(error.value)

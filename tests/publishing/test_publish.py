@@ -190,7 +190,7 @@ def test_a_fault_of_the_registry_is_reported_in_one_sentence_before_anything_is_
         registry.faults = [fault]
     with pytest.raises(ClusterError, match=f"^The Model Registry at http://127.0.0.1:.* {sentence}") as error:
         publish(recipe_with(), "no model", "no report", str(tmp_path / "out"))
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in error.value.args[0] and not (tmp_path / "out").exists()
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,7 +1,7 @@
 """Word error rates.
 
 Invariants: hits + substitutions + deletions = reference words; subsets add up to the total; the rate
-is jiwer's; identical text scores 0 and no text scores 1; no utterance is left out.
+is jiwer's; identical text scores 0, and an empty hypothesis scores 1; no utterance is left out.
 """
 
 import json

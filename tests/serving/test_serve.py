@@ -49,7 +49,7 @@ def long(tmp_path) -> Path:
     return write_wav(tmp_path / "long.flac", LONG)
 
 
-def test_openais_client_gets_each_format_of_the_text_decoded_alone(server, alone, long):
+def test_each_format_for_openais_client_equals_a_transcription_without_a_server(server, alone, long):
     expected = alone.transcribe(str(long))
     assert len(expected.segments) == 3 and expected.text
     client, made = server.client(), {}

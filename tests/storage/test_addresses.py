@@ -19,7 +19,7 @@ NO_BUCKET = ["s3://", "s3:///x", "s3:/", "s3:/bucket/x", "s3:////"]
 def sentence(call, *arguments) -> str:
     with pytest.raises(UserError) as raised:
         call(*arguments)
-    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+    assert "\n" not in raised.value.args[0] and str(raised.value).endswith(".")
     return str(raised.value)
 
 

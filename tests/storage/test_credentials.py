@@ -196,7 +196,7 @@ def test_no_credential_is_ever_shown(faulty_s3, s3_server, monkeypatch, tmp_path
                     call("s3://bucket/x")
                 except UserError as error:
                     failed += 1
-                    assert "\n" not in str(error)
+                    assert "\n" not in error.args[0]
                     shown += [
                         "".join(traceback.format_exception_only(error)),
                         "".join(traceback.format_exception(error)),

@@ -38,7 +38,7 @@ def message_of(call, uri: str) -> str:
     """Return the message of the error that a call raises, after checking that it is a single sentence."""
     with pytest.raises(UserError) as raised:
         call(uri)
-    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+    assert "\n" not in raised.value.args[0] and str(raised.value).endswith(".")
     # boto3's own error may contain credentials, so even a traceback must not show it.
     assert "botocore" not in "".join(traceback.format_exception(raised.value)).replace(
         "site-packages/botocore", ""

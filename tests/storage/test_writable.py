@@ -138,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_uploaded_stops_training_and_stays_on_local_
     assert str(raised.value).startswith(
         "The checkpoint of step 2 could not be written: s3://bucket/x/checkpoints/"
     )
-    assert "access is denied" in str(raised.value) and "\n" not in str(raised.value)
+    assert "access is denied" in str(raised.value) and "\n" not in raised.value.args[0]
     assert (
         f"the weights are in {here}/step-00000002, and the latest checkpoint is {folder}/step-00000001"
         in str(raised.value)

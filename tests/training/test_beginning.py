@@ -39,7 +39,7 @@ BORDER, STEPS = 8, 14
 OPTIONS = {
     "projector.beginning.kind": "ctc",
     "projector.beginning.steps": BORDER,
-    # The tokens of the tiny models are single characters. CTC needs at least as many LLM positions.
+    # The tokens of the tiny models are single characters. CTC needs at least one LLM position per token.
     "projector.downsampling": 1,
     "training.positions_per_step": 150,
     "training.positions_per_batch": 80,
@@ -262,7 +262,7 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
 
 
 @pytest.mark.slow
-def test_two_processes_any_engine_and_audio_encoded_on_the_fly_equal_one(prepared, tmp_path):
+def test_losses_do_not_depend_on_processes_engine_or_where_features_are(prepared, tmp_path):
     # Without dropout, because each process draws random numbers of its own.
     options = {
         "projector.beginning.dropout": 0.0,

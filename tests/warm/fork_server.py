@@ -172,7 +172,7 @@ def become(streams: list[int], stand_in: socket.socket) -> None:
     sys.path[0] = request["folder"] if program[0][0] == "-" else os.path.dirname(os.path.abspath(program[0]))
     from slam_asr.runtime import worker as processes
 
-    # The parent of this process is the fork server, but it must end with the parent of its stand-in.
+    # This process must end with the parent of its stand-in, but its own parent is the fork server.
     processes.die_with_parent = lambda: stand_in.send(b"die with parent")
     code = 0
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MODULES = ("slam_asr", "pipelines", "demo.models", "kfp.dsl.executor_main", "torch.distributed.run")
 _FORK_SERVER = "from multiprocessing.forkserver import main; main("
-"""How multiprocessing starts its own fork server, whose first import is torch."""
+"""How multiprocessing starts its own fork server. That starts warm too, because it would import torch."""
 
 
 def _program(words: list[str]) -> list[str] | None:

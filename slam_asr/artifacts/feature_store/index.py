@@ -112,7 +112,7 @@ class Index:
             return np.full(len(audio_ids), -1)
         leading = _as_uint64(audio_ids)[:, 0]
         positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
-        # The search compares only the first 8 bytes. `find` decides where the other bytes differ.
+        # The search compares only the first 8 bytes. Where the other bytes differ, `find` decides.
         for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
             positions[i] = self.find(audio_ids[i].tobytes().hex())
         return positions

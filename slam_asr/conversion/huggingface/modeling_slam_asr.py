@@ -2,7 +2,7 @@
 
 This file needs only torch and transformers. The folder that contains it holds the trained weights in
 `model.safetensors`: the projector, and a LoRA adapter if the LLM has one. Encoder and LLM are loaded from the
-places that `config.json` names, or from the subfolders `encoder` and `llm` if the folder is complete.
+places that `config.json` names, or, if it names none, from the subfolders `encoder` and `llm`.
 """
 
 import copy
@@ -33,7 +33,7 @@ from .modules_slam_asr import LoraLinear, MaskedGroupNorm, SlamAsrProjector, mas
 SAMPLES_PER_FRAME = 320
 """Samples per encoder frame at 16 kHz."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-_ELSEWHERE = ("encoder_name", "llm_name", "encoder_dtype")
+_REPLACEABLE = ("encoder_name", "llm_name", "encoder_dtype")
 """Entries of config.json that `from_pretrained` also takes as arguments."""
 
 
@@ -89,7 +89,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # this folder's files more than once.
         if not isinstance(config, PreTrainedConfig):
             config = SlamAsrConfig.from_pretrained(place, **here, trust_remote_code=False)
-        for name in _ELSEWHERE:
+        for name in _REPLACEABLE:
             setattr(config, name, kwargs.get(name, getattr(config, name)))
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype

@@ -48,7 +48,7 @@ class SlamAsrPipeline(Pipeline):
             "generate_kwargs": {**(generate_kwargs or {}), **options},
             "prompt": prompt,
         }
-        # An empty prompt is one too; the model's own is used only if none is given.
+        # An empty prompt is passed on too; the model's own prompt is used only if none is given.
         return {}, {name: value for name, value in forward.items() if value or value == ""}, {}
 
     def preprocess(self, recording: Any) -> dict[str, np.ndarray]:

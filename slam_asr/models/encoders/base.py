@@ -59,7 +59,7 @@ class EncoderSpec(ABC):
         return self.frames_of(samples)
 
     def seconds_of(self, samples: int) -> float:
-        """Return how many seconds of input the encoder processes for an utterance, with padded windows."""
+        """Return how many seconds of input the encoder processes for an utterance, padding included."""
         return samples / SAMPLE_RATE
 
     def is_too_long(self, samples: int) -> bool:

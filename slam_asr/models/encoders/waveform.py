@@ -106,8 +106,8 @@ class WaveformEncoder(SpeechEncoder):
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
         self._set_group_norm_lengths(None if mask is None else lengths)
-        # Utterances that are too short for a frame were not in the batch. Each other one takes the next
-        # output.
+        # Utterances that are too short for a frame were not in the batch. The others take the outputs in
+        # order.
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 

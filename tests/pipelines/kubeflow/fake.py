@@ -1,7 +1,7 @@
 """An HTTP server that imitates Kubeflow Pipelines.
 
-It builds its answers with the classes of the real client, saves what it receives, and checks the token. If a
-test asks for it, it answers late, with an error, with a truncated answer or with a login page.
+It builds its answers with the classes of the real client, saves what it receives, and checks the token. A
+test can make it answer late, with an error, with a truncated answer or with a login page.
 """
 
 import email
@@ -60,7 +60,7 @@ class FakeKubeflow:
         """For each run, how often its state was requested again after the first time; sets its progress."""
 
     def workflow_of(self, run_id: str) -> dict[str, Any]:
-        """Return the workflow of a run. Each request for its state but the first takes it a step further."""
+        """Return a run's workflow. Each request for its state, except the first, advances the run a step."""
         reached, failed = max(0, self.polls.get(run_id, 0)), False
         if self.fails_at and reached > STEPS.index(self.fails_at):
             reached, failed = STEPS.index(self.fails_at) + 1, True

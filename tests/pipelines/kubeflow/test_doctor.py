@@ -236,14 +236,14 @@ def test_each_problem_is_named(doctor, change, finding):
     )
 
 
-@pytest.mark.parametrize("path", ["get", "without"])
-def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor, path):
+@pytest.mark.parametrize("config_map", ["without a root", "missing"])
+def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor, config_map):
     secret = f"{NAMESPACE}/secrets/mlpipeline-minio-artifact"
     launcher = f"{NAMESPACE}/configmaps/kfp-launcher"
 
     def without_root(served, manifests):
         # Kubeflow's default applies without the ConfigMap too.
-        if path == "get":
+        if config_map == "without a root":
             served[launcher] = (200, {"metadata": {"name": "kfp-launcher"}})
         else:
             del served[launcher]
@@ -269,7 +269,7 @@ def test_launcher_with_kubeflows_own_storage_needs_its_secret(doctor, path):
 
 
 def launcher(root, **provider):
-    """Set the pipeline root, and the default provider for its kind of address."""
+    """Set the pipeline root and, if given, the entry of `providers` for the root's kind of address."""
     providers = {root.partition("://")[0]: provider} if provider else {}
     data = {"defaultPipelineRoot": root, "providers": yaml.safe_dump(providers)}
     return changed(f"{NAMESPACE}/configmaps/kfp-launcher", data=data)
@@ -281,7 +281,7 @@ def credentials(name):
 
 
 OURS = {"endpoint": "store.team.svc.cluster.local:9000", "disableSSL": True}
-"""A provider with the server of the profile, under another name of its service."""
+"""A provider with the same server as the profile of the test below, by a longer name of that server."""
 
 
 @pytest.mark.parametrize(
