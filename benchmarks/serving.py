@@ -11,8 +11,8 @@ soon as it has an answer. The plain loop and faster-whisper run in this process,
 one recording at a time, so clients wait for each other. The plain loop calls transformers' `generate` of the
 same model, with the same beams and penalties, but without CTC's scores (`decoding.ctc_weight`). Prints
 requests per second, the multiple of real time, the 50th and 95th percentile of the latency in seconds, and
-the processor time of both processes per request in seconds. With OMP_NUM_THREADS=1, other programs on the
-machine hardly affect the processor time.
+the processor time per request of this process and the server together, in seconds. With OMP_NUM_THREADS=1,
+other programs on the machine hardly affect the processor time.
 
 With `--soak`, clients send recordings in several formats for that many minutes; some clients close their
 connection early, and some files are cut. Each text is compared with that of the recording decoded alone, and
@@ -151,7 +151,7 @@ def plain(transcriber: Transcriber, content: bytes) -> str:
 
 
 def faster_whisper(folder: str) -> Transcribe:
-    """Load a Whisper for CTranslate2, in fp32 like the recipe of the shipped model."""
+    """Load a Whisper for CTranslate2, in fp32 like the recipes of the shipped models."""
     from faster_whisper import WhisperModel
 
     model = WhisperModel(
@@ -237,7 +237,7 @@ def send(address: str, draw: random.Random, content: bytes, text: str, is_close:
     kind = draw.random()
     if kind < 0.15:
         status, _ = post(address, content[: len(content) // 2])
-        # Half of an Opus or mp3 file may be a complete one of half the length.
+        # Half of an mp3 file without a count of its frames may be a complete file of half the length.
         return "cut file refused" if status == 400 else f"cut file: {status}"
     if kind < 0.3:
         with contextlib.suppress(TimeoutError):

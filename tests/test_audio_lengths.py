@@ -87,11 +87,11 @@ def test_a_file_that_was_cut_off_is_refused(container, missing):
 
 def test_the_missing_end_of_a_file_of_gigabytes_is_noticed_if_its_length_has_64_bits():
     content = bytearray(encoded("RF64", noise(0.5)))
-    samples = content.index(b"ds64") + 16
-    content[samples : samples + 8] = struct.pack("<Q", 5 * 2**30)
+    long_offset = content.index(b"ds64") + 16
+    content[long_offset : long_offset + 8] = struct.pack("<Q", 5 * 2**30)
     # The length in ds64 counts only if the data chunk itself names none.
-    length = content.index(b"data") + 4
-    content[length : length + 4] = b"\xff" * 4
+    length_offset = content.index(b"data") + 4
+    content[length_offset : length_offset + 4] = b"\xff" * 4
     assert "ends too early" in refusal(bytes(content))
 
 

@@ -110,7 +110,7 @@ def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
             start += 8
         end = position + length if length else size
         if not name.strip(b"\0") and not length:
-            return  # zeros: the end of QuickTime's list of user data, or padding
+            return  # zeros: padding
         if end > size:
             raise ContainerFault(TRUNCATED_TEXT)
         if end < start:

@@ -276,7 +276,7 @@ class Plateau:
         """Add the accuracy of a step.
 
         Args:
-            step: number of the step after the beginning, from 1.
+            step: number of the step, counted from 1 at the end of the beginning.
             accuracy: share of the target tokens to which the model gives the highest probability.
 
         Returns:

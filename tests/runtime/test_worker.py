@@ -75,7 +75,7 @@ def test_a_process_leaves_its_group_although_another_is_gone_and_the_group_canno
         torch.distributed.barrier()
         if rank == 1:
             os._exit(3)
-        # gloo's own thread has hung like this when another process had closed its connections.
+        # The real function has hung like this after another process had closed its connections.
         torch.distributed.destroy_process_group = lambda: time.sleep(1e6)
         leave_group(5)
 

@@ -214,7 +214,7 @@ def test_the_trained_head_finds_blanks_among_other_positions(prepared, uninterru
     reader = StoreReader(FeatureStore(prepared[2], model.spec.fingerprint(), model.trained.features.dtype))
     features = [reader.read(utterance) for utterance in read_manifest(f"{prepared[1]}/train.jsonl")]
     outputs, head = slam.projector(features), slam.blank_filter.head
-    # The tiny models are random, and so is the threshold that divides their positions.
+    # The tiny models have random weights, so no fixed threshold would divide the positions. The median does.
     scores = head(outputs.float()).log_softmax(1)[:, BLANK].double()
     blanks = BlankFilter(head, float(scores.median().exp())).find(outputs)
     assert 0 < int(blanks.sum()) < len(blanks)
