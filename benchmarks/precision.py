@@ -22,7 +22,7 @@ from slam_asr.models.precision import DTYPES, pick_device
 from slam_asr.pretrained.locate import locate_model
 
 UTTERANCES, POSITIONS, ANSWER = 8, 55, 12
-"""Utterances, LLM positions per utterance and positions of its answer, as in a micro-batch of the demo."""
+"""Size of the LLM's batch: utterances, LLM positions per utterance, and positions of its answer."""
 
 
 def main() -> None:

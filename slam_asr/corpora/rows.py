@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-"""Suffixes of the files that `Table.find` looks for. JSON lines and arrow are read only in Hugging Face
-datasets."""
+"""Suffixes of the files that `Table.find` looks for. This module reads JSON lines and arrow too, but only for
+Hugging Face datasets."""
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
 """Numbers of rows that are decoded at once, in tables with and without cells that may contain audio.

@@ -174,7 +174,7 @@ class ExtractionPlan:
         """Return whether a shard must be computed: it is in no index and has no receipt, or it was lost."""
         if isin_sorted(shard.audio.audio_ids, self.indexed.columns["address"]).all():
             return False
-        # With the listing of receipts, a shard that has none needs no request to the store.
+        # The receipts were listed at the start, so a shard without a receipt needs no request to the store.
         receipt = self._read_receipt(shard) if shard.receipt in self._receipts else None
         if receipt is None:
             return True

@@ -49,7 +49,7 @@ def expand_for_beams(
 
     Args:
         cache: keys and values of audio and prompt, one row per utterance. Its layers are replaced, and the
-            replaced layers' tensors are released.
+            replaced layers no longer hold tensors.
         beams: number of adjacent rows that each utterance gets.
         max_new_tokens: capacity for generated tokens, in positions.
         mask: [utterances, positions] int64, 0 on padding, if the beams share the prefix; None for one copy of

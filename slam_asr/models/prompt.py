@@ -106,7 +106,7 @@ class Prompt:
         return text.strip()
 
     def texts_around_audio(self, prompt: str, template: str) -> tuple[str, str]:
-        """Return the texts before and after the audio, for a prompt in a template as in the recipe."""
+        """Return the texts before and after the audio, with the prompt filled into `llm.template`'s value."""
         if self.chat:
             before, _, text = _chat(
                 self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True

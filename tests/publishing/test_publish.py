@@ -63,7 +63,7 @@ def test_a_published_version_has_the_models_address_its_wer_and_the_digests_of_i
     assert line in copy and copy == report.replace(heading, heading + line)
 
 
-def test_registered_run_has_the_id_of_its_notice_and_records(
+def test_version_names_the_run_by_the_id_that_its_notice_and_records_use(
     registry, trained, recipe_with, tmp_path, monkeypatch
 ):
     monkeypatch.setenv(RUN, "run-8")
@@ -253,7 +253,7 @@ def test_report_of_another_model_and_a_folder_without_a_model_are_refused(
 
 
 @pytest.mark.slow
-def test_by_hand_the_model_comes_first_and_its_own_recipe_is_the_default(registry, trained, tmp_path):
+def test_command_takes_the_model_first_and_the_models_recipe_by_default(registry, trained, tmp_path):
     model, scores = trained("good", wrong=10)
     output = ("--report", scores, "--output", str(tmp_path / "out"), "--publish.registry", "kubeflow")
     record = cli.run("publish", [model, *output, "--publish.name", "by hand", "--gate.max_wer", "1"])

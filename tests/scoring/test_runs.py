@@ -84,7 +84,7 @@ def test_the_order_of_the_runs_does_not_matter(runs, tmp_path):
     assert compare_runs(runs[::-1], str(tmp_path / "{fingerprint}")).folder == first.folder
 
 
-def test_runs_of_different_tests_have_no_difference(runs, tmp_path):
+def test_a_run_tested_on_other_utterances_has_no_p(runs, tmp_path):
     other = write_run(tmp_path / "other", "other", 20, count=38)
     record = compare_runs([*runs, other], str(tmp_path / "out"))
     rows = {row["name"]: row for row in json.loads(record.file("runs.json").read_text())["runs"]}

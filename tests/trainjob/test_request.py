@@ -121,7 +121,7 @@ def test_the_request_contains_the_settings_of_the_pods(kubernetes):
 
 
 def test_the_nodes_command_works_on_the_real_command_line(monkeypatch):
-    """The recipe arrives unchanged, and requires the number of nodes that Trainer's variables give."""
+    """The recipe arrives unchanged, and its number of nodes matches Trainer's variables."""
     from slam_asr import cli
 
     recipe = load_recipe("demo", {"training.nodes": 2, "llm.prompt": "Quotes ' \" and\nlines: ü "})

@@ -1,4 +1,4 @@
-"""transformers' pipeline for this model. It needs only torch and transformers, and soxr to resample.
+"""transformers' pipeline for this model. It needs torch, transformers, and soundfile and soxr to read files.
 
 transformers' own pipeline for speech recognition treats every model that it does not know as a CTC model.
 """
@@ -20,7 +20,7 @@ class SlamAsrPipeline(Pipeline):
     `raw`) and `sampling_rate`. The result is a dictionary with the `text`.
     """
 
-    # transformers declares these switches as None.
+    # The type is `Any`, because transformers declares the `_load_` switches as None.
     _load_processor: Any = True
     _load_tokenizer: Any = False
     _load_feature_extractor: Any = False
