@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from slam_asr.runtime.environment import HUGE_PAGES, TUNABLES
 
 WORK = "passes"
-"""Argument with which this program does the work that is measured if no command is given."""
+"""Argument with which this program only makes the six passes: the command that is measured by default."""
 
 
 @dataclass

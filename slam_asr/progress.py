@@ -47,7 +47,7 @@ class Meter:
         self.note = note or self.note
         if self.bar is not None:
             if note:
-                # `update` redraws the bar, at most ten times a second; a refresh here would redraw it at
+                # `bar.update` redraws the bar, at most ten times a second; a refresh here would redraw it at
                 # every call.
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(amount)

@@ -1,9 +1,9 @@
 """Starts a program again after a failure of a GPU's driver, which usually does not come a second time.
 
 After an error of CUDA, all further calls of the same process fail too, so the program replaces itself; each
-stage finds again what it had finished. Kubeflow would not do it: since 2.17.0, it starts a step again only if
-its pod is lost, drained or preempted. The processes of a training run on one machine are started again by
-`training.launch` instead; a training run on several machines is not started again.
+stage finds again what it had finished. Kubeflow would not start the program again: since 2.17.0, it starts a
+step again only if its pod is lost, drained or preempted. The processes of a training run on one machine are
+started again by `training.launch` instead; a training run on several machines is not started again.
 """
 
 import os

@@ -201,7 +201,7 @@ def test_a_segment_equals_the_same_part_of_the_complete_file(tmp_path, suffix, r
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100])
 @pytest.mark.parametrize("duration", [0.1, 0.33337, 1.00001])
-def test_a_segment_of_its_measured_duration_has_the_same_length_again(tmp_path, rate, duration):
+def test_a_segment_that_is_loaded_with_its_measured_duration_has_this_length(tmp_path, rate, duration):
     path = write_wav(tmp_path / "x.wav", noise(2.0, rate), rate)
     measured = read_clip(path, start=0.7, duration=duration).duration
     again = load_utterance(Utterance("a", str(path), "x", measured, start=0.7))

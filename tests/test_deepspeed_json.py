@@ -193,7 +193,7 @@ def test_the_key_names_exist_in_the_installed_deepspeed():
 
 
 @pytest.mark.parametrize("form", ["path", "keys"])
-def test_on_a_stages_command_line_it_is_refused_with_a_pointer_to_the_recipes_file(tmp_path, form):
+def test_deepspeeds_json_on_a_stages_command_line_is_refused_and_the_recipes_file_is_named(tmp_path, form):
     from slam_asr.cli import run
 
     path = tmp_path / "ds.json"

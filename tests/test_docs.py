@@ -132,7 +132,7 @@ def commands(page, program):
 
 
 def every_command(program):
-    """Make (page, words) of each command on all pages the parameters of a test."""
+    """Return a decorator that parametrizes a test by (page, words), for each command on all pages."""
     found = [(page, words) for page in PAGES for words in commands(page, program)]
     names = [f"{page_id(page)}: {' '.join(words[: len(program.split()) + 1])}" for page, words in found]
     return pytest.mark.parametrize(("page", "words"), found, ids=names)

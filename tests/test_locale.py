@@ -27,7 +27,7 @@ def without_encoding(tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: {ast.unparse(node)[:60]}"
 
 
-def test_every_text_file_and_every_program_names_its_encoding():
+def test_every_call_that_reads_or_writes_text_names_its_encoding():
     found = [
         f"{file.relative_to(ROOT)}, {call}"
         for folder in FOLDERS

@@ -57,8 +57,8 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
         the number of attention heads are arrays without dimensions.
 
     Raises:
-        ModelError: the file is truncated, is not a Whisper in format version 6, or has a tensor of another
-            dtype, such as bfloat16.
+        ModelError: the file is truncated, is not a Whisper in format version 6, or has a tensor whose dtype
+            cannot be converted, such as bfloat16.
     """
     with open(path, "rb") as file:
 
@@ -146,8 +146,8 @@ def convert_whisper(weights: Path, source: Path, folder: Path) -> None:
         folder: an existing folder for the result.
 
     Raises:
-        ModelError: the weights are truncated, are not a Whisper in format version 6, or have another dtype;
-            see `read_variables`.
+        ModelError: the weights are truncated, are not a Whisper in format version 6, or have a dtype that
+            cannot be converted; see `read_variables`.
     """
     import torch
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration

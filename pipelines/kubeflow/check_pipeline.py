@@ -25,8 +25,8 @@ from slam_asr.version import source_digest
 NAME = "slam-asr-doctor"
 DESCRIPTION = "Check from inside a pod of each step what runs need: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
-"""Steps with settings of their own: those of the training pipeline. `run_view` shows the same steps for the
-pipeline of checks, because the name of its workflow begins with `slam-asr-` too."""
+"""Steps with settings of their own, which are the steps of the training pipeline. `run_view` shows them for
+the pipeline of checks too: its workflow's name begins with `slam-asr-`, as the training pipeline's does."""
 _MINUTES = 10
 """Time limit in minutes of a pod, a TrainJob and each of its pods."""
 

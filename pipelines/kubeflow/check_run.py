@@ -18,7 +18,8 @@ from slam_asr.errors import UserError
 from slam_asr.findings import BAD, UNKNOWN, Finding, parse_finding
 
 _HOPELESS = ("for its image", "for its secret", "for its configuration")
-"""Beginnings of details of pods that wait until somebody acts. After `_GRACE` seconds they are given up."""
+"""Beginnings of `RunStep.detail` for a pod that cannot start before somebody acts. After `_GRACE` seconds,
+the step is given up."""
 _GRACE = 30.0
 _HEADING = re.compile(r"── (\S+) \(")
 """The line before the log of each pod, as `LogReader` prints it."""

@@ -63,7 +63,8 @@ def doctor(arguments: list[str]) -> int:
         "--nodes",
         type=int,
         default=1,
-        help="with --run: also start a TrainJob with this many pods, which must reach each other",
+        help="with --run: also start a TrainJob with this many pods, which must reach each other; 1 starts "
+        "no TrainJob",
     )
     parser.add_argument(
         "--patience",

@@ -82,8 +82,8 @@ class LogReader:
 
         Raises:
             ConfigurationError: there is no such step.
-            ClusterError: neither a pod nor an archived log was found. Permission is missing, the API does
-                not answer, no pod exists yet, or all were deleted.
+            ClusterError: no log can be read, because permission is missing, the API does not answer, no pod
+                exists yet, or all were deleted.
         """
         if step is not None and step not in STEPS:
             raise ConfigurationError(f"There is no step {step}: --step may be {', '.join(STEPS)}.")

@@ -80,7 +80,7 @@ def submitter() -> str:
 def run_name(recipe: Recipe) -> str:
     """Return the default display name of a run: recipe, a digest of its values, and local time.
 
-    The dashboard's list cuts names after about 30 characters, so the distinctive part comes first.
+    The dashboard's list cuts names after about 30 characters, so the time comes last.
     """
     values = asdict(recipe)
     return f"{recipe.name} {digest(values)[:6]} {datetime.now().strftime(_TIME_FORMAT)}"
@@ -208,7 +208,7 @@ def retry(
 def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple[str, str]:
     """Start a run of the same version of the pipeline with the same parameters.
 
-    It resolves the launcher's configuration again, and its stages find the finished results of the other run.
+    The new run resolves the launcher's configuration again. Its stages find the finished results of `run`.
 
     Returns:
         The id and the name of the new run.

@@ -7,7 +7,7 @@ saved its progress. In an output path, `{fingerprint}` is replaced by the digest
 can hold the results of many recipes.
 
 A step of a pipeline passes its folder to the next step as a pointer: a small JSON file with the folder's
-address (`uri`), the SHA-256 of its record, and its size. The next program opens the folder itself. The run's
+address (`uri`) and size, and the SHA-256 of its record. The next program opens the folder itself. The run's
 recipe travels in the pointer, so that a step of a pipeline needs no input besides earlier results.
 
 A folder may be in object storage. The work is then done on local disk and uploaded when it is finished, with

@@ -58,7 +58,7 @@ def separates_words(texts: Iterable[str]) -> bool:
     """
     words = unspaced = 0
     for text in texts:
-        # Python recognises ASCII text in constant time. It needs no regular expression.
+        # ASCII text needs no regular expression, and Python recognises it in constant time.
         others, count = (text, 0) if text.isascii() else _UNSPACED_CHARACTER.subn(" ", text)
         words += len(others.split())
         unspaced += count

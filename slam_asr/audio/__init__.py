@@ -29,7 +29,7 @@ from slam_asr.audio.faults import (
     NO_SEGMENTS,
     TOO_LONG,
     AudioError,
-    LengthError,
+    StructureError,
 )
 from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mixdown import SAMPLE_RATE, Mixdown
@@ -195,7 +195,7 @@ def count_samples(path: str | os.PathLike) -> int:
             return round(frames * SAMPLE_RATE / sound.sample_rate)
     except ContainerFault:
         return 0
-    except LengthError:
+    except StructureError:
         if _is_media(file):
             return 0
         try:
@@ -265,7 +265,7 @@ def _sha256_of_local(file: Path) -> str:
 # segments of many files.
 @functools.lru_cache(maxsize=1024)
 def _cached_sha256(file: str, size: int, modified_ns: int) -> str:
-    """Hash a file; `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
+    """Hash a file. `size` (bytes) and `modified_ns` are only cache keys: a changed file is hashed again."""
     return sha256_of_file(file)
 
 
@@ -307,7 +307,7 @@ def _clip(
         except (soundfile.LibsndfileError, MemoryError, ValueError) as error:
             raise AudioError(f"{path} is damaged: it cannot be decoded to its end.") from error
         except ContainerFault as fault:
-            raise LengthError(f"{path} {fault}.") from fault
+            raise StructureError(f"{path} {fault}.") from fault
     if mixdown.count < count - (ESTIMATE_ERROR * sound.frames if sound.estimated else 0):
         raise AudioError(
             f"{path} is damaged: it should have {first + count} samples, but only {first + mixdown.count} "

@@ -24,7 +24,7 @@ class AudioError(InputError):
         self.reason = reason
 
 
-class LengthError(AudioError):
+class StructureError(AudioError):
     """An audio file with a fault of its structure.
 
     It holds less or more than its header announces, is damaged between its frames, changes its sample rate or

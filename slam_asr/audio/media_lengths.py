@@ -178,7 +178,7 @@ def _check_amr(stream: BinaryIO, size: int) -> None:
     stream.seek(0)
     content = stream.read()
     while position < size:
-        # A frame's first byte has its type in the 4 bits after the first.
+        # A frame's first byte has the frame's type in the 4 bits after its first bit.
         position += sizes[content[position] >> 3 & 15]
     if position > size:
         raise ContainerFault(TRUNCATED_TEXT)

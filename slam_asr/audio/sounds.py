@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import EMPTY, NOT_AUDIO_TEXT, AudioError, LengthError, more_than_announced
+from slam_asr.audio.faults import EMPTY, NOT_AUDIO_TEXT, AudioError, StructureError, more_than_announced
 from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.media import open_media
 from slam_asr.audio.media_lengths import kind_of
@@ -31,7 +31,8 @@ _SAMPLE_BYTES = {
 }
 """Bytes of a sample, by libsndfile's name of the encoding. Compressed encodings are missing."""
 _NO_LENGTH = 2**62
-"""libsndfile reports its maximum, 2**63 - 1, if a header has no length, and for an Ogg file that was cut off
+"""Number of samples from which on the length counts as unknown. libsndfile reports its maximum, 2**63 - 1, if
+a header has no length, and for an Ogg file that was cut off
 (https://github.com/libsndfile/libsndfile/issues/989)."""
 _BLOCK = 2**22
 """Samples of all channels together that are decoded at once: 17 MB."""
@@ -80,8 +81,8 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: the file's name in messages.
 
     Raises:
-        LengthError: the file holds less or more than its header announces, is damaged in its structure, or is
-            encrypted.
+        StructureError: the file holds less or more than its header announces, is damaged in its structure, or
+            is encrypted.
         AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
             sample rate or number of channels changes.
         ConfigurationError: the file needs PyAV, and that is not installed.
@@ -98,7 +99,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             if announced is not None and len(sounds) == 1:
                 _limit_frames(sounds[0], announced)
         except ContainerFault as fault:
-            raise LengthError(f"{path} {fault}.") from fault
+            raise StructureError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # libsndfile's message is not quoted: it is global to all threads and may be about another file.
             raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
@@ -153,7 +154,7 @@ def _opened(
             soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file))
         )
     except soundfile.LibsndfileError:
-        if head.startswith(b"caff"):  # libsndfile reads CAF only with plain samples, and some with ALAC
+        if head.startswith(b"caff"):  # libsndfile reads CAF with plain samples, but only some with ALAC
             return [_of_media(stream, "caf", path)]
         raise
     layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
@@ -211,7 +212,7 @@ _FINDERS: dict[str, Callable[[bytes], _Layout | None]] = {
 
 @functools.lru_cache(maxsize=64)
 def _cached_layout(file: str, format: str, size: int, modified_ns: int) -> _Layout:
-    """Search a file. `size` (bytes) and `modified_ns` only make the cache miss when the file has changed."""
+    """Search a file. `size` (bytes) and `modified_ns` are cache keys: a changed file is searched again."""
     return _FINDERS[format](Path(file).read_bytes()) or []
 
 

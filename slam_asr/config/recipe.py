@@ -96,7 +96,7 @@ class Recipe:
             yield f"{self.name!r} cannot be the name of a registered model: set publish.name."
         # load_recipe() has already moved DeepSpeed's settings, from a file or from its `overrides`, into the
         # recipe's own keys. Options on the command line do not go through load_recipe(), so settings that
-        # adopt() would still move here are refused.
+        # adopt() would still move are refused here.
         remaining: dict[str, Any] = {"deepspeed": self.training.deepspeed}
         adopt({"training": remaining}, f"Recipe {self.name}")
         if remaining != {"deepspeed": self.training.deepspeed}:

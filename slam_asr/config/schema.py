@@ -280,7 +280,7 @@ def nearest(word: str, known: list[str]) -> str:
 def _check_keys(values: dict[str, Any], section: type, prefix: str, where: str, all_keys: list[str]) -> None:
     """Refuse unknown keys, and two kinds of values that jsonargparse would accept.
 
-    These are null where a value is required, and, as the value of a section, anything but keys.
+    These are null where a value is required, and a section whose value is not a mapping of keys.
     """
     known = {f.name: f for f in fields(section)}
     for key, value in values.items():

@@ -89,8 +89,8 @@ class Training:
     step is skipped, and its utterances are written to nonfinite.jsonl. In fp16, steps that are skipped while
     the loss scale adapts do not count."""
     checkpoint_every: int = bounded(1000, at_least=0)
-    """Steps between checkpoints; 0: by time alone. Training also saves one at its end, at the end of the
-    beginning, and at each validation with the lowest dev loss so far."""
+    """Steps between checkpoints; 0: by time alone. Training also saves one at its end, when
+    `projector.beginning` is over, and at each validation with the lowest dev loss so far."""
     checkpoint_minutes: float = bounded(10.0, at_least=0.0)
     """Maximum minutes between checkpoints. This much work can be lost if a cluster leaves too little time for
     a last checkpoint when it ends the pod. 0: by steps alone."""

@@ -180,7 +180,7 @@ def varied(recipe: Recipe, variation: Variation) -> Recipe:
 def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) -> None:
     """Refuse variations with the same training: in parallel, they would write the same checkpoints.
 
-    Trainings are the same if they give the same weights, for example with two engines.
+    Trainings are the same if they give the same weights, even if their engines, for example, differ.
 
     Raises:
         ConfigurationError: two variations have the same training. The message names both.

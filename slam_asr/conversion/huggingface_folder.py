@@ -263,7 +263,7 @@ def add_audio_token(
     """
     audio = next(token for token in _AUDIO_TOKENS if token not in tokenizer.get_vocab())
     if embeddings is not None and len(tokenizer) >= embeddings:
-        # A new token would need one more embedding than the LLM has, so an existing one takes its place.
+        # A new token would need one more embedding than the LLM has, so an existing token is used instead.
         audio = _unused_token(tokenizer, prompt, recipe, embeddings)
     before, after = _texts_in_jinja(prompt, recipe, bos)
     if audio not in tokenizer.get_vocab():

@@ -106,7 +106,8 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
     ctc = recipe.decoding.ctc_weight
-    # The hub reads these rates from the front matter and shows them beside the card, as those of this folder.
+    # The hub shows the rates in `model-index` as those of this folder, which decodes without CTC: rates that
+    # were measured with CTC are left out.
     if ctc:
         front.pop("model-index", None)
     elif report:

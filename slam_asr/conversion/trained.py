@@ -2,8 +2,8 @@
 
 The model is first compared with the recipe. The recipe determines how features are extracted, and a model
 that was trained on other features would otherwise be refused only after hours of extraction. Between the
-pipeline's steps only a pointer to a finished stage's folder is passed, so a model without a stage's record
-(a shipped or a downloaded one) is copied into the store, where it gets one.
+pipeline's steps only a pointer to a finished stage's folder is passed. So a shipped or downloaded model,
+which has no stage's record, is copied into the store, and the copy gets a record.
 """
 
 import shutil

@@ -93,9 +93,7 @@ def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: 
     try:
         llm, lazy_weights = describe_lazy_llm(base, torch.float32, trust)
     except NotLazilyLoadable:
-        llm = load_merged_llm(adapter, recipe)
-        # transformers wraps `to` in a decorator that loses its signature.
-        llm.to(dtype).save_pretrained(folder)
+        load_merged_llm(adapter, recipe).to(dtype).save_pretrained(folder)
     else:
         # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
         written, _ = describe_lazy_llm(base, dtype, trust)

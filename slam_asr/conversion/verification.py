@@ -181,7 +181,7 @@ def _probe_losses(
 
     Args:
         recipe: the training's recipe, which decides on LoRA, prompt and downsampling.
-        llm_folder: folder of the LLM whose weights those of `models` replace.
+        llm_folder: folder of the LLM. The weights of `models` replace its own weights of the same names.
         encoder_width: values per frame.
         models: the trained weights.
 

@@ -54,7 +54,8 @@ _FILE_NUMBER = re.compile(r"(?:^|[-_.])\d{4,5}(?:-of-\d{4,5}(?:-[0-9a-f]{16})?)?
 Older versions of the datasets library add a digest: `train-00000-of-00002-a1b2c3d4e5f6a7b8.parquet`.
 """
 _UNNAMED = re.compile(r"\s*|Unnamed: \d.*|__index_level_\d+__")
-"""Matches names of columns without a name: in csv, in what pandas makes of such a csv, and in parquet."""
+"""Matches what stands for a missing column name: blanks in a csv, `Unnamed: 0` in a csv that pandas has read
+and written, and `__index_level_0__` in parquet."""
 _MISSING = {"", "#N/A", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 """Texts that pandas reads as a missing value. Here they mean an unknown speaker."""
 _COLUMN, _PATH, _SUBSET_AND_PATH, _ROW = range(4)

@@ -114,7 +114,7 @@ class Model:
         return slam.eval().requires_grad_(False)
 
     def require_ctc_head(self, options: Decoding) -> None:
-        """Refuse a model without a CTC head that the options or its own recipe need.
+        """Refuse a model that has no CTC head, if the options or its own recipe need one.
 
         Raises:
             ConfigurationError: the options request CTC's scores, but the model has no CTC head.

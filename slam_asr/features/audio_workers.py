@@ -74,7 +74,7 @@ class AudioLoader:
 
         A batch is yielded once enough utterances of later batches are queued: at least as many as the batch
         has, and at least two per worker. Workers therefore have work while the caller encodes the batch. At
-        the end, the remaining batches are yielded at once.
+        the end, the remaining batches are yielded without waiting for others.
 
         Args:
             batches: pairs of a tag, which is returned unchanged, and a list of utterances.

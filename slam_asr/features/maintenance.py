@@ -133,7 +133,7 @@ def verify_store(store: str, repair: bool = False) -> None:
             if not intact:
                 damaged.append(namespace.shard_path(shard.name))
             meter.update()
-    # All of these shards are logged before the error, whose message has only their numbers.
+    # All damaged and lost shards are logged before the error, whose message only counts them.
     for path in (*damaged, *lost):
         log_line(f"{path}: {'damaged' if path in damaged else 'missing or cut short'}")
     if not damaged and not lost:

@@ -220,7 +220,7 @@ def without_penalties(generation: GenerationConfig, scores: bool = False) -> Gen
         generation: same configuration as for `beam_search`.
         scores: whether `generate` returns the answers' scores along with their ids.
     """
-    # The caller uses its own configuration again for the next batch, and that one must retain its penalty.
+    # A copy, because the caller uses its own configuration, with its penalty, again for the next batch.
     generation = copy.copy(generation)
     generation.repetition_penalty = 1.0
     generation.return_dict_in_generate = True

@@ -99,7 +99,7 @@ class CtcScorer:
         """[rows] float64: log ψ of each row's hypothesis."""
         self._last = torch.full((rows,), -2, device=stops.device)
         """[rows] int64: column of each hypothesis' last token. -2 before the first, and -1 for an unknown
-        token, which cannot be repeated."""
+        token, which `_before` never counts as a repetition."""
         self._columns = spelling.first_columns
 
     def add(self, log_probabilities: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,8 @@ class CtcScorer:
         scores, tokens = rows.topk(min(CANDIDATES, rows.shape[1]))
         ends = torch.isin(tokens, self.stops)
         prefixes = self._prefix_scores(tokens)
-        # An answer that ends here has been spelled completely: its last token, and blanks.
+        # For an answer that ends here, only the paths count that spell it and nothing more: they end with its
+        # last token (n) or with a blank (b).
         complete = torch.logaddexp(self._n[:, -1], self._b[:, -1])
         prefixes = torch.where(ends, complete[:, None], prefixes)
         gains = (prefixes - self._prefix[:, None]).to(scores.dtype)

@@ -56,9 +56,9 @@ class CtcVocabulary:
         """Return the index in `token_ids` of each of the LLM's tokens.
 
         The index may be different for an answer's first token. CTC spells every word with a space before it,
-        including the first. The LLM's answer begins without this space, unless `llm.answer_prefix` ends with
-        one. Its first token therefore gets the index of the same token with a space. With such a prefix, the
-        caller uses the indices of tokens within an answer for the first token too.
+        including the first. The LLM's answer begins without this space, so its first token gets the index of
+        the same token with a space. If `llm.answer_prefix` ends with a space, the answer begins with one; the
+        caller then uses the indices of tokens within an answer for the first token too.
 
         Args:
             vocabulary: number of the LLM's tokens.

@@ -172,7 +172,7 @@ class Slam(nn.Module):
         given, spelling = batch, None
         batch, embeddings = self.prepare(given)
         if ctc_weight:
-            assert self.speller is not None and self._projected is not None, "the model was loaded with it"
+            assert self.speller is not None and self._projected is not None, "the model has a speller"
             spelling = self.speller.spell(self._projected, given.positions)
         self._projected = None
         answers = beam_search(self.llm, embeddings, batch.mask, generation, spelling, ctc_weight)

@@ -139,8 +139,8 @@ class Shapes:
     def scores_in_chunks(self) -> bool:
         """Whether training computes logits one chunk at a time.
 
-        Training decides by the same conditions, but it asks the LLM with its weights: it calls
-        `answer_loss.allows_chunks`, unless the ZeRO stage is 3.
+        Training has the same conditions, but checks them on the LLM with its weights, by
+        `answer_loss.allows_chunks` (not called under ZeRO stage 3).
         """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
         if (

@@ -141,8 +141,7 @@ def short_name(numbers: dict[str, Any]) -> str:
     """The short name of a report's rate: `WER`, or `CER` if characters are counted.
 
     Args:
-        numbers: content of a `wer.json`. Files written by version 0.1.0 have no `unit`; they always count
-            words.
+        numbers: content of a `wer.json`. Older files have no `unit`; they always count words.
     """
     return "CER" if numbers.get("unit") == "characters" else "WER"
 

@@ -137,8 +137,8 @@ class Service:
             return clip.duration, recognizer.pieces(clip.samples)
 
         async with self._decoders:
-            # The semaphore is held during this wait too. Beyond the limit, at most one more recording per
-            # core is therefore decoded.
+            # The semaphore is held during this wait too, so that at most one recording per core is decoded
+            # beyond the limit.
             # Nothing is awaited between the check and `clear`, so no release is missed.
             while self._seconds >= MAX_SECONDS_IN_MEMORY:
                 self._freed.clear()

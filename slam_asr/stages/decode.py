@@ -118,7 +118,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
 
     def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
         same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
-        # A model contains its fully trained encoder or LLM, and `open_model` then refuses any other name.
+        # A fully trained encoder or LLM is in the model folder, and `open_model` refuses another name for it.
         return requested.name if same and own.tuning != "full" else own.name
 
     return replace(

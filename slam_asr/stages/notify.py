@@ -29,11 +29,11 @@ RESULTS = ("compare-runs", "score")
 
 
 def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
-    """Send a notice that the run of this pod has ended. No problem fails the run.
+    """Send a notice that the run of this pod has ended. A problem with it never makes the run fail.
 
-    A line is logged if the notice is not sent, or if it lacks the result because the store cannot be read. If
-    the API does not answer, nothing is logged, and the notice lacks the run's name and the reason of a
-    failure.
+    One line is logged about the outcome, and another if the notice lacks the result because the store cannot
+    be read. If the API does not answer, this is not logged, and the notice lacks the run's name and the
+    reason of a failure.
 
     Args:
         store: store of the run.
@@ -116,7 +116,7 @@ def _ask(address: str) -> dict[str, Any]:
 
 
 def _result(store: str, run_id: str) -> str:
-    """Return the summary of the run's last result; empty if the store cannot be read."""
+    """Return the summary of the run's result (see `RESULTS`); empty if the store cannot be read."""
     try:
         summaries = {step.stage: step.summary for step in read_steps(store, run_id)}
     except UserError as error:

@@ -70,11 +70,11 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
     }
 
     if not separates_words(row.reference for row in rows):
-        # Without this key, a report of version 0.1.0, which counts words in any language, would be reused.
+        # Without this key, an older report, which counts words in any language, would be reused.
         inputs["unit"] = "characters"
     for name in (NBEST, AUDIO):
-        # The key is left out if no part has such a file: reports without them have the same fingerprint as
-        # before.
+        # The key is left out if no part has such a file: the report then has the same fingerprint as in
+        # versions without these files.
         if of_parts := _files_named(records, name):
             inputs[name] = [sha256_of_file(file) for file in of_parts]
 
@@ -169,6 +169,6 @@ def _complete_parts(records: list[Record]) -> list[Record]:
 
 
 def _numbers(record: Record) -> tuple[int, int]:
-    """Return a record's work shard i/n as (i, n). Version 0.1.0 wrote none for a decoding in one part."""
+    """Return a record's work shard i/n as (i, n). Older records of a decoding in one part have none."""
     number, total = record.inputs.get("part", "1-of-1").split("-of-")
     return int(number), int(total)

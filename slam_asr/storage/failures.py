@@ -144,7 +144,7 @@ def _is_permanent_tls_failure(error: Any) -> bool:
 
 
 def _by_name(names: dict[T, str]) -> dict[str, T]:
-    """Return a table from each name to its meaning, given the names of each meaning, separated by spaces."""
+    """Invert a table from meanings to their names, separated by spaces: return the meaning of each name."""
     return {name: meaning for meaning, group in names.items() for name in group.split()}
 
 

@@ -177,5 +177,5 @@ def token_embeddings(
     for weight in lazy_weights:
         if any(module is layer for module, _ in weight.places):
             weight.put(weight.read_into(torch.empty(weight.parameter.shape, dtype=dtype)))
-    # The layer is called, not its weight indexed, because some LLMs (Gemma) scale embeddings in this layer.
+    # Call the layer instead of indexing its weight: some LLMs (Gemma) scale embeddings in this layer.
     return layer(torch.tensor(token_ids)).float().clone()

@@ -149,8 +149,8 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         encoder: number of the encoder's parameters, used if the encoder is not a child of the model.
 
     Returns:
-        (all parameters, trained ones) of `projector`, `llm` and `encoder`. In the beginning, `head` takes the
-        place of `llm`.
+        (all parameters, trained ones) of `projector`, `llm` and `encoder`. In the phase `beginning`, `head`
+        takes the place of `llm`.
     """
     counts = {
         name: (

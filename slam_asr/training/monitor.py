@@ -276,7 +276,7 @@ class Plateau:
         """Add the accuracy of a step.
 
         Args:
-            step: number of the step, counted from 1 at the end of the beginning.
+            step: number of the step in the phase `MAIN`, from 1.
             accuracy: share of the target tokens to which the model gives the highest probability.
 
         Returns:

@@ -24,7 +24,7 @@ from slam_asr.training.prefetch import prefetch
 
 
 class StopRequest:
-    """Remembers a signal. The loop checks for one at the end of each step, and a validation after each batch.
+    """Remembers a signal. The loop checks for one after each step, and so does a validation after each batch.
 
     Kubernetes sends SIGTERM to a preempted pod and kills it after a grace period, by default 30 seconds. That
     is enough for a last checkpoint. A terminated run of Kubeflow Pipelines leaves only about one second.

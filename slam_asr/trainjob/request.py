@@ -46,9 +46,9 @@ class TrainJobClient:
         self.custom_api = self.client.backend.custom_api
         self.owner = owner_of_this_step(self.core_api, placement.namespace)
         # The SDK has no option for a job's owner, and sets every resource's limit to its request.
-        # `_send_completed` therefore changes both in the request that the SDK sends.
+        # `_send_with_owner_and_limit` therefore changes both in the request that the SDK sends.
         self._send = self.custom_api.create_namespaced_custom_object
-        self.custom_api.create_namespaced_custom_object = self._send_completed
+        self.custom_api.create_namespaced_custom_object = self._send_with_owner_and_limit
 
     def create(self, name: str, nodes: int, command: list[str]) -> None:
         """Create a TrainJob.
@@ -104,7 +104,7 @@ class TrainJobClient:
                 f"cannot become its owner ({cause_of(error)})"
             )
 
-    def _send_completed(
+    def _send_with_owner_and_limit(
         self, group: str, version: str, namespace: str, plural: str, job: dict[str, Any], **options: Any
     ) -> Any:
         """Add the owner and the limit on cores to the SDK's request for a job, and send the request."""

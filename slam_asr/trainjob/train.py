@@ -95,8 +95,8 @@ def in_this_namespace(placement: Placement) -> Placement:
     """Return the settings with the namespace in which this pod runs. Outside a pod, nothing changes.
 
     A single-user Kubeflow runs everything in its own namespace, whatever the profile says. The service
-    account, the secrets and the volumes are in that namespace. So is the job's owner, whose namespace the job
-    must share.
+    account, the secrets and the volumes are in that namespace. The job's owner is there too, and a job must
+    be in the namespace of its owner.
     """
     try:
         here = NAMESPACE_FILE.read_text(encoding="utf-8").strip()

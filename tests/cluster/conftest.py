@@ -29,7 +29,7 @@ PROFILE, IMAGES = "SLAM_ASR_CLUSTER", "SLAM_ASR_CLUSTER_IMAGES"
 STEPS = ("build-manifest", "extract-features", "train", "convert-checkpoint", "decode", "score")
 CHECKPOINTS = ["--training.checkpoint_every", "5"]
 """Recipe keys of the runs that are compared: the demo takes 40 steps, and a checkpoint every few steps lets
-an interrupted training run resume in the middle. It changes no loss."""
+an interrupted training run resume in the middle. Checkpoints change no loss."""
 PATIENCE = 3600.0
 """Maximum time in seconds until a run has the state that a test needs. On two cores, an earlier and larger
 demo took 17 minutes."""

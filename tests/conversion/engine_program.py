@@ -19,7 +19,10 @@ STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 
 
 class Model(torch.nn.Module):
-    """A model with odd sizes, so that no two slices are equal, and a frozen part, which no checkpoint has."""
+    """A model with 117 trained weights, which ranks cannot share equally, and a frozen part.
+
+    No checkpoint has the frozen part.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -245,7 +245,7 @@ def test_a_failed_run_removes_the_manifests_of_an_earlier_one(corpus, tmp_path):
     assert_no_manifest(tmp_path / "out")
 
 
-def test_without_a_subset_for_dev_a_fixed_share_of_train_is_held_out(corpus, tmp_path, capsys):
+def test_without_a_subset_for_dev_utterances_of_train_are_held_out_by_their_keys(corpus, tmp_path, capsys):
     shutil.rmtree(corpus / "dev-other")
     first = build_manifest(recipe(dev_fraction=0.2), str(corpus), str(tmp_path / "one"))
     line = re.search(

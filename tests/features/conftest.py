@@ -25,7 +25,7 @@ def utterances_in(folder: Path, lengths=LENGTHS, first=0) -> list[Utterance]:
 
 @pytest.fixture
 def many(tmp_path):
-    """Write a manifest of fifty utterances, which fill five shards with the options `SMALL`."""
+    """Write a manifest of fifty utterances. They fill five shards with the options `test_extract.SMALL`."""
     utterances = utterances_in(tmp_path / "audio", [0.2 + 0.01 * i for i in range(50)])
     write_manifest(tmp_path / "many.jsonl", utterances)
     return tmp_path / "many.jsonl"

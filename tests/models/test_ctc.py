@@ -56,7 +56,7 @@ def test_utterances_that_are_all_too_short_for_a_position_have_no_loss(distance_
     batch = CtcBatch([torch.randn(1, 6)] * 2, [0, 0], targets, distance_weight=distance_weight)
     loss, sums = model(batch)
     loss.backward()
-    # Every token counts as an error.
+    # No token counts as correct: the second sum is the tokens minus the errors.
     assert loss == 0 and sums.tolist() == [0, 0, 3]
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Code that comes with a model never runs, and no question is asked, unless the user's recipe allows it."""
+"""Code that comes with a model runs only if the user's recipe allows it, and no question is ever asked."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Runs through kfp's real local runner: all components, cached results, failures and Ctrl-C."""
+"""Runs through kfp's real local runner: training, evaluation, cached results, failures and Ctrl-C."""
 
 import fcntl
 import io
@@ -318,7 +318,7 @@ def test_single_stage_needs_the_earlier_results_and_leaves_its_own(tiny_recipe, 
     assert record.stage == "build-manifest"
 
 
-def test_second_run_in_the_same_folder_is_rejected(tmp_path):
+def test_run_in_a_folder_in_which_another_run_works_is_rejected(tmp_path):
     with open(tmp_path / ".lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another run is working in"):

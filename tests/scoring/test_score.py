@@ -44,7 +44,7 @@ def model(tmp_path):
 def part_of(tmp_path):
     """Return a function that writes the hypotheses and the record of the work shard `number`/`of`.
 
-    If `of` is None, the record names no work shard, as in version 0.1.0.
+    If `of` is None, the record names no work shard, as older records of a decoding in one part.
     """
 
     def decode(number, of, rows, name="", nbest=(), **inputs):
@@ -98,7 +98,7 @@ def test_parts_decoded_again_with_nbest_lists_have_a_report_of_their_own(tmp_pat
     assert again.folder != without.folder and again.metrics == without.metrics
 
 
-def test_a_decoding_of_version_0_1_without_a_work_shard_is_scored(tmp_path, model, part_of):
+def test_a_decoding_of_an_older_version_without_a_work_shard_is_scored(tmp_path, model, part_of):
     recipe = load_recipe("demo")
     old = score(recipe, model, [part_of(1, None, ROWS)], str(tmp_path / "old"))
     assert old.metrics == score(recipe, model, [part_of(1, 1, ROWS)], str(tmp_path / "new")).metrics

@@ -62,8 +62,8 @@ def strict_name(server: Server) -> str:
 
 
 def test_more_requests_than_permitted_are_refused_and_uploads_have_no_name_on_the_disk(strict, tone):
-    half = bytes(1_200_000)  # more than the server holds in memory
-    with post(strict, half) as uploading:
+    content = bytes(1_200_000)  # more than the server holds in memory
+    with post(strict, content) as uploading:
         strict.wait_for("slam_asr_requests_in_progress", 1)
         end = time.monotonic() + 10
         while not (unnamed := open_files_of(strict)):

@@ -48,7 +48,7 @@ def test_no_call_takes_an_address_without_a_bucket(address, tmp_path, monkeypatc
 )
 def test_no_key_of_a_recipe_takes_an_address_without_a_bucket(key):
     assert "names no bucket" in sentence(load_recipe, "demo", {key: "s3://"})
-    if key != "training.deepspeed":  # a file that is read before the other keys are checked
+    if key != "training.deepspeed":  # this file is read first, so the message does not name the key
         assert f"{key}: s3:///models names no bucket" in sentence(load_recipe, "demo", {key: "s3:///models"})
 
 

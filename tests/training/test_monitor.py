@@ -262,7 +262,7 @@ def test_the_beginning_has_lines_and_points_of_its_own_and_no_plateau(tmp_path, 
     assert shown["curve"][0]["loss"] == 4.0 and shown["beginning"]["curve"][-1]["step"] == 3000
     page = (tmp_path / "curves.html").read_text("utf-8")
     assert "3,003, 3,000 of them in the beginning" in page and "Beginning: 2.000 at step" in page
-    # A plateau of the main phase is found as without a beginning, and also after a restart.
+    # After a beginning too, a plateau of the main phase is reported, even if training was restarted.
     resumed = monitor(tmp_path, total=9000, done=3003)
     for step in range(3004, 4200):
         resumed.step(numbers(step, accuracy=0.4))

@@ -47,7 +47,7 @@ class FakeCluster:
         self.jobs: dict[str, dict] = {}
         """The jobs that exist, by name."""
         self.created: list[dict] = []
-        """The requests for jobs, in their order."""
+        """The job in each request to create one, in order."""
         self.deleted: list[str] = []
         """The names in the requests to delete a job."""
         self.logs = {"node-0": "first line\n\nsecond line\n", "node-1": "of node 1\n"}

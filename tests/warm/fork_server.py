@@ -67,8 +67,8 @@ def main() -> None:
 def serve(listening: socket.socket, owner: int) -> None:
     """Answer requests until the owner's process has ended.
 
-    For each request, this forks a process and reports its exit status. If a stand-in is killed, its process
-    is killed too.
+    For each request, this forks a process and reports its exit status. The process that sent the request is
+    the stand-in (see `sitecustomize.py`). If it is killed, the forked process is killed too.
     """
     # A signal's arrival wakes the loop; without a handler, SIGCHLD would not.
     awake, wake = os.pipe()

@@ -34,7 +34,7 @@ class FeatureStore:
     shard arrives.
 
     Args:
-        path: a store, or a folder in it: a namespace's, or that of an extraction's record.
+        path: a store, or the folder in it of a namespace or of an extraction's record.
         expected: the fingerprint of the encoder that the features must come from; any if not given.
         dtype: the dtype to read if the store has features in several dtypes.
         audio_ids: the only audio ids that will be read. If not given, the index of the complete store is
@@ -147,7 +147,8 @@ class FeatureStore:
             chunks = [bytearray(read(path, begin, begin + n)) if n else bytearray() for begin, n in ranges]
         else:
             chunks = [memoryview(source)[begin : begin + n] for begin, n in ranges]
-        # A mapped file does not change, so its entries are verified once. Object storage is read every time.
+        # A mapped file does not change, so its entries are verified once. Bytes that are read directly from
+        # object storage are verified every time.
         if source is None or not self._verified[position]:
             if checksum(*chunks) != entry.check:
                 # `self.path` may be a folder in the store, such as that of an extraction's record.

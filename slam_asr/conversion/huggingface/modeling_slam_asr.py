@@ -328,8 +328,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         arguments = config.update(**kwargs)
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
         if config.repetition_penalty not in (None, 1.0):
-            # `generate` itself would ignore as many of the answer's tokens as there are padding positions
-            # before the utterance.
+            # `generate` itself would exempt the answer's first n tokens from the penalty, where n is the
+            # number of the utterance's padding positions.
             processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
             config.repetition_penalty = 1.0
         # From the LLM's own configuration, `generate` would take options that are not set here.

@@ -33,8 +33,8 @@ class SlamAsrPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # If a pipeline has both a processor and a feature extractor, transformers only builds batches if both
-        # pad on the same side.
+        # transformers took a tokenizer and a feature extractor from the processor. If a pipeline has both,
+        # transformers only builds batches if both pad on the same side.
         self.feature_extractor = None
 
     def _sanitize_parameters(

@@ -549,13 +549,13 @@ def test_missing_rights_for_trainjobs_are_a_problem_only_for_several_nodes(docto
     assert (account, "team", "get trainingruntimes torch-distributed") in served["reviews"]
 
 
-def granted(path: str, kind: str) -> set[tuple[str, str, str]]:
-    """The verbs, API groups and resources of the roles of a kind in a manifest."""
+def granted(path: str, kinds: str) -> set[tuple[str, str, str]]:
+    """The verbs, API groups and resources of the roles of these kinds in a manifest."""
     objects = yaml.safe_load_all((CHECKOUT / path).read_text())
     return {
         (verb, group, resource)
         for role in objects
-        if role["kind"] in kind.split()
+        if role["kind"] in kinds.split()
         for rule in role["rules"]
         for verb in rule["verbs"]
         for group in rule["apiGroups"]
