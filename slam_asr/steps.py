@@ -1,7 +1,7 @@
 """The table of all steps of the pipelines. No other module lists them.
 
 The command line, the Kubeflow components, the pipelines, the cluster profiles, the image builder and the
-documentation read this table. A new step needs one row here, one folder in `components/`, and a place in a
+documentation read this table. A new step needs one row here, one module in `components/`, and a place in a
 pipeline: see docs/how-to/extending.md.
 
 This module imports only Python's standard library, because `images/build.py` reads it before anything is

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """Measure by how much anonymous memory grows at most.
+    """Measure the largest growth of this process's anonymous memory.
 
     Yields:
         A list. At the end, it gets one number: the peak minus the amount at the beginning, in bytes.

@@ -40,7 +40,7 @@ VALUES = st.recursive(
 
 
 def one_line(error: UserError) -> bool:
-    return "\n" not in error.args[0] and len(str(error)) < 3000
+    return "\n" not in str(error) and len(str(error)) < 3000
 
 
 @examples(15)

@@ -179,7 +179,7 @@ def count_samples(path: str | os.PathLike) -> int:
     """Count a file's samples, as after resampling to 16 kHz.
 
     A file that only ffmpeg reads is decoded, because its header announces no exact length. If a file holds
-    less or more than its header announces, the result is the number of samples that libsndfile would decode,
+    less or more than its header announces, the result is the number of samples that libsndfile reports,
     or 0 if only ffmpeg reads the file. Such damage is reported when the file is read.
 
     Raises:

@@ -64,7 +64,7 @@ def check_store(store: str, remedy: str) -> Finding:
 
     Args:
         store: folder or s3:// prefix.
-        remedy: end of the message about a failure, which says where the pod's access rights come from.
+        remedy: where the pod's access rights come from; this ends the message about a failure.
     """
     subject = f"store {store}"
     # Random, because the pods of several steps check the same store at once.

@@ -1,4 +1,4 @@
-"""Each utterance with readable audio is in the manifest of one split, once; or no manifest is written."""
+"""Each usable utterance is in the manifest of one split, once; or no manifest is written."""
 
 import functools
 import json
@@ -245,7 +245,7 @@ def test_a_failed_run_removes_the_manifests_of_an_earlier_one(corpus, tmp_path):
     assert_no_manifest(tmp_path / "out")
 
 
-def test_without_a_subset_for_dev_utterances_of_train_are_held_out_by_their_keys(corpus, tmp_path, capsys):
+def test_train_utterances_are_held_out_by_their_keys_if_dev_has_no_subset(corpus, tmp_path, capsys):
     shutil.rmtree(corpus / "dev-other")
     first = build_manifest(recipe(dev_fraction=0.2), str(corpus), str(tmp_path / "one"))
     line = re.search(
@@ -499,7 +499,7 @@ def test_a_recipe_without_train_data_reads_only_its_test_subsets(corpus, tmp_pat
     assert done.facts["dev_held_out_of_train"] is False
 
 
-def test_without_train_data_subsets_named_train_and_dev_are_ignored(tmp_path):
+def test_subsets_named_train_and_dev_are_ignored_if_the_recipe_has_no_train_data(tmp_path):
     corpus = write_librispeech(
         tmp_path / "c",
         {name: {f"{s}-1-0000": "A B"} for s, name in enumerate(("train", "dev", "test"), start=1)},

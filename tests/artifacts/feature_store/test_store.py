@@ -270,8 +270,8 @@ def test_features_are_read_to_the_precision_of_their_dtype(tmp_path, dtype):
     publish(tmp_path, {audio_id_of(dtype): frames}, fingerprint=FINGERPRINT | {"dtype": dtype})
     read = FeatureStore(str(tmp_path)).read(audio_id_of(dtype))
     assert torch.equal(read, round_trip(frames, dtype)) and torch.isfinite(read.float()).all()
-    # Rounding changes a value by at most half of its mantissa's last bit. In fp8, the last bit is that of the
-    # frame's largest value, which sets the scale.
+    # Rounding changes a value by at most half of its mantissa's last bit. In fp8, values far below the
+    # frame's largest one have fewer bits, so the limit for the largest one applies to the complete frame.
     error = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0, "fp8": 2**-4}[dtype]
     largest = frames.abs().amax(1, keepdim=True)
     assert (
