@@ -1,4 +1,4 @@
-"""Checks of what runs need in their namespace: account and rights, secrets, model volume and queue."""
+"""Checks of what a run needs in its namespace: account and rights, secrets, model volume and queue."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator

@@ -65,8 +65,9 @@ def manifest_files(paths: Iterable[str], names: Sequence[str] = MANIFESTS) -> li
     """
     files: list[str] = []
     for path in paths:
-        # A local path that does not exist is treated as a manifest, and so is an s3:// path that ends in
-        # .jsonl, because the message of `read_manifest` fits better.
+        # A missing local path is treated as a manifest, and so is any s3:// path that ends in .jsonl. If
+        # nothing is there, the error message of `read_manifest` is more helpful than that of
+        # `require_record`.
         if is_s3(path):
             is_folder = not path.endswith(".jsonl") and not exists(path)
         else:

@@ -69,7 +69,7 @@ def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
 
     Args:
         stream: the file. It stays open as long as the result is used.
-        kind: ffmpeg's name of the format, as `media_lengths.kind_of` returns it.
+        kind: ffmpeg's name of the format, a key of `NAMES`.
         path: the file's name in messages.
 
     Raises:

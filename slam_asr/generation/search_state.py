@@ -18,7 +18,7 @@ _NEVER = -1.0e9
 
 @dataclass
 class SearchState:
-    """The utterances that are still searched, with their running beams and their finished answers."""
+    """Utterances of a batch, with their running beams and their finished answers."""
 
     utterances: torch.Tensor
     """[utterances]: indices in the batch."""

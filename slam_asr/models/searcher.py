@@ -41,7 +41,7 @@ class Answer:
 
 
 class CloseCalls(LogitsProcessor):
-    """Records in which utterances transformers' greedy search met two nearly tied best tokens.
+    """Finds the utterances for which transformers' greedy search met two nearly tied best tokens.
 
     Args:
         stops: [stops] int64, ids of the tokens that end an answer.

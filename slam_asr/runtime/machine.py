@@ -81,7 +81,7 @@ def _remaining(path: str) -> float | None:
     try:
         limit = float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return None  # `max` if there is no limit
+        return None  # in version 2, the file contains `max` if there is no limit
     try:
         lines = Path(path).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
         used = dict(line.split() for line in lines)

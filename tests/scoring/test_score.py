@@ -44,7 +44,8 @@ def model(tmp_path):
 def part_of(tmp_path):
     """Return a function that writes the hypotheses and the record of the work shard `number`/`of`.
 
-    If `of` is None, the record names no work shard, as older records of a decoding in one part.
+    If `of` is None, the record names no work shard, like the records that older versions wrote for a
+    decoding in one part.
     """
 
     def decode(number, of, rows, name="", nbest=(), **inputs):
