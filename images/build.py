@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,8 @@ IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
 """Arguments with which each tool loads an image into its cluster. KIND_CLUSTER_NAME or MINIKUBE_PROFILE
 selects a cluster other than the default, as the tool documents."""
+AT_ONCE = 3
+"""Number of images that are built at the same time. pip uses one core per image."""
 
 
 class BuildError(Exception):
@@ -40,8 +43,7 @@ def main() -> int:
         names = {
             stage: f"{options.registry.rstrip('/')}/{stage}:{options.tag}".lstrip("/") for stage in stages
         }
-        for stage, name in names.items():
-            _build(stage, name, options)
+        _build_all(names, options)
         references = {stage: _push(name) for stage, name in names.items()} if options.push else names
         if options.load:
             _load(options.load, list(names.values()))
@@ -133,7 +135,27 @@ def _require_engine() -> None:
         )
 
 
+def _build_all(names: dict[str, str], options: argparse.Namespace) -> None:
+    """Build the images, `AT_ONCE` of them at a time.
+
+    Images with the same build of torch share their first and largest layers. So one image of each kind is
+    built before the others, which then take these layers from Docker's cache.
+    """
+    firsts = {_torch_of(stage, options): stage for stage in reversed(names)}.values()
+    for stage in firsts:
+        _build(stage, names[stage], options)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        builds = [pool.submit(_build, stage, names[stage], options) for stage in names if stage not in firsts]
+        try:
+            for build in as_completed(builds):
+                build.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _build(stage: str, name: str, options: argparse.Namespace) -> None:
+    """Build an image. The lines of its log begin with the stage's name, since several builds may run."""
     print(f"building {name}", flush=True)
     arguments = {
         "STAGE": stage,
@@ -174,7 +196,7 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
     for line in build.stdout:
         lines.append(line)
         if line.startswith("Step ") or "ERROR" in line:
-            print(f"  {line.rstrip()}", flush=True)
+            print(f"  {stage}: {line.rstrip()}", flush=True)
     if build.wait():
         end, errors = "".join(lines[-8:]), "".join(line for line in lines if "ERROR" in line)
         hint = ""

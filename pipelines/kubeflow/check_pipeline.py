@@ -1,4 +1,4 @@
-"""The pipeline of `doctor --run`: a small pod for each kind of step, which checks what it needs from inside.
+"""The pipeline of `doctor --run`: for each kind of step, a small pod checks what such a step needs.
 
 A pod has its step's image, account, secrets, volumes, node selector, tolerations and queue, but few resources
 and at most one GPU.
@@ -23,7 +23,7 @@ from slam_asr.steps import STEPS
 from slam_asr.version import source_digest
 
 NAME = "slam-asr-doctor"
-DESCRIPTION = "Check from inside a pod of each step what runs need: `python -m pipelines doctor --run`."
+DESCRIPTION = "Check in a pod of each step whether it has what it needs: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
 """Steps with settings of their own, which are the steps of the training pipeline. `run_view` shows them for
 the pipeline of checks too: its workflow's name begins with `slam-asr-`, as the training pipeline's does."""

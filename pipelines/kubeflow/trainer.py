@@ -103,7 +103,7 @@ def check_runtime(cluster: Cluster, namespace: str, nodes: int = 1) -> Finding:
 def has_runtime(cluster: Cluster, namespace: str) -> bool:
     """Return whether the cluster has Kubeflow Trainer and the profile's runtime.
 
-    A runtime in the namespace of the runs comes before the cluster's of the same name.
+    A runtime in the namespace of the runs overrides a cluster-wide runtime of the same name.
 
     Raises:
         kubernetes.ApiException: the API refuses the request, for example because a permission is missing.

@@ -40,7 +40,7 @@ _AMR_SIZES = {
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
-"""For each of the two beginnings of a file, the bytes of a frame by its type (RFC 4867, section 5)."""
+"""Size in bytes of each type of frame, keyed by the first bytes of a file (RFC 4867, section 5)."""
 _ADTS_HEADER = 7
 
 

@@ -1,7 +1,6 @@
 """Builds the manifests of a corpus: checks every utterance, and writes the usable ones, sorted by key.
 
-Utterances are processed one at a time and sorted through local disk, so memory grows by only a few bytes per
-utterance.
+Utterances are streamed and sorted through local disk, so memory grows by only a few bytes per utterance.
 """
 
 import contextlib

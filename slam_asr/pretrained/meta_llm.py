@@ -33,7 +33,7 @@ class NotLazilyLoadable(Exception):
 
 @dataclass
 class LazyWeight:
-    """A weight of the LLM that is on the meta device until its values are read.
+    """A weight of the LLM that is on the meta device until `put` replaces it.
 
     It stays valid when adapters are added or FSDP2 shards the LLM, because neither replaces the modules that
     own the weights.
@@ -249,7 +249,7 @@ def _computed_buffers(
     # `from_pretrained` has marked every module as initialised, and `initialize_weights` skips such modules.
     for module in llm.modules():
         module._is_hf_initialized = False
-    # Initialising draws random numbers for the weights. The fork leaves the caller's random state unchanged.
+    # A model's initialisation may draw random numbers. The fork leaves the caller's random state unchanged.
     with torch.random.fork_rng(devices=[]):
         llm.initialize_weights()
     return dict(llm.named_buffers(remove_duplicate=False))

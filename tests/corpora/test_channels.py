@@ -101,7 +101,7 @@ def test_json_lines_are_read_from_the_channel_that_they_name(tmp_path):
     assert (checked.utterance.audio_channel, frequency_of(checked)) == (1, 700)
 
 
-def test_a_column_audio_channel_of_a_table_is_not_copied_to_the_manifest(tmp_path):
+def test_a_tables_audio_channel_column_is_not_copied_to_the_manifest(tmp_path):
     write_wav(tmp_path / "data" / "a.wav", make_tone(1.0))
     write_text(tmp_path / "data" / "test.csv", "audio,text,audio_channel\na.wav,one,left\n")
     build_manifest(recipe(train=[], dev=[], test=["test"]), str(tmp_path / "data"), str(tmp_path / "out"))

@@ -29,8 +29,8 @@ REAL = {
 }
 """Options with the published learning rate.
 
-Adam's first updates are almost the signs of the gradient. At ten times this rate, the rounding errors of
-another order of summation grow to 1e-3 within five steps, on one process as on two.
+Adam's first updates are almost the signs of the gradient. At ten times this rate, the rounding errors of a
+different order of summation grow to 1e-3 within five steps, even if both runs use a single process.
 """
 
 NOISE = 3e-4
