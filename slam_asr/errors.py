@@ -132,7 +132,8 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    # In a log of both streams, lines that were printed earlier could appear after the error without this flush.
+    # Without this flush, in a log of both streams, lines that were printed earlier could appear after the
+    # error.
     sys.stdout.flush()
     print(f"{ERROR_PREFIX}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
