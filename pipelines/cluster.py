@@ -233,7 +233,10 @@ class Cluster:
 
     @property
     def names_registry(self) -> bool:
-        """Whether the profile names a model registry. MLFLOW_TRACKING_URI may be for the tracker alone."""
+        """Whether the profile names a model registry.
+
+        MLFLOW_TRACKING_URI does not count, because it may be for the tracker alone.
+        """
         variables = {"MODEL_REGISTRY_URL", "MLFLOW_REGISTRY_URI"}
         return bool(self.registry.secret or variables & self.environment.keys())
 

@@ -1,4 +1,4 @@
-"""A damaged file of a phone or browser is refused in one sentence, or gives sound of a possible length."""
+"""A damaged file of a phone or browser is refused in one sentence, or decodes to audio of limited length."""
 
 import re
 
@@ -14,7 +14,8 @@ from tests.test_audio_fuzz import damaged
 
 SECONDS = 0.5
 LONGEST = 30.0
-"""Maximum duration in seconds. A damaged header may announce any duration; this limit bounds the memory."""
+"""Maximum duration in seconds that a file may announce. A damaged header may announce any duration; this
+limit bounds the memory. The decoded audio may be longer than announced: the test allows twice the limit."""
 
 
 def noise(rate: int) -> np.ndarray:

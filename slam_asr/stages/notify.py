@@ -102,7 +102,7 @@ def _state(state: str, seen: _Seen) -> str:
 
 
 def _ask(address: str) -> dict[str, Any]:
-    """Send one request and return the answer; empty if the API does not answer or refuses."""
+    """Send one request and return the answer; empty if the API does not answer with a JSON object."""
     try:
         headers = {"Authorization": f"Bearer {TOKEN.read_text(encoding='utf-8').strip()}"}
     except OSError:

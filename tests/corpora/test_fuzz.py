@@ -243,7 +243,7 @@ def test_a_line_of_metadata_that_is_cut_at_any_byte_is_refused(folder):
         assert isinstance(found, list) == (end == len(line)), found
 
 
-def test_a_compressed_file_of_cuts_that_is_truncated_at_any_byte_is_refused(folder):
+def test_a_compressed_lhotse_file_that_is_truncated_at_any_byte_is_refused(folder):
     file = empty_corpus(folder, "csv").with_name("cuts_train.jsonl.gz")
     content = gzip.compress(json.dumps(cut("c", "a.wav", "x", duration=0.2)).encode() + b"\n", mtime=0)
     for end in range(1, len(content) + 1):

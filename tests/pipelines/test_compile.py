@@ -178,7 +178,7 @@ def test_sweep_has_one_manifest_one_extraction_and_a_loop_of_trainings():
     assert tasks["for-loop-2"].iterator_policy.parallelism_limit == 2
     inside = spec.components["comp-for-loop-2"].dag.tasks
     assert sorted(inside) == ["convert-checkpoint", "for-loop-3", "score", "train", "vary-recipe"]
-    # Steps in the loop get the recipe of their variation, with the manifests.
+    # The artifact `varied_manifests` also carries the recipe of the variation to the steps in the loop.
     for name, key in (
         ("train", "manifests"),
         ("for-loop-3", "pipelinechannel--vary-recipe-varied_manifests"),
