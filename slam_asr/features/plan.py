@@ -185,7 +185,7 @@ class ExtractionPlan:
         return True
 
     def _read_receipt(self, shard: PlannedShard) -> Index | None:
-        """Read a shard's receipt; return None if the shard is not finished, or its index was published."""
+        """Read a shard's receipt; return None before it is written and after `publish` has removed it."""
         if not exists(shard.receipt):
             return None
         try:

@@ -85,7 +85,7 @@ def beam_search(
         stops = torch.tensor(generation.eos_token_id, device=embeddings.device)
         return CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
 
-    # An LLM may accept a registered attention and still ask it for something that `attend` does not compute.
+    # An LLM may use `beam_cache.attend` as its attention and still need something that this does not compute.
     # This is noticed at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
         with contextlib.suppress(CannotShare):
