@@ -104,7 +104,7 @@ def test_normalising_again_changes_nothing_and_no_text_with_letters_becomes_empt
     st.text(alphabet="s3:/ab.@%~- \n\u00e9\udc80", max_size=12),
     st.sampled_from(["s3:", "s3://", "s3://bucket/", ""]),
 )
-def test_an_address_is_split_within_its_bucket_or_refused_in_one_sentence(text, start):
+def test_an_address_stays_in_its_bucket_or_is_refused_in_one_sentence(text, start):
     address = start + text
     try:
         if not is_s3(address):

@@ -94,8 +94,8 @@ def _state(reader: "GGUFReader", fields: dict[str, Any]) -> "dict[str, torch.Ten
             value = _unpermute(value, fields["llama.attention.head_count"])
         elif tensor.name.endswith("attn_k.weight"):
             value = _unpermute(value, fields["llama.attention.head_count_kv"])
-        # Copied, because `dequantize` returns a tensor that is float32 in the file as a read-only view of the
-        # file, and torch warns about read-only arrays.
+        # Copied, because for float32 tensors `dequantize` returns a read-only view of the file, and torch
+        # warns about read-only arrays.
         state[_transformers_name(tensor.name)] = torch.from_numpy(value.copy()).half()
     return state
 

@@ -1,8 +1,8 @@
 """The records of a run's steps: the result, whether it was reused, and the time and hardware that it took.
 
 Several runs share a store, so a stage's record does not name the run that uses it. Each step therefore also
-writes a small file to `STORE/run-records/RUN`. The report, `run`, `status` and the notice at the end of the
-run read these files.
+writes a small file to `STORE/run-records/RUN`. `run`, `status`, the run's copy of the report and the notice
+at the end of the run read these files.
 """
 
 import json

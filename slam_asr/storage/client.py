@@ -23,8 +23,8 @@ SECRET_FOLDER = "/var/run/secrets/slam-asr/s3"
 
 _FileNames = dict[str, tuple[str, ...]]
 """For each argument of boto3's client, the names of the secret's files that may hold its value. A file has
-the name of AWS's variable, or a short name: `accesskey` and `secretkey`, as in the secret that Kubeflow
-Pipelines creates, `region` or `endpoint`."""
+the name of AWS's variable, or a short name: `accesskey`, `secretkey`, `region` or `endpoint`. The first two
+are the names in the secret that Kubeflow Pipelines creates."""
 _CREDENTIALS: _FileNames = {
     "aws_access_key_id": ("AWS_ACCESS_KEY_ID", "accesskey"),
     "aws_secret_access_key": ("AWS_SECRET_ACCESS_KEY", "secretkey"),

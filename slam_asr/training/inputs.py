@@ -50,7 +50,7 @@ class CheckedInputs:
     utterances: Mapping[str, Sequence[Utterance]]
     """All utterances, by set (`train`, `dev`)."""
     fitting: Mapping[str, Sequence[Utterance]]
-    """The utterances that fit the encoder's window, by set."""
+    """The utterances that training uses, by set: those that `encoder.long_audio` does not set aside."""
     feature_store: str | None
     """Path of the feature store; None if audio is encoded on the fly."""
     init_from: Path | None
@@ -180,7 +180,7 @@ def warn_of_shared_utterances(fitting: Mapping[str, Sequence[Utterance]]) -> Non
     """Log a warning if dev utterances are also in train: validation would not measure generalisation.
 
     Args:
-        fitting: utterances that fit the encoder's window, by set (`train`, `dev`).
+        fitting: utterances that training uses, by set (`train`, `dev`).
     """
     # Compared by audio, not by key: the same recording may have a different key in each set.
     trained = {u.audio_id for u in fitting["train"]}

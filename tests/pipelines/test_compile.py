@@ -760,7 +760,7 @@ def test_sizes_are_read_in_kubernetes_notation():
     assert [size_in_bytes(s) for s in ("5", "1.5Gi", "2M", "1Ti")] == [5, 1.5 * 2**30, 2e6, 2**40]
 
 
-def test_default_profile_requests_no_gpus():
+def test_profile_requests_no_gpus_by_default():
     assert all(Cluster().steps[stage].gpus == 0 for stage in RESULTS)
 
 

@@ -264,7 +264,7 @@ def test_message_of_a_failing_proxy_is_shown(kubeflow, program, monkeypatch, fau
 
 @pytest.mark.parametrize("seconds", ["a minute", "nan", "-1"])
 def test_a_patience_that_is_no_number_of_seconds_is_refused(kubeflow, program, monkeypatch, seconds):
-    # No time is later than NaN seconds from now: a failing endpoint would be retried without end.
+    # Comparisons with NaN are false, so the deadline would never pass and retries would never end.
     monkeypatch.setenv("SLAM_ASR_KFP_PATIENCE", seconds)
     assert f"SLAM_ASR_KFP_PATIENCE is '{seconds}': give a number of seconds." in program("status")[2]
 
