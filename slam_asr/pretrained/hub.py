@@ -26,7 +26,11 @@ class Unavailable(Exception):
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, complete or not; None without a snapshot."""
+    """Return the model's snapshot in `huggingface_hub`'s cache, or None without one.
+
+    None is also returned if `huggingface_hub` has a list of the model's files and the snapshot lacks some of
+    them. Without such a list, the snapshot is returned even if it is incomplete.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
