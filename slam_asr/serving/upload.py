@@ -89,7 +89,7 @@ def _digest(key: str) -> bytes:
 
 
 def require_same_origin(request: Request) -> None:
-    """Refuse a request from a page of another site, whose visitor's browser may reach this server.
+    """Refuse a request from a page of another site: its visitor's browser may be able to reach this server.
 
     Raises:
         Refusal: the request comes from such a page.
@@ -231,7 +231,7 @@ class Body:
             Refusal: the body is too large, is a damaged form, exceeds a form's limits, or stopped arriving.
             ClientDisconnect: the client has disconnected.
         """
-        # Refused before the first byte is read. `receive` notices a length that is missing or wrong.
+        # Refused before the first byte is read. If the length is missing or wrong, `receive` finds out.
         if self._announced > self._max_bytes:
             raise _too_large(self._max_bytes)
         try:

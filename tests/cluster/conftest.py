@@ -156,7 +156,8 @@ class RealCluster:
         return ["--images", self.images] if self.images else []
 
     def _require_unfinished(self, run_id: str, status: str) -> str:
-        assert not re.search(r"^the run (succeeded|failed|was stopped)", status, re.MULTILINE), status
+        ended = re.search(r"^(the run (succeeded|failed)|somebody stopped the run)", status, re.MULTILINE)
+        assert not ended, status
         return ""
 
     def _wait(self, result: Callable[[], str], failure: str) -> str:

@@ -1,4 +1,4 @@
-"""Models that are converted from the formats in wheels compute the same as the originals."""
+"""Models from Python wheels compute the same as the originals after conversion to transformers' format."""
 
 import json
 

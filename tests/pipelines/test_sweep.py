@@ -1,4 +1,4 @@
-"""Sweeps through kfp's real local runner share manifest and features, and compare all variations."""
+"""A sweep in kfp's real local runner shares manifest and features, and compares all variations."""
 
 import json
 import re

@@ -23,7 +23,7 @@ LONG = np.concatenate([x for f in (300, 500, 800) for x in (make_tone(3, frequen
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """A server with the usual limits, which divides recordings into segments of at most five seconds."""
+    """A server with segments of at most five seconds, and batches that wait 0.1 s for more requests."""
     with serving(
         model,
         tmp_path_factory.mktemp("t"),

@@ -1,4 +1,4 @@
-"""The layers of the model that neither its encoder nor its LLM has. They need only torch and transformers."""
+"""The layers that SLAM-ASR adds to its encoder and its LLM. They need only torch and transformers."""
 
 import torch
 from torch import nn

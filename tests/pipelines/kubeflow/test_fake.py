@@ -59,7 +59,7 @@ def test_failed_run_has_the_nodes_and_tasks_of_a_real_one(send, failed_run):
     real_run = json.loads((RECORDINGS / "run-step-failed-exit-1.v2beta1.json").read_text())
     real = json.loads((RECORDINGS / "run-step-failed-exit-1.v1beta1.json").read_text())
     _, run = send("GET", f"/apis/v2beta1/runs/{failed_run}")
-    # Until a loop of the real pipeline starts, its steps have no nodes, so the real run has fewer of them.
+    # The real run failed before its loops started, so it has no tasks for the steps in the loops.
     assert tasks_of(run).items() >= tasks_of(real_run).items()
     assert tasks_of(run)["build-manifest"] == ("FAILED", None) and tasks_of(run)["train"] == (None, None)
     _, answer = send("GET", f"/apis/v1beta1/runs/{failed_run}")
