@@ -23,7 +23,7 @@ FRAME = {"aac": 1024, "alac": 4096, "libopencore_amrnb": 160, "wmav2": 2048, "li
 """Samples per frame, keyed by encoder."""
 
 EXACT = ("m4a", "mp4", "mov", "webm", "webm without length", *LOSSLESS)
-"""Formats whose header states the first sample of the recording and, in most of them, the last one."""
+"""Formats that mark at which decoded sample the recording begins and, in most of them, at which it ends."""
 
 
 def sound(name: str, channels: int = 1) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_a_recording_has_its_length_and_its_sound(name, tmp_path):
     frames = 2 if name in ("aac", "amr", "mp4 in fragments", "mp4 opus in fragments") else 1
     assert abs(clip.duration - SECONDS) <= frames * FRAME.get(codec, 1) / rate
     if name in EXACT:
-        assert clip.duration == pytest.approx(SECONDS, abs=1 / SAMPLE_RATE), "the header has the exact length"
+        assert clip.duration == pytest.approx(SECONDS, abs=1 / SAMPLE_RATE), "the length is exact"
     expected = at_16_khz(original, rate)
     frame = SAMPLE_RATE * FRAME.get(codec, 1) // rate
     middle = slice(4_000, 14_000)

@@ -25,8 +25,9 @@ from slam_asr.version import source_digest
 NAME = "slam-asr-doctor"
 DESCRIPTION = "Check in a pod of each step whether it has what it needs: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
-"""Steps with settings of their own, which are the steps of the training pipeline. `run_view` shows them for
-the pipeline of checks too: its workflow's name begins with `slam-asr-`, as the training pipeline's does."""
+"""Steps with settings of their own, which are the steps of the training pipeline. `run_view` lists them for
+the pipeline of checks too: it finds a run's steps by the beginning of its workflow's name, and the names of
+both pipelines' workflows begin with `slam-asr-`."""
 _MINUTES = 10
 """Time limit in minutes of a pod, a TrainJob and each of its pods."""
 
@@ -119,8 +120,8 @@ def build_pipeline(
     @dsl.pipeline(name=NAME, display_name="SLAM-ASR: doctor", description=DESCRIPTION)
     def doctor() -> None:
         for step in CHECKED:
-            # kfp names a task, its executor and its pod's node after the component, and `status` and `logs`
-            # know steps by these names.
+            # kfp names a task, its executor and its node in the workflow after the component, and `status`
+            # and `logs` know steps by these names.
             component = copy.deepcopy(check_pod)
             component.name = component.component_spec.name = step
             task = component(request=request(step))

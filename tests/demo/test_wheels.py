@@ -234,7 +234,7 @@ def test_whisper_transcribes_an_utterance(real_weights, libri_mini, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_smollm2_finds_english_likely_and_knows_its_tokens(real_weights, dtype):
+def test_smollm2_prefers_english_to_reversed_text_and_knows_its_tokens(real_weights, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = locate_model("HuggingFaceTB/SmolLM2-135M-Instruct")
