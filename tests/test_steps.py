@@ -47,7 +47,7 @@ def test_function_of_a_step_writes_to_an_output_folder(step):
 
 @every_step
 def test_a_step_refers_to_steps_and_pipelines_that_exist(step):
-    # Only the exit task has no result. It belongs to no pipeline, because it is added to any.
+    # Only the exit task has no result. Its `pipelines` is empty: a profile can add it to any pipeline.
     assert bool(step.pipelines) == bool(step.output) and set(step.pipelines) <= set(EVERY_PIPELINE)
     assert step.image in ("", *OWN_IMAGE)
     assert not step.settings_of or not STEPS[step.settings_of].settings_of
@@ -188,7 +188,7 @@ def program(tmp_path_factory):
         done = subprocess.run(
             [sys.executable, *words],
             cwd=copy,
-            # Without `tests/warm`, whose forked programs have already imported the modules of the checkout.
+            # Modules come from the copy. Without `tests/warm` on this path, the programs start cold.
             env=os.environ | {"PYTHONPATH": str(copy)},
             capture_output=True,
             text=True,

@@ -78,7 +78,7 @@ class WhisperEncoder(SpeechEncoder):
     spec: WhisperSpec
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
-        """Encode all windows of all utterances in one batch, and join the windows of each utterance.
+        """Encode all windows of all utterances, and join the windows of each utterance.
 
         Returns:
             A tensor [frames, width] per utterance.
