@@ -364,7 +364,7 @@ def _pipeline_options(command: str) -> Iterator[tuple[str, str, str]]:
     of_recipe = {key.partition(".")[0] for key in recipe_keys()} | {"help", "recipe"}
     for action in parser._actions:  # argparse has no public list of a parser's options
         if action.dest.partition(".")[0] not in of_recipe and action.option_strings:
-            # If the help names a default, the command computes it later, and the parser's default is empty.
+            # If the help describes the default, the parser's own default (None, or 0 for "all") is not shown.
             default = "" if "default:" in action.help else _default(action.default)
             yield f"`{action.option_strings[0]}`", default, _sentence(action.help)
 

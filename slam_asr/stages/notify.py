@@ -25,7 +25,7 @@ TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 PAUSES = (2.0, 5.0, 10.0)
 """Seconds between requests for the reason: Kubeflow copies the workflow's state a few seconds late."""
 RESULTS = ("compare-runs", "score")
-"""The stages whose summary can be the run's result. The first of these that has run gives the result."""
+"""The stages whose summary can be the run's result, in order of preference, not in the order of the run."""
 
 
 def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:

@@ -1,4 +1,4 @@
-"""The model of the beginning: the projector and a CTC head, without the LLM."""
+"""The model of a training run's first phase, the beginning: the projector and a CTC head, without the LLM."""
 
 import torch
 from rapidfuzz.distance import Levenshtein
