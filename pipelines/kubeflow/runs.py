@@ -146,7 +146,7 @@ def latest(
 
 
 def has_expired(run: kfp_server_api.V2beta1Run) -> bool:
-    """Whether a run ended so long ago that Argo has deleted its workflow, by the settings in Kubeflow."""
+    """Whether a run ended so long ago that Argo, as Kubeflow configures it, has deleted its workflow."""
     # The API returns the year 1970 for a run that has not ended.
     return run.state in ENDED and bool(run.finished_at) and datetime.now(UTC) - run.finished_at > _LIFETIME
 

@@ -28,8 +28,8 @@ from slam_asr.models.encoders.frontend import Prepared, Preparer
 
 Tag = TypeVar("Tag")
 _Arrays = tuple[list[np.ndarray], int]
-"""A `Prepared` as it is sent: its `inputs` as float32 arrays, and its `samples`. Tensors would be sent through
-shared memory."""
+"""A `Prepared` as it is sent: its `inputs` as float32 arrays, and its `samples`. Tensors would be sent
+through shared memory."""
 
 
 def default_workers(processes: int, on_gpu: bool) -> int:

@@ -34,7 +34,7 @@ class WaveformSpec(EncoderSpec):
         return samples
 
     def span_of(self, samples: int) -> int:
-        """Return samples // 320: one more than `frames_of` if the last frame would reach beyond the end."""
+        """Return samples // 320. This may count a last frame whose samples would reach beyond the end."""
         return samples // SAMPLES_PER_FRAME
 
     @property
