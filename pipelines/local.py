@@ -140,7 +140,8 @@ class LocalRun:
         Args:
             stage: name of the stage.
             image: image to run it in, if in a container.
-            prepare: writes the stage's inputs and returns its command line; called when the folder is locked.
+            prepare: writes the stage's inputs and returns its command line; called while this run has the
+                lock.
 
         Raises:
             StepFailed: the stage failed.

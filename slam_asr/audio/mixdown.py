@@ -32,9 +32,9 @@ class Mixdown:
         self.path, self.channel = path, channel
         self.count = 0
         """Number of samples so far, before resampling."""
-        self._low, self._high, self._energy, self._power = np.inf, -np.inf, 0.0, 0.0
+        self._low, self._high, self._energy, self._mono_energy = np.inf, -np.inf, 0.0, 0.0
         self._parts: list[np.ndarray] = []
-        # Resampling in blocks gives the same samples, bit by bit, as resampling the complete recording.
+        # Resampling in blocks gives exactly the same samples as resampling the complete recording.
         self._resampler = (
             None
             if sample_rate == SAMPLE_RATE
@@ -55,7 +55,7 @@ class Mixdown:
         _require_in_range(self.path, low, high)
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._energy += energy
-        self._power += float(np.vdot(mono, mono)) if energy else 0.0
+        self._mono_energy += float(np.vdot(mono, mono)) if energy else 0.0
         self._parts.append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
 
     def finish(self) -> np.ndarray:
@@ -75,7 +75,7 @@ class Mixdown:
     @property
     def cancelled(self) -> bool:
         """Whether the channels cancel each other in their mean."""
-        return self._energy > 0 and self._power < _CANCELLED_POWER * self._energy
+        return self._energy > 0 and self._mono_energy < _CANCELLED_POWER * self._energy
 
 
 def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:

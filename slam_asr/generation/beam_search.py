@@ -85,8 +85,8 @@ def beam_search(
         stops = torch.tensor(generation.eos_token_id, device=embeddings.device)
         return CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
 
-    # An LLM may use `beam_cache.attend` as its attention and still need something that this does not compute.
-    # This is noticed at the first generated token, so starting over costs little.
+    # An LLM may use `beam_cache.attend` as its attention, but need something that `attend` does not compute.
+    # The search notices it at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
         with contextlib.suppress(CannotShare):
             return _search(llm, embeddings, mask, generation, scorer(), share=True)
@@ -208,7 +208,7 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     An answer would therefore depend on the other utterances of the batch.
     """
     # https://github.com/huggingface/transformers/pull/45389 has only added a warning: `generate` of
-    # transformers 5.23 still applies the penalty to embeddings in this way.
+    # transformers 5.23 still exempts these tokens from the penalty.
     penalty = generation.repetition_penalty
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 

@@ -122,7 +122,8 @@ def build_initial_projector(
     """
     projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
     if job.init_from:
-        # By default, a missing name raises an error, instead of leaving a part of the projector random.
+        # Loading is strict: a missing weight raises an error, instead of leaving a part of the projector
+        # random.
         projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
     return projector
 
