@@ -74,7 +74,7 @@ def test_a_step_that_runs_alone_gets_all_that_its_function_needs(name, tmp_path,
     assert all(order.index(earlier) < order.index(name) for earlier in asked)
 
 
-def test_score_alone_reads_all_work_shards_of_the_latest_decoding(tmp_path, monkeypatch):
+def test_score_that_runs_alone_reads_all_work_shards_of_the_latest_decoding(tmp_path, monkeypatch):
     def pointer(run: str, iteration: int) -> Path:
         path = tmp_path / "steps" / run / f"for-loop-2-iteration-{iteration}" / "decode" / "hypotheses"
         path.parent.mkdir(parents=True)
@@ -228,6 +228,7 @@ def test_new_step_is_a_command(program, tmp_path):
 @pytest.mark.slow
 def test_new_step_can_run_alone(program, tmp_path):
     words = ("-m", "pipelines", "run", "demo", "--output", str(tmp_path), "--only")
+    # `--only` accepts the new step: the error is only that no result of build-manifest exists yet.
     assert "count-words needs the result of build-manifest" in program(*words, "count-words", code=2)
 
 

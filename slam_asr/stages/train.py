@@ -102,8 +102,8 @@ def _train_in(
         _remove(folder / leftover)
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     if is_s3(published):
-        # Most other results are uploaded at the end. With this file, checkpoints, which are uploaded during
-        # the training, can be converted earlier.
+        # Checkpoints are uploaded during the training, but most other results only at its end. With this
+        # file, a checkpoint can be converted before then.
         write_bytes(join(published, "recipe.yaml"), dump_recipe(recipe))
     job = TrainingJob(
         recipe=dump_recipe(recipe),

@@ -182,7 +182,7 @@ def test_search_stops_when_no_continuation_can_reach_the_requested_answers(monke
         ).ids[:, 0]
         for answers in (4, 1)
     }
-    # Four requested answers are settled later than one, so the search for them takes more passes.
+    # If four answers are requested, utterances settle later, so the first search runs more rows in total.
     second_search = rows.index(len(LENGTHS), 1)
     assert sum(rows[second_search:]) < sum(rows[:second_search])
     width = best_of[1].shape[-1]
@@ -209,7 +209,8 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
-    beam_cache.register_attention()  # now, because a first call later would replace `function` by `attend`
+    # Only the first call registers `attend`. If it came later, it would replace `function`.
+    beam_cache.register_attention()
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield

@@ -19,7 +19,7 @@ KILLS = 60
 """Kills of each stage in the soak."""
 STARTUP = 30.0
 """A stage is killed before it and its processes have used this many seconds of CPU time. Imports take most of
-that time. CPU time is used because on a busy machine a start takes minutes."""
+that time. The limit is not in seconds of the clock, because on a busy machine a start takes minutes."""
 IDLE = 10.0
 """A start is over when the stage uses less than 0.2 s of CPU time in this many seconds."""
 TOKEN = "SLAM_ASR_TEST_TOKEN"
@@ -131,8 +131,8 @@ def test_no_process_is_left_when_a_stage_is_killed_while_its_processes_start(sta
     """The stage is killed while its processes start, and before or while they import torch."""
     token = uuid.uuid4().hex
     killed = start(stage, arguments[stage], tmp_path, token)
-    # A check every 0.2 s is often enough, because imports take seconds. Each check reads the state of every
-    # process on the machine.
+    # Imports take seconds, so a check every 0.2 s suffices. More checks would slow the machine down, because
+    # each one reads the state of every process.
     while killed.poll() is None and not processes_with(token, WORKERS[stage]):
         time.sleep(0.2)
     # Only the stage itself is checked: the process that it started may already have ended.
