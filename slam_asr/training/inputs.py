@@ -50,7 +50,7 @@ class CheckedInputs:
     utterances: Mapping[str, Sequence[Utterance]]
     """All utterances, by set (`train`, `dev`)."""
     fitting: Mapping[str, Sequence[Utterance]]
-    """The utterances that training uses, by set: those that `encoder.long_audio` does not set aside."""
+    """The utterances that training uses, by set: those that `encoder.long_audio` does not skip."""
     feature_store: str | None
     """Path of the feature store; None if audio is encoded on the fly."""
     init_from: Path | None
