@@ -156,7 +156,7 @@ def _build_all(names: dict[str, str], options: argparse.Namespace) -> None:
 
 def _build(stage: str, name: str, options: argparse.Namespace) -> None:
     """Build an image. The lines of its log begin with the stage's name, since several builds may run."""
-    print(f"building {name}", flush=True)
+    print(f"building {name}\n", end="", flush=True)
     arguments = {
         "STAGE": stage,
         "TORCH": _torch_of(stage, options),
@@ -196,7 +196,8 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
     for line in build.stdout:
         lines.append(line)
         if line.startswith("Step ") or "ERROR" in line:
-            print(f"  {stage}: {line.rstrip()}", flush=True)
+            # One write per line: `print` would write the line break separately, after another build's line.
+            print(f"  {stage}: {line.rstrip()}\n", end="", flush=True)
     if build.wait():
         end, errors = "".join(lines[-8:]), "".join(line for line in lines if "ERROR" in line)
         hint = ""

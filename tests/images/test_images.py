@@ -109,6 +109,28 @@ def test_mistakes_are_refused_in_one_sentence(tmp_path):
     assert "there is no docker command" in error_of("--torch", "cuda", PATH=str(tmp_path))
 
 
+def test_a_build_that_fails_beside_others_is_named_in_one_sentence(tmp_path):
+    docker = tmp_path / "docker"
+    docker.write_text(
+        '#!/bin/sh\ncase "$*" in version*) echo 1;;\n'
+        '*STAGE=decode*) echo "ERROR: no such package"; exit 1;; *) echo "Step 1/1 : FROM x";; esac\n'
+    )
+    docker.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "images" / "build.py"), "--torch", "cuda"],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"images: error: slam-asr/decode:\S+ was not built \(.*\)\.\n", done.stderr), (
+        done.stderr
+    )
+    # Each line is complete, although several builds write at once.
+    for line in done.stdout.splitlines():
+        assert re.fullmatch(r"building \S+|  \S+: (Step|ERROR).*", line), line
+
+
 def test_digest_of_an_image_on_docker_hub_is_found_by_its_short_name(monkeypatch):
     """Docker reports `team/train@sha256:…` for an image pushed as `docker.io/team/train`."""
     outputs = {
