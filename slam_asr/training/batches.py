@@ -143,19 +143,20 @@ class BatchReader:
         examples: the utterances.
         reader: reads their audio.
         draw: function (epoch, key of an utterance) → index in `examples.prompts` of the utterance's prompt.
+            It is called only if there are several prompts.
         threads: number of threads that read a batch's audio.
-        packs: whether the utterances of a batch are packed into one row, instead of padded to the longest.
     """
 
     def __init__(
         self,
         examples: Examples,
         reader: FeatureReader,
-        draw: Callable[[int, str], int] = lambda epoch, key: 0,
-        threads: int = 1,
-        packs: bool = False,
+        draw: Callable[[int, str], int],
+        threads: int,
     ) -> None:
-        self.examples, self.reader, self.draw, self.packs = examples, reader, draw, packs
+        self.examples, self.reader, self.draw = examples, reader, draw
+        self.packs = False
+        """Whether the utterances of a batch are packed into one row, instead of padded to the longest."""
         self.vocabulary: CtcVocabulary | None = None
         """If set, batches also contain the transcripts in the tokens of this vocabulary, for CTC."""
         self.without_llm = False
@@ -183,17 +184,10 @@ class BatchReader:
             positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
             return CtcBatch(list(audio), positions, spelled)
         rows = []
-        for index, utterance, features in zip(indices or [0], utterances, audio, strict=True):
-            prompted = self.examples.prompted(index, self.draw(epoch, utterance.key))
-            rows.append(
-                Row(
-                    features,
-                    int(self.examples.audio_positions[index]),
-                    prompted.before,
-                    prompted.after,
-                    prompted.answer,
-                )
-            )
+        for index, features in zip(indices or [0], audio, strict=True):
+            prompted = self.examples.prompted(index, self._drawn_prompt(epoch, index))
+            positions = int(self.examples.audio_positions[index])
+            rows.append(Row(features, positions, prompted.before, prompted.after, prompted.answer))
         batch = pack(rows) if self.packs else collate(rows)
         batch.spelled = spelled
         if not indices:
@@ -209,10 +203,13 @@ class BatchReader:
         """
         if self.without_llm:
             return sum(len(self._spelled(i)) for i in indices)
-        utterances, counts = self.examples.utterances, self.examples.target_counts
-        # With a single prompt, the index is always 0, and `draw` would hash every key for nothing.
-        several = counts.shape[1] > 1
-        return sum(int(counts[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
+        return sum(int(self.examples.target_counts[i, self._drawn_prompt(epoch, i)]) for i in indices)
+
+    def _drawn_prompt(self, epoch: int, index: int) -> int:
+        # A single prompt need not be drawn: `draw` would hash every key for nothing.
+        if len(self.examples.prompts) == 1:
+            return 0
+        return self.draw(epoch, self.examples.utterances[index].key)
 
     def _spelled(self, index: int) -> list[int]:
         assert self.vocabulary is not None, "utterances are spelled only if `vocabulary` is set"

@@ -18,13 +18,13 @@ from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import load_llm
-from slam_asr.models.precision import DTYPES, encoder_precision
+from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.pretrained.meta_llm import NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
 from slam_asr.training.ctc_model import CtcModel
-from slam_asr.training.initial_model import build_initial_projector
 from slam_asr.training.job import TrainingJob
+from slam_asr.training.model_builder import build_initial_projector, load_frozen_encoder
 
 MAX_WITHOUT_PATH = 0.5
 """Maximum share of the train utterances that CTC cannot align, because they have too few positions."""
@@ -101,18 +101,10 @@ def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> C
     Raises:
         UserError: weights cannot be used.
     """
-    spec, head = describe_encoder(recipe.encoder), build_head(job, recipe)
-    projector = build_initial_projector(job, recipe, spec.width, head.embeddings.shape[1])
-    encoder = None
-    if job.feature_store is None:
-        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
-    return CtcModel(
-        projector,
-        head,
-        encoder,
-        recipe.features.dtype,
-        recipe.projector.beginning.dropout,
-    )
+    head, encoder_width = build_head(job, recipe), describe_encoder(recipe.encoder).width
+    projector = build_initial_projector(job, recipe, encoder_width, head.embeddings.shape[1])
+    encoder = load_frozen_encoder(job, recipe, device)
+    return CtcModel(projector, head, encoder, recipe.features.dtype, recipe.projector.beginning.dropout)
 
 
 def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None) -> CtcHead:

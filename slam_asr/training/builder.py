@@ -1,20 +1,29 @@
 """Builds the parts of a training run that its two phases share: device, data and plan."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from slam_asr.artifacts.checkpoint import BEGINNING
+from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
+from slam_asr.artifacts.feature_store.store import FeatureStore
+from slam_asr.artifacts.manifest import Utterance, read_manifest
+from slam_asr.artifacts.utterances import read_rows
 from slam_asr.config.recipe import Recipe, load_recipe
+from slam_asr.cores import usable_cores
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import llm_positions, load_tokenizer
 from slam_asr.models.precision import pick_device
-from slam_asr.training.batches import BatchReader
+from slam_asr.models.prompt import Prompt
+from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import start_process_group
 from slam_asr.training.engines.engine import Engine
 from slam_asr.training.job import TrainingJob
-from slam_asr.training.model_builder import build_readers
 from slam_asr.training.step_plan import Budget, TrainingPlan, budget_for
 
 
@@ -120,3 +129,46 @@ def _join_processes(engine: str) -> torch.device:
         torch.cuda.set_device(device)
     start_process_group(device, engine)
     return device
+
+
+def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str, BatchReader]:
+    """Create the batch readers of the sets `train` and, if the job has one, `dev`.
+
+    In each epoch, one of the recipe's prompts is drawn for each train utterance. Dev utterances always get
+    the main prompt.
+
+    Args:
+        job: names the manifests, the feature store and the LLM's folder.
+        recipe: the training run's recipe.
+        processes: number of processes on this machine, which share its CPU cores to decode audio.
+
+    Raises:
+        UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
+    """
+    spec, trust = describe_encoder(recipe.encoder), recipe.llm.trust_remote_code
+    prompt = Prompt(load_tokenizer(Path(job.llm_folder), trust), recipe.llm)
+    manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
+    utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
+    source = _source(job.feature_store, spec, recipe, utterances.values())
+    limit = llm_positions(Path(job.llm_folder), trust)
+    # Cached features are memory-mapped, so one thread suffices. To decode audio, each process uses as many
+    # threads as it has cores.
+    threads = 1 if job.feature_store else max(1, usable_cores() // processes)
+    draw = functools.partial(prompt.draw, recipe.training.seed)
+    readers = {}
+    for name, chosen in utterances.items():
+        prompts = prompt.for_training if name == "train" else [prompt.main]
+        examples = Examples(chosen, source, recipe.projector, prompt, prompts, limit)
+        readers[name] = BatchReader(examples, source, draw, threads)
+    return readers
+
+
+def _source(
+    store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
+) -> FeatureReader:
+    """Return a reader of the feature store or, without a store, of the audio files."""
+    if store is None:
+        return AudioReader(spec, recipe.features)
+    audio_ids = [u.audio_id for utterances in manifests for u in utterances]
+    options = recipe.features
+    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))

@@ -15,21 +15,29 @@ import torch
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import ADAPTER, CTC_HEAD, WEIGHTS, adapter_file, read_config
+from slam_asr.artifacts.model_folder import (
+    ADAPTER,
+    CTC_HEAD,
+    WEIGHTS,
+    adapter_file,
+    fetch_model,
+    projector_from_weights,
+    read_config,
+    read_projector,
+)
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, settings_that_affect_weights
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_positions, require_targets, require_usable_llm
+from slam_asr.models.llm import describe_llm, llm_positions, llm_width, require_targets, require_usable_llm
 from slam_asr.models.precision import explain_precision, pick_device, processes_here
 from slam_asr.models.prompt import Prompt
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
-from slam_asr.storage import digest, fetch, sha256_of_file
+from slam_asr.storage import digest, fetch, join, sha256_of_file
 from slam_asr.training.beginning import tokens_for_ctc
-from slam_asr.training.initial_model import initial_projector, starts_from_adapter
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
@@ -144,22 +152,83 @@ def check_inputs(
 def _check_initial_model(
     recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
 ) -> tuple[Path | None, dict[str, str]]:
-    """Fetch and check the model that the training starts from, if the recipe names one.
+    """Fetch and check the model that `projector.init_from` names, if any.
+
+    A warning is logged if its projector was trained with another encoder or LLM.
+
+    Args:
+        recipe: the training run's recipe; names the model.
+        encoder: encoder of this training run.
+        llm_folder: folder of this training run's LLM.
+        base: `encoder_fingerprint` and `llm_sha256` of this training run.
 
     Returns:
         The model's local folder, or None; and the SHA-256 of the weights to start from, keyed by `init_from`
         for the projector and by `init_adapter` for the adapter.
 
     Raises:
-        UserError: the model does not exist, or does not fit the recipe.
+        UserError: the model does not exist, or its projector or adapter does not fit the recipe's.
     """
-    folder = initial_projector(recipe, encoder, llm_folder, base)
-    if folder is None:
+    name = recipe.projector.init_from
+    if not name:
         return None, {}
+    folder = fetch_model(name)
+    config = read_config(folder)
+    # Called only for its checks: each training process builds the projector itself.
+    projector_from_weights(
+        read_projector(folder, config).state_dict(),
+        recipe.projector,
+        encoder.width,
+        llm_width(describe_llm(llm_folder, recipe.llm.trust_remote_code)),
+        f"projector.init_from: {join(folder, WEIGHTS)}",
+    )
+    others = ["encoder"] if config.encoder != base["encoder_fingerprint"] else []
+    others += ["LLM"] if config.llm_sha256 != base["llm_sha256"] else []
+    if others:
+        log_line(
+            f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
+            "of little use as a starting point"
+        )
     digests = {"init_from": sha256_of_file(folder / WEIGHTS)}
-    if starts_from_adapter(recipe, folder):
+    if _starts_from_adapter(recipe, folder):
         digests["init_adapter"] = sha256_of_file(adapter_file(folder / ADAPTER))
     return folder, digests
+
+
+def _starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
+    """Return whether a training run also starts from the adapter of the model in `projector.init_from`.
+
+    A warning is logged if the model has an adapter but the recipe trains none.
+
+    Args:
+        recipe: the training run's recipe.
+        folder: the model's local folder.
+
+    Raises:
+        ConfigurationError: the model has an adapter of another size or scale, or on other layers.
+    """
+    if not (folder / ADAPTER).is_dir():
+        return False
+    name = recipe.projector.init_from
+    if recipe.llm.tuning != "lora":
+        log_line(
+            f"warning: {name} was trained with a LoRA adapter, which is left out here: set llm.tuning to "
+            "lora to start from it too"
+        )
+        return False
+    ours, theirs = recipe.llm.lora, read_config(folder).typed_recipe.llm.lora
+    targets = f"[{', '.join(theirs.targets)}]"
+    needed = [
+        f"llm.lora.{key} to {value}"
+        for key, value in (("rank", theirs.rank), ("alpha", theirs.alpha), ("targets", targets))
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+    if needed:
+        raise ConfigurationError(
+            f"projector.init_from: the LoRA adapter of {name} does not fit the recipe's: set "
+            f"{', '.join(needed)}."
+        )
+    return True
 
 
 def _device_for(recipe: Recipe) -> torch.device:

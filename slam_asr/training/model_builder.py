@@ -1,90 +1,29 @@
-"""Builds the batch readers and the model of a training job."""
+"""Builds the model of a training job, and the projector that each of its phases starts from."""
 
-import functools
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
-from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.utterances import read_rows
-from slam_asr.config.recipe import Recipe, Training
-from slam_asr.cores import usable_cores
-from slam_asr.models.encoders.base import EncoderSpec
-from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import (
-    checkpoint_layers,
-    llm_positions,
-    llm_width,
-    load_llm,
-    load_tokenizer,
-    set_tuning,
+from slam_asr.artifacts.model_folder import (
+    ADAPTER,
+    read_adapter,
+    read_config,
+    read_projector,
+    replace_weights,
 )
+from slam_asr.config.recipe import Recipe, Training
+from slam_asr.models.encoders.base import SpeechEncoder
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import checkpoint_layers, llm_width, load_llm, set_tuning
 from slam_asr.models.precision import DTYPES, encoder_precision
-from slam_asr.models.prompt import Prompt
+from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
-from slam_asr.training.batches import BatchReader, Examples
 from slam_asr.training.engines.choose import shards_weights
-from slam_asr.training.initial_model import build_initial_projector, load_initial_adapter
 from slam_asr.training.job import TrainingJob
-
-
-def build_readers(job: TrainingJob, recipe: Recipe, processes: int) -> dict[str, BatchReader]:
-    """Create the batch readers of the sets `train` and, if the job has one, `dev`.
-
-    In each epoch, one of the recipe's prompts is drawn for each train utterance. Dev utterances always get
-    the main prompt.
-
-    Args:
-        job: names the manifests, the feature store and the LLM's folder.
-        recipe: the training run's recipe.
-        processes: number of processes on this machine, which share its CPU cores to decode audio.
-
-    Raises:
-        UserError: a manifest or the feature store cannot be read, or an utterance does not fit the LLM.
-    """
-    spec, trust = describe_encoder(recipe.encoder), recipe.llm.trust_remote_code
-    prompt = Prompt(load_tokenizer(Path(job.llm_folder), trust), recipe.llm)
-    manifests = {"train": job.train_manifest, **({"dev": job.dev_manifest} if job.dev_manifest else {})}
-    utterances = {name: read_rows(read_manifest(path), job.rows[name]) for name, path in manifests.items()}
-    source = _source(job.feature_store, spec, recipe, utterances.values())
-    limit = llm_positions(Path(job.llm_folder), trust)
-    # Cached features are memory-mapped, so one thread suffices. To decode audio, each process uses as many
-    # threads as it has cores.
-    threads = 1 if job.feature_store else max(1, usable_cores() // processes)
-    draw = functools.partial(prompt.draw, recipe.training.seed)
-    readers = {
-        "train": BatchReader(
-            Examples(utterances["train"], source, recipe.projector, prompt, prompt.for_training, limit),
-            source,
-            draw,
-            threads,
-        )
-    }
-    if "dev" in utterances:
-        readers["dev"] = BatchReader(
-            Examples(utterances["dev"], source, recipe.projector, prompt, [prompt.main], limit),
-            source,
-            threads=threads,
-        )
-    return readers
-
-
-def _source(
-    store: str | None, spec: EncoderSpec, recipe: Recipe, manifests: Iterable[Sequence[Utterance]]
-) -> FeatureReader:
-    """Return a reader of the feature store or, without a store, of the audio files."""
-    if store is None:
-        return AudioReader(spec, recipe.features)
-    audio_ids = [u.audio_id for utterances in manifests for u in utterances]
-    options = recipe.features
-    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))
 
 
 def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple[Slam, list[LazyWeight]]:
@@ -111,20 +50,52 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     set_tuning(llm, recipe.llm, options.seed)
     load_initial_adapter(job, llm)
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
-    encoder = None
-    if job.feature_store is None and recipe.encoder.tuning == "full":
-        # A trained encoder is loaded on the CPU, because the engine moves it. A frozen encoder, below, is not
-        # in the engine's care.
-        encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
-    elif job.feature_store is None:
-        encoder = spec.load(DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")], device)
     if options.gradient_checkpointing:
         checkpoint_layers(llm)
-        if recipe.encoder.tuning == "full":
-            # `Recipe.caches_features` is false for a trained encoder, so there is no feature store.
-            assert encoder is not None
+    if recipe.encoder.tuning == "full":
+        # A trained encoder is loaded on the CPU, because the engine moves it. A frozen encoder is not in the
+        # engine's care.
+        encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
+        if options.gradient_checkpointing:
             checkpoint_layers(encoder)
+    else:
+        encoder = load_frozen_encoder(job, recipe, device)
     return Slam(projector, llm, encoder, recipe.features.dtype, recipe.projector.dropout), lazy_weights
+
+
+def load_frozen_encoder(job: TrainingJob, recipe: Recipe, device: torch.device) -> SpeechEncoder | None:
+    """Load a frozen encoder on a device; return None if its features are cached.
+
+    Raises:
+        ModelError: weights are missing, damaged, or not finite.
+    """
+    if job.feature_store is not None:
+        return None
+    dtype = DTYPES[encoder_precision(recipe.features.dtype, device.type == "cuda")]
+    return describe_encoder(recipe.encoder).load(dtype, device)
+
+
+def build_initial_projector(
+    job: TrainingJob, recipe: Recipe, encoder_width: int, width_of_llm: int
+) -> SpeechProjector:
+    """Build the projector that a training run starts from, in float32.
+
+    Its weights are those of the job's initial model or, without one, drawn at random with the recipe's seed.
+    """
+    projector = build_projector(recipe.projector, encoder_width, width_of_llm, recipe.training.seed)
+    if job.init_from:
+        # Loading is strict: a missing weight raises an error, instead of leaving a part of the projector
+        # random.
+        projector.load_state_dict(read_projector(job.init_from, read_config(job.init_from)).state_dict())
+    return projector
+
+
+def load_initial_adapter(job: TrainingJob, llm: PreTrainedModel) -> None:
+    """Load the initial model's adapter into an LLM with adapters, if the job starts from that adapter."""
+    if job.init_from and job.init_adapter:
+        # peft derives the names of an adapter's weights from the layer: `q_proj.lora_A.default.weight`.
+        trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
+        replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)
 
 
 def _load_llm(
@@ -152,13 +123,9 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         (all parameters, trained ones) of `projector`, `llm` and `encoder`. In the phase `beginning`, `head`
         takes the place of `llm`.
     """
-    counts = {
-        name: (
-            sum(p.numel() for p in part.parameters()),
-            sum(p.numel() for p in part.parameters() if p.requires_grad),
-        )
-        for name, part in model.named_children()
-    }
     # A frozen encoder is not a child of the model (see `Slam`). With cached features, it is not even loaded.
-    counts.setdefault("encoder", (encoder, 0))
+    counts = {"encoder": (encoder, 0)}
+    for name, part in model.named_children():
+        sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
+        counts[name] = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     return counts
