@@ -23,6 +23,7 @@ from slam_asr.artifacts.checkpoint import CURVE, Checkpoint, file_name
 from slam_asr.errors import ModelError, StorageError, UserError, from_os_error
 from slam_asr.progress import log_line
 from slam_asr.storage import allow_readers, is_s3, join, local_path, sha256_of_file, upload
+from slam_asr.storage.local import PARTIAL
 from slam_asr.storage.retry import patience
 from slam_asr.training.engines.engine import MOMENTS, Engine
 
@@ -144,25 +145,27 @@ class CheckpointWriter:
         Raises:
             RuntimeError: another process has ended.
         """
+        failure = self._write_to(self.folder, snapshot, self.patience)
+        if failure is None:
+            self.latest = join(self.folder, snapshot.checkpoint.name)
+        elif self.failure is None:
+            step, where = snapshot.checkpoint.step, self._save_locally(snapshot)
+            return f"The checkpoint of step {step} could not be written: {failure}; {where}"
+        return failure
+
+    def _write_to(self, folder: str, snapshot: Snapshot, patience: float) -> str | None:
+        """Write and publish a checkpoint in `folder`, as `_write` does, and try for `patience` seconds."""
         about, written, failure = snapshot.checkpoint, None, self.failure
         if failure is None:
-            written, failure = self._patiently(about.step, lambda: self._write_share(snapshot, self.folder))
+            written, failure = _patiently(about.step, patience, lambda: self._write_share(snapshot, folder))
         files, failure = self._agree(written, failure)
         if failure is None and self.rank == 0:
-            about.files = files
-            _, failure = self._patiently(
-                about.step, lambda: checkpoint.publish(self.folder, about, self.keep)
+            complete = replace(about, files=files)
+            _, failure = _patiently(
+                about.step, patience, lambda: checkpoint.publish(folder, complete, self.keep)
             )
         # Only the first process knows whether publishing has succeeded.
-        _, failure = self._agree(None, failure)
-        if failure is None:
-            self.latest = join(self.folder, about.name)
-        elif self.failure is None:
-            where = self._save_locally(snapshot)
-            _, failure = self._agree(
-                None, f"The checkpoint of step {about.step} could not be written: {failure}; {where}"
-            )
-        return failure
+        return self._agree(None, failure)[1]
 
     def _agree(
         self, files: dict[str, dict[str, Any]] | None, failure: str | None
@@ -184,36 +187,6 @@ class CheckpointWriter:
         together = {name: facts for written, _ in results for name, facts in (written or {}).items()}
         return together, next((reason for _, reason in results if reason), None)
 
-    def _patiently(self, step: int, write: Callable[[], T]) -> tuple[T | None, str | None]:
-        """Call `write`, and repeat it for `patience` seconds while it fails.
-
-        Training continues meanwhile. No checkpoint is lost if expired credentials are renewed, or space on a
-        full disk is freed, within that time. `step` is named in a warning.
-
-        Returns:
-            The result of `write` and None; or None and the reason of the failure, without a full stop.
-        """
-        pause, deadline = _FIRST_PAUSE, None
-        while True:
-            began = time.monotonic()
-            try:
-                return write(), None
-            except Exception as error:
-                reason = _reason(error)
-            is_first = deadline is None
-            # Counted from the start of the first attempt, which may itself have waited for storage.
-            deadline = began + self.patience if deadline is None else deadline
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                return None, reason.rstrip(".")
-            if is_first:
-                log_line(
-                    f"warning: the checkpoint of step {step} could not be written; training continues, and "
-                    f"the write is repeated for another {remaining:.0f} s: {reason}"
-                )
-            time.sleep(min(pause, remaining))
-            pause = min(2 * pause, _MAX_PAUSE)
-
     def _save_locally(self, snapshot: Snapshot) -> str:
         """Save a checkpoint to a local disk if it cannot be uploaded, and describe how to resume.
 
@@ -231,25 +204,13 @@ class CheckpointWriter:
         )
         resume = f"make {self.folder} writable, and run the same command again"
         # On several machines, none of them would have all files of the checkpoint.
-        if not is_s3(self.folder) or os.environ.get("LOCAL_WORLD_SIZE", "1") != str(self.processes):
-            return f"{earlier}: {resume} to resume."
-        written, failure = None, None
-        try:
-            written = self._write_share(snapshot, folder)
-        except Exception as error:
-            failure = _reason(error)
-        files, failure = self._agree(written, failure)
-        if failure is None and self.rank == 0:
-            try:
-                checkpoint.publish(folder, replace(about, files=files), self.keep)
-            except (UserError, OSError) as error:
-                failure = _reason(error)
-        if failure is not None:
-            return f"{earlier}: {resume} to resume."
-        return (
-            f"the weights are in {join(folder, about.name)}, and {earlier}: {resume} on this machine, which "
-            "then uploads them and resumes."
-        )
+        on_one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(self.processes)
+        if is_s3(self.folder) and on_one_machine and self._write_to(folder, snapshot, patience=0.0) is None:
+            return (
+                f"the weights are in {join(folder, about.name)}, and {earlier}: {resume} on this machine, "
+                "which then uploads them and resumes."
+            )
+        return f"{earlier}: {resume} to resume."
 
     def _write_share(self, snapshot: Snapshot, folder: str) -> dict[str, dict[str, Any]]:
         """Write this process's files of a checkpoint.
@@ -261,24 +222,20 @@ class CheckpointWriter:
         Returns:
             `bytes` and `sha256` of each file, keyed by the file's name.
         """
-        name = join(folder, snapshot.checkpoint.name)
-        files: dict[str, dict[str, Any]] = {}
-        for kind, tensors in snapshot.tensors.items():
-            if tensors:
-                files |= self._put(
-                    name, file_name(kind, self.rank, self.processes), functools.partial(save_file, tensors)
-                )
+        writers: dict[str, Callable[[Path], object]] = {
+            file_name(kind, self.rank, self.processes): functools.partial(save_file, tensors)
+            for kind, tensors in snapshot.tensors.items()
+            if tensors
+        }
         if snapshot.curve:
-            files |= self._put(name, CURVE, lambda path: path.write_bytes(snapshot.curve))
-        return files
+            writers[CURVE] = lambda path: path.write_bytes(snapshot.curve)
+        step_folder = join(folder, snapshot.checkpoint.name)
+        return {name: self._put(step_folder, name, write) for name, write in writers.items()}
 
-    def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
+    def _put(self, folder: str, name: str, write: Callable[[Path], object]) -> dict[str, Any]:
         """Write a file under a temporary name, rename or upload it when it is complete, and describe it."""
-        remote = is_s3(folder)
-        target = join(folder, name)
-        partial = (
-            self.scratch / f".{name}.partial" if remote else local_path(target).with_name(f".{name}.partial")
-        )
+        remote, target = is_s3(folder), join(folder, name)
+        partial = (self.scratch if remote else local_path(folder)) / f".{name}{PARTIAL}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(partial)
@@ -293,7 +250,35 @@ class CheckpointWriter:
                 os.replace(partial, local_path(target))
         finally:
             partial.unlink(missing_ok=True)
-        return {name: facts}
+        return facts
+
+
+def _patiently(step: int, patience: float, write: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Call `write`, and repeat it for `patience` seconds while it fails.
+
+    Training continues meanwhile. No checkpoint is lost if expired credentials are renewed, or space on a full
+    disk is freed, within that time. `step` is named in a warning.
+
+    Returns:
+        The result of `write` and None; or None and the reason of the failure, without a full stop.
+    """
+    # The first attempt counts too: it may itself have waited for storage.
+    pause, deadline = _FIRST_PAUSE, time.monotonic() + patience
+    while True:
+        try:
+            return write(), None
+        except Exception as error:
+            reason = _reason(error)
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return None, reason.rstrip(".")
+        if pause == _FIRST_PAUSE:
+            log_line(
+                f"warning: the checkpoint of step {step} could not be written; training continues, and "
+                f"the write is repeated for another {remaining:.0f} s: {reason}"
+            )
+        time.sleep(min(pause, remaining))
+        pause = min(2 * pause, _MAX_PAUSE)
 
 
 def _reason(error: Exception) -> str:

@@ -17,14 +17,7 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.ctc_model import CtcModel
-from slam_asr.training.engines.engine import (
-    Engine,
-    ParameterGroups,
-    Update,
-    create_adam_state,
-    is_finite,
-    move_and_cast,
-)
+from slam_asr.training.engines.engine import Engine, ParameterGroups, Update, is_finite, move_and_cast
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The attributes of DeepSpeed's loss scaler that change during training."""
@@ -65,8 +58,7 @@ class DeepSpeedEngine(Engine):
         self.adam = torch.optim.AdamW(
             self.groups.for_optimizer(), weight_decay=options.weight_decay, **adam_options
         )
-        wrapped, _, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=config)
-        self.module: Any = wrapped
+        self.module: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=config)[0]
         # DeepSpeed has replaced the weights in Adam's groups with its own masters.
         self.optimizer: Any = self.module.optimizer
         self.processes = torch.distributed.get_world_size()
@@ -121,25 +113,21 @@ class DeepSpeedEngine(Engine):
 
         # Adam creates its state at the first update, but a checkpoint may be written before it.
         self._create_state()
-        parameter = self.groups.weights[name]
         if self.stage == 0:
-            master = self._masters[name]
-            return master if which == "weight" else self.adam.state[master][which]
-        return (
-            safe_get_full_fp32_param(parameter)
-            if which == "weight"
-            else safe_get_full_optimizer_state(parameter, which)
-        )
+            return self._state_of(self._masters[name], which)
+        parameter = self.groups.weights[name]
+        if which == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, which)
 
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_state()
-        parameter: Any = self.groups.weights[name]  # with the attributes that DeepSpeed adds
         if self.stage == 0:
-            master = self._masters[name]
-            (master if which == "weight" else self.adam.state[master][which]).data.copy_(value)
+            self._state_of(self._masters[name], which).data.copy_(value)
             return
+        parameter: Any = self.groups.weights[name]  # with the attributes that DeepSpeed adds
         if self.stage == 3:
             # DeepSpeed partitions a weight into slices of equal length, so the last slice may reach beyond
             # the weight's end. The setters below cut `value` into these slices, but accept only `ds_numel`
@@ -163,7 +151,7 @@ class DeepSpeedEngine(Engine):
         return dict(zip(self.groups.weights, flat, strict=True))
 
     def _create_state(self) -> None:
-        """Create Adam's state once, with `create_adam_state`, and link it to DeepSpeed's weights."""
+        """Create Adam's state once, with `_create_adam_state`, and link it to DeepSpeed's weights."""
         if self._has_state:
             return
         self._has_state = True
@@ -173,17 +161,14 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3
             else [p for g in self.adam.param_groups for p in g["params"]]
         )
-        create_adam_state(self.adam, masters)
+        self._create_adam_state(masters)
         if self.stage in (1, 2):
             # DeepSpeed links Adam's state to the weights only once, at its first step, when only the first
             # group has state. So the links are made again here, for all groups.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    @torch.no_grad()
-    def finish_restoring(self, updates: int) -> None:
-        for state in self.adam.state.values():
-            state["step"].fill_(updates)
+    def _copy_masters(self) -> None:
         if self.stage == 0 and self.half:
             for name, parameter in self.groups.weights.items():
                 parameter.copy_(self._masters[name])
@@ -195,15 +180,9 @@ class DeepSpeedEngine(Engine):
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
-    def updates(self) -> int:
-        return max((int(state["step"]) for state in self.adam.state.values() if "step" in state), default=0)
-
     def loss_scale(self) -> dict[str, float]:
-        return (
-            {key: float(getattr(self._scaler, key)) for key in _SCALE if hasattr(self._scaler, key)}
-            if self.scales_loss
-            else {}
-        )
+        keys = [key for key in _SCALE if hasattr(self._scaler, key)] if self.scales_loss else []
+        return {key: float(getattr(self._scaler, key)) for key in keys}
 
     def set_loss_scale(self, values: dict[str, float]) -> None:
         for key in set(_SCALE) & set(values) if self.scales_loss else ():
@@ -212,9 +191,8 @@ class DeepSpeedEngine(Engine):
     @property
     def _scaler(self) -> Any:
         """The object with the attributes in `_SCALE`. DeepSpeed names it differently in stage 0."""
-        return getattr(self.optimizer, "loss_scaler", None) or getattr(
-            self.optimizer, "loss_scale_config", None
-        )
+        name = "loss_scale_config" if self.stage == 0 else "loss_scaler"
+        return getattr(self.optimizer, name)
 
 
 def read_and_partition(
@@ -268,22 +246,15 @@ def deepspeed_config(options: Training, device: torch.device) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     if options.offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {
-            "device": "cpu",
-            "pin_memory": device.type == "cuda",
-        }
+        offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        config["zero_optimization"]["offload_optimizer"] = offload
         # DeepSpeed's own Adam for the CPU would have to be compiled at run time. torch's computes the same.
         config["zero_force_ds_cpu_optimizer"] = False
     if options.precision != "fp32":
         config[options.precision] = {"enabled": True}
-    return _merged(
-        config,
-        {
-            key: value
-            for key, value in _json_settings(options).items()
-            if key not in ("optimizer", *_INACTIVE[options.precision])
-        },
-    )
+    unused = ("optimizer", *_INACTIVE[options.precision])
+    settings = {key: value for key, value in _json_settings(options).items() if key not in unused}
+    return _merged(config, settings)
 
 
 def _json_settings(options: Training) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class Engine(ABC):
     model: Slam | CtcModel
     """The model without the engine's wrapper. All processes must call its methods together."""
     groups: ParameterGroups
+    adam: torch.optim.AdamW
 
     def forward(self, batch: Batch | CtcBatch, last: bool) -> Any:
         """Run the model in training.
@@ -162,7 +163,7 @@ class Engine(ABC):
             value: the complete tensor in fp32, in the shape of the complete weight.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def finish_restoring(self, updates: int) -> None:
         """Make the rest of the engine consistent with the state that `set_state` wrote.
 
@@ -171,10 +172,31 @@ class Engine(ABC):
         Args:
             updates: number of updates that Adam has made so far.
         """
+        for state in self.adam.state.values():
+            state["step"].fill_(updates)
+        self._copy_masters()
 
     @abstractmethod
+    def _copy_masters(self) -> None:
+        """Copy the masters into the weights that the model computes with, where the two are different."""
+
     def updates(self) -> int:
         """Return the number of updates that Adam has made so far."""
+        return max((int(state["step"]) for state in self.adam.state.values() if "step" in state), default=0)
+
+    def _create_adam_state(self, masters: Iterable[torch.Tensor]) -> None:
+        """Create the state that Adam would create at its first step, for those masters that have none.
+
+        A checkpoint may be saved or restored before that step, so the tensors must already exist.
+        """
+        for master in masters:
+            if not self.adam.state[master]:
+                moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
+                self.adam.state[master] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+
+    def _state_of(self, master: torch.Tensor, which: str) -> torch.Tensor:
+        """Return a master itself (`weight`), or one of its moments."""
+        return master if which == "weight" else self.adam.state[master][which]
 
     @abstractmethod
     def loss_scale(self) -> dict[str, float]:
@@ -202,19 +224,6 @@ class Engine(ABC):
                 if index % processes == rank:
                     # A copy: training continues while another thread writes it.
                     yield name, which, tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def create_adam_state(adam: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
-    """Create the state that Adam would create at its first step, for those masters that have none.
-
-    A checkpoint may be saved or restored before that step, so the tensors must already exist.
-    """
-    for master in masters:
-        if not adam.state[master]:
-            adam.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                **{m: torch.zeros_like(master) for m in MOMENTS},
-            }
 
 
 def move_and_cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -25,14 +25,7 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.ctc_model import CtcModel
-from slam_asr.training.engines.engine import (
-    Engine,
-    ParameterGroups,
-    Update,
-    create_adam_state,
-    is_finite,
-    move_and_cast,
-)
+from slam_asr.training.engines.engine import Engine, ParameterGroups, Update, is_finite, move_and_cast
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
 """Initial loss scale for fp16, and the number of finite steps in a row after which it doubles.
@@ -142,9 +135,7 @@ class TorchEngine(Engine):
                     if master.grad is not None:
                         master.grad *= self.clipping / norm
             self.adam.step()
-            for name, parameter in weights.items():
-                if parameter is not self.masters[name]:
-                    parameter.copy_(self.masters[name])
+            self._copy_masters()
         for name, parameter in weights.items():
             parameter.grad = self.masters[name].grad = None
         if self.scales_loss:
@@ -164,16 +155,14 @@ class TorchEngine(Engine):
             self.scale *= 2
 
     def get_state(self, name: str, which: str) -> torch.Tensor:
-        create_adam_state(self.adam, self.masters.values())
-        master = self.masters[name]
-        tensor = master if which == "weight" else self.adam.state[master][which]
+        self._create_adam_state(self.masters.values())
+        tensor = self._state_of(self.masters[name], which)
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @torch.no_grad()
     def set_state(self, name: str, which: str, value: torch.Tensor) -> None:
-        create_adam_state(self.adam, self.masters.values())
-        master = self.masters[name]
-        tensor = master if which == "weight" else self.adam.state[master][which]
+        self._create_adam_state(self.masters.values())
+        tensor = self._state_of(self.masters[name], which)
         value = value.to(tensor.device)
         if isinstance(tensor, DTensor):
             # Every process has read the same complete tensor: `src_data_rank=None` takes the local shard from
@@ -181,16 +170,10 @@ class TorchEngine(Engine):
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.copy_(value)
 
-    @torch.no_grad()
-    def finish_restoring(self, updates: int) -> None:
-        for state in self.adam.state.values():
-            state["step"].fill_(updates)
+    def _copy_masters(self) -> None:
         for name, parameter in self.groups.weights.items():
             if parameter is not self.masters[name]:
                 parameter.copy_(self.masters[name])
-
-    def updates(self) -> int:
-        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def loss_scale(self) -> dict[str, float]:
         return {"cur_scale": self.scale, "good_steps": float(self.good_steps)} if self.scales_loss else {}
@@ -231,18 +214,10 @@ def read_local_rows(weight: LazyWeight, device: torch.device) -> None:
     assert isinstance(sharded, DTensor)
     # FSDP2 divides rows as torch.chunk does: shards of equal size, except that the last ones may have fewer
     # rows or none.
-    rows_per_process = -(-len(sharded) // sharded.device_mesh.size())
-    rows = weight.read_into(
-        torch.empty_like(sharded.to_local(), device=device),
-        rows_per_process * sharded.device_mesh.get_local_rank(),
-    )
+    mesh = sharded.device_mesh
+    first_row = -(-len(sharded) // mesh.size()) * mesh.get_local_rank()
+    rows = weight.read_into(torch.empty_like(sharded.to_local(), device=device), first_row)
+    shape, stride = sharded.shape, sharded.stride()
     weight.put(
-        DTensor.from_local(
-            rows,
-            sharded.device_mesh,
-            sharded.placements,
-            run_check=False,
-            shape=sharded.shape,
-            stride=sharded.stride(),
-        )
+        DTensor.from_local(rows, mesh, sharded.placements, run_check=False, shape=shape, stride=stride)
     )
