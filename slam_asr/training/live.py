@@ -11,7 +11,7 @@ from typing import Any
 from slam_asr.artifacts.checkpoint import BEGINNING, CURVE, MAIN
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
-from slam_asr.pages.curves import thinned, write_curves
+from slam_asr.pages.curves import with_thinned_curves, write_curves
 from slam_asr.progress import clock, log_line
 from slam_asr.storage import join, upload
 from slam_asr.training.trackers import EVENTS
@@ -74,8 +74,7 @@ def publish(folder: Path, to: str) -> None:
     Raises:
         StorageError: the files cannot be uploaded.
     """
-    events = sorted((folder / EVENTS).glob("*")) if (folder / EVENTS).is_dir() else []
-    for file in (folder / PAGE, folder / CURVE, *events):
+    for file in (folder / PAGE, folder / CURVE, *sorted((folder / EVENTS).glob("*"))):
         if file.is_file():
             upload(file, join(to, file.relative_to(folder).as_posix()))
 
@@ -93,22 +92,20 @@ def write_page(folder: Path, recipe: Recipe, facts: list[tuple[str, str]]) -> di
         `beginning`, a dictionary with the `curve` and the `validation` of the beginning.
     """
     training, validation = read_curve(folder / CURVE)
-    shown: dict[str, Any] = {
-        "curve": thinned(training),
-        "validation": thinned(validation),
-        "samples": last_samples(folder / CURVE),
-    }
     beginning, beginning_validation = read_curve(folder / CURVE, BEGINNING)
+    samples: list[dict[str, str]] = []
+    for row in _rows(folder / CURVE):
+        samples = row.get("samples", samples)  # the last validation that made any
+    shown: dict[str, Any] = {"curve": training, "validation": validation, "samples": samples}
     if beginning:
-        shown["beginning"] = {"curve": thinned(beginning), "validation": thinned(beginning_validation)}
+        shown["beginning"] = {"curve": beginning, "validation": beginning_validation}
+    shown = with_thinned_curves(shown)
     steps = f"{(training or beginning or [{'step': 0}])[-1]['step']:,}"
     if beginning:
         steps += f", {beginning[-1]['step']:,} of them in the beginning"
-    models = [
-        ("Models", f"{recipe.encoder.name} + {recipe.llm.name}"),
-        ("Optimiser steps", steps),
-    ]
-    write_curves(folder / PAGE, f"{recipe.name}: training", [*models, *facts], shown)
+    models = ("Models", f"{recipe.encoder.name} + {recipe.llm.name}")
+    rows = [models, ("Optimiser steps", steps), *facts]
+    write_curves(folder / PAGE, f"{recipe.name}: training", rows, shown)
     return shown
 
 
@@ -138,18 +135,6 @@ def read_curve(path: Path, phase: str = MAIN) -> tuple[list[dict], list[dict]]:
 def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:
     """Undo what `Monitor` does to a loss that is not finite: it writes null."""
     return numbers | {"loss": math.nan if numbers["loss"] is None else numbers["loss"]}
-
-
-def last_samples(path: Path) -> list[dict[str, str]]:
-    """Read the transcripts of the last validation that made any.
-
-    Returns:
-        `key`, `reference` and `hypothesis` of each transcript.
-    """
-    samples: list[dict[str, str]] = []
-    for row in _rows(path):
-        samples = row.get("samples", samples)
-    return samples
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

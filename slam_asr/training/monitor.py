@@ -76,10 +76,8 @@ class Monitor:
         self.first = done + 1
         self.plateau = Plateau()
         # A resumed training may be on a plateau already: replay the steps before the checkpoint.
-        self.main_steps = 0
         for row in read_curve(folder / CURVE)[0]:
-            self.main_steps += 1
-            self.plateau.update(self.main_steps, row["accuracy"])
+            self.plateau.update(row["accuracy"])
         # The digest distinguishes training runs of one recipe; all attempts at one run have the same digest.
         name = f"{recipe.name}-{digest([str(folder), published])[:8]}"
         self.trackers = make_trackers(recipe.training.trackers, folder, name, flattened(asdict(recipe)), done)
@@ -112,34 +110,25 @@ class Monitor:
         in_beginning = self.phase == BEGINNING
         row = asdict(numbers) | {"memory": self.memory()}
         self._write(row)
-        named, rated = "loss", f"accuracy {numbers.accuracy:.3f}"
-        if in_beginning:
-            named, rated = "CTC loss", f"token error rate {1 - numbers.accuracy:.3f}"
-        self.meter.update(1, f"{named} {numbers.loss:.3f}, {rated}")
+        losses = self._losses("", numbers.loss, numbers.accuracy)
+        self.meter.update(1, losses)
         if numbers.step % self.log_every == 0 or numbers.step in (self.first, self.total):
             norm = "" if numbers.gradient_norm is None else f", gradient norm {numbers.gradient_norm:.3g}"
             log_line(
-                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: {named} {numbers.loss:.4f}, "
-                f"{rated}, learning rate {numbers.learning_rate:.2e}{norm}, "
-                f"{self.interval.summary()}, {self.memory() / 1e9:.1f} GB, "
-                f"ETA {self.meter.eta}{' of the beginning' * in_beginning}"
+                f"step {numbers.step}/{self.total}, epoch {numbers.epoch + 1}: {losses}, "
+                f"learning rate {numbers.learning_rate:.2e}{norm}, {self.interval.summary()}, "
+                f"{row['memory'] / 1e9:.1f} GB, ETA {self.meter.eta}{' of the beginning' * in_beginning}"
             )
             # Trackers get the step as their horizontal axis, and rates instead of `positions` and
             # `audio_seconds`.
-            self._track(
-                numbers.step,
-                {
-                    f"{self.phase if in_beginning else 'train'}/{k}": v
-                    for k, v in (row | self.interval.rates()).items()
-                    if k not in ("step", "positions", "audio_seconds")
-                },
-            )
+            group, shown = self.phase if in_beginning else "train", row | self.interval.rates()
+            for replaced in ("step", "positions", "audio_seconds"):
+                del shown[replaced]
+            self._track(numbers.step, group, shown)
             self.interval = _Interval(self.operations, self.peak)
         # Plateaus are detected only after the beginning, in which the accuracy is another quantity.
-        if not in_beginning:
-            self.main_steps += 1
-            if plateau := self.plateau.update(self.main_steps, numbers.accuracy):
-                log_line(plateau)
+        if not in_beginning and (plateau := self.plateau.update(numbers.accuracy)):
+            log_line(plateau)
         self.page.refresh()
 
     def memory(self) -> int:
@@ -159,20 +148,15 @@ class Monitor:
             samples: transcripts of dev utterances, if any were made.
         """
         numbers = {"loss": loss, "accuracy": accuracy}
-        in_beginning = self.phase == BEGINNING
-        line = (
-            f"step {step}: dev CTC loss {loss:.4f}, dev token error rate {1 - accuracy:.3f}"
-            if in_beginning
-            else f"step {step}: dev loss {loss:.4f}, dev accuracy {accuracy:.3f}"
-        )
+        line = f"step {step}: {self._losses('dev ', loss, accuracy)}"
         for name in ("wer", "cer"):
             if samples is not None and (rate := getattr(samples, name)) is not None:
                 numbers[name] = rate
                 line += f", {name.upper()} {100 * rate:.1f} % on {len(samples.texts)} dev utterances"
         self._write({"step": step, "validation": numbers, **({"samples": samples.texts} if samples else {})})
         log_line(line)
-        group = f"dev-{self.phase}" if in_beginning else "dev"
-        self._track(step, {f"{group}/{name}": value for name, value in numbers.items()})
+        group = f"dev-{self.phase}" if self.phase == BEGINNING else "dev"
+        self._track(step, group, numbers)
         if samples is not None:
             for row in samples.texts[:SHOWN]:
                 log_line(
@@ -185,8 +169,14 @@ class Monitor:
             for tracker in self.trackers:
                 tracker.text(step, f"{group}/samples", text)
 
-    def _track(self, step: int, numbers: dict[str, Any]) -> None:
-        finite = {name: value for name, value in numbers.items() if is_number(value)}
+    def _losses(self, of: str, loss: float, accuracy: float) -> str:
+        """Return loss and accuracy as text; `of` is the word before each, such as `dev `."""
+        if self.phase == BEGINNING:
+            return f"{of}CTC loss {loss:.4f}, {of}token error rate {1 - accuracy:.3f}"
+        return f"{of}loss {loss:.4f}, {of}accuracy {accuracy:.3f}"
+
+    def _track(self, step: int, group: str, numbers: dict[str, Any]) -> None:
+        finite = {f"{group}/{name}": value for name, value in numbers.items() if is_number(value)}
         for tracker in self.trackers:
             tracker.log(step, finite)
 
@@ -207,16 +197,11 @@ class Monitor:
         self.page.close()
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+def _without_nan(value: Any) -> Any:
     """Replace numbers that are not finite by None, for JSON, which has neither NaN nor infinity."""
-    return {
-        name: _without_nan(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in row.items()
-    }
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Interval:
@@ -271,18 +256,20 @@ class Plateau:
         """Smoothed accuracy at the last progress or report, and the step of the last progress."""
         self.reported = 0
         """Length of the plateau, in steps, when it was last reported."""
+        self.steps = 0
+        """Number of steps in the phase `MAIN`."""
 
-    def update(self, step: int, accuracy: float) -> str | None:
-        """Add the accuracy of a step.
+    def update(self, accuracy: float) -> str | None:
+        """Add the accuracy of the next step of the phase `MAIN`.
 
         Args:
-            step: number of the step in the phase `MAIN`, from 1.
             accuracy: share of the target tokens to which the model gives the highest probability.
 
         Returns:
             A line for the log when a plateau is detected, and again each time its length has doubled;
             otherwise None.
         """
+        self.steps += 1
         if not math.isfinite(accuracy):
             return None
         share = 1 / PLATEAU_SMOOTHING
@@ -291,10 +278,10 @@ class Plateau:
         self.weight += share * (1 - self.weight)
         smooth = self.mean / self.weight
         # The first steps cannot count as a plateau: their average is still too noisy.
-        if smooth > self.best + PLATEAU_RISE or step <= PLATEAU_SMOOTHING:
-            self.best, self.since, self.reported = max(smooth, self.best), step, 0
+        if smooth > self.best + PLATEAU_RISE or self.steps <= PLATEAU_SMOOTHING:
+            self.best, self.since, self.reported = max(smooth, self.best), self.steps, 0
             return None
-        length = step - self.since
+        length = self.steps - self.since
         if smooth >= SOLVED or length < max(PLATEAU_PATIENCE, 2 * self.reported):
             return None
         self.reported, self.best = length, max(self.best, smooth)

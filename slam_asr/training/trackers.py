@@ -5,15 +5,14 @@ TensorBoard's files are always written. MLflow and Weights & Biases (W&B) are us
 wandb`. Both read their server and account from environment variables of their own.
 """
 
-import contextlib
 import functools
 import html
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
@@ -24,17 +23,43 @@ EVENTS = "tensorboard"
 """Name of the folder with TensorBoard's event files."""
 
 
-class Tracker(Protocol):
-    """Receives the numbers of a training run."""
+class Tracker:
+    """Receives the numbers of a training run, until a client fails. Then the failure is logged.
+
+    Args:
+        name: name of the tracker, for the log.
+        make: function that creates the client, which has the same three methods. It may fail too.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self._client = self._try(make)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Record the numbers of a step, keyed by name. All of them are finite."""
+        self._call("log", step, numbers)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Record a text of a step."""
+        self._call("text", step, name, text)
 
     def close(self) -> None:
         """Finish the run."""
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self._client is not None:
+            self._try(getattr(self._client, method), *arguments)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:  # a third-party client may raise anything
+            # Some clients' messages have several lines.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            log_line(f"warning: {self.name} failed ({reason}); training continues without it")
+            self._client = None
+            return None
 
 
 def require_trackers(names: list[str]) -> None:
@@ -67,10 +92,10 @@ def make_trackers(
         recipe: the recipe's values by full key, such as `training.seed`.
         done: number of steps done before the checkpoint that is resumed from; 0 for a new training run.
     """
-    makers: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
+    makers: dict[str, Callable[[Path, str, dict[str, Any]], Any]] = {"mlflow": _Mlflow, "wandb": _Wandb}
     return [
-        _Guarded("TensorBoard", lambda: _TensorBoard(folder / EVENTS, done)),
-        *[_Guarded(name, functools.partial(makers[name], folder, run, recipe)) for name in names],
+        Tracker("TensorBoard", lambda: _TensorBoard(folder / EVENTS, done)),
+        *[Tracker(name, functools.partial(makers[name], folder, run, recipe)) for name in names],
     ]
 
 
@@ -152,42 +177,3 @@ class _Wandb:
 
     def close(self) -> None:
         self.run.finish()
-
-
-class _Guarded:
-    """A tracker that is no longer used after a failure, which is logged. Even its creation may fail.
-
-    Args:
-        name: name of the tracker, for the log.
-        make: function that creates the tracker.
-    """
-
-    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self.name = name
-        self.tracker: Tracker | None = None
-        with self._failures_logged():
-            self.tracker = make()
-
-    @contextlib.contextmanager
-    def _failures_logged(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a third-party client may raise anything
-            # Some clients' messages have several lines.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            log_line(f"warning: {self.name} failed ({reason}); training continues without it")
-            self.tracker = None
-
-    def _try(self, call: str, *arguments: Any) -> None:
-        if self.tracker is not None:
-            with self._failures_logged():
-                getattr(self.tracker, call)(*arguments)
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        self._try("log", step, numbers)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self._try("text", step, name, text)
-
-    def close(self) -> None:
-        self._try("close")

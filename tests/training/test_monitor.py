@@ -200,7 +200,7 @@ def test_a_failing_tracker_is_reported_once_and_training_continues(capsys):
         def log(self, step: int, numbers: dict[str, float]) -> None:
             raise ConnectionError("nobody there")
 
-    guarded = trackers._Guarded("mlflow", Failing)
+    guarded = trackers.Tracker("mlflow", Failing)
     for step in range(3):
         guarded.log(step, {})
     assert (

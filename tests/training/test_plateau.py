@@ -7,7 +7,7 @@ from slam_asr.training.monitor import Plateau
 
 def reports(accuracies) -> list[tuple[int, str]]:
     plateau = Plateau()
-    return [(step, line) for step, a in enumerate(accuracies, start=1) if (line := plateau.update(step, a))]
+    return [(step, line) for step, a in enumerate(accuracies, start=1) if (line := plateau.update(a))]
 
 
 def noisy(values):
