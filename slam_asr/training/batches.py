@@ -80,7 +80,7 @@ class Examples:
         for index, utterance in enumerate(utterances):
             audio_ids += bytes.fromhex(utterance.audio_id)
             samples.append(samples_of(utterance))
-            prompted = [self._prompted(utterance, p) for p in prompts]
+            prompted = [self.prompted(utterance, p) for p in prompts]
             self.audio_positions[index] = positions_of(projector, reader.span(utterance))
             self.target_counts[index] = [len(p.answer) for p in prompted]
             longest = max(prompted, key=lambda p: p.positions)
@@ -103,11 +103,8 @@ class Examples:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def prompted(self, index: int, prompt_index: int) -> PromptedTarget:
-        """Tokenise an utterance's text with one of the prompts, both given by their index."""
-        return self._prompted(self.utterances[index], self.prompts[prompt_index])
-
-    def _prompted(self, utterance: Utterance, prompt: TokenizedPrompt) -> PromptedTarget:
+    def prompted(self, utterance: Utterance, prompt: TokenizedPrompt) -> PromptedTarget:
+        """Tokenise an utterance's text with one of the prompts."""
         return PromptedTarget(prompt.before, *self.recipe_prompts.with_answer(prompt, utterance.target))
 
 
@@ -143,18 +140,15 @@ class BatchReader:
         examples: the utterances.
         reader: reads their audio.
         draw: function (epoch, key of an utterance) → index in `examples.prompts` of the utterance's prompt.
-            It is called only if there are several prompts.
+            A single prompt is not drawn.
         threads: number of threads that read a batch's audio.
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        reader: FeatureReader,
-        draw: Callable[[int, str], int],
-        threads: int,
+        self, examples: Examples, reader: FeatureReader, draw: Callable[[int, str], int], threads: int
     ) -> None:
-        self.examples, self.reader, self.draw = examples, reader, draw
+        self.examples, self.reader = examples, reader
+        self.draw = draw if len(examples.prompts) > 1 else lambda epoch, key: 0
         self.packs = False
         """Whether the utterances of a batch are packed into one row, instead of padded to the longest."""
         self.vocabulary: CtcVocabulary | None = None
@@ -173,6 +167,7 @@ class BatchReader:
             epoch: number of the epoch, from 0. The drawn prompts depend on it.
         """
         utterances = [self.examples.utterances[i] for i in indices or [0]]
+        positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
         # The pool reads several utterances at once, and yields them in order; `map` reads one after another.
         # Threads suffice, because the GIL is released while libsndfile decodes.
         audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
@@ -181,13 +176,12 @@ class BatchReader:
             spelled = [torch.tensor(self._spelled(i)).long() for i in indices]
         if self.without_llm:
             assert spelled is not None, "a phase without the LLM sets a vocabulary"
-            positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
             return CtcBatch(list(audio), positions, spelled)
         rows = []
-        for index, features in zip(indices or [0], audio, strict=True):
-            prompted = self.examples.prompted(index, self._drawn_prompt(epoch, index))
-            positions = int(self.examples.audio_positions[index])
-            rows.append(Row(features, positions, prompted.before, prompted.after, prompted.answer))
+        for utterance, features, length in zip(utterances, audio, positions, strict=True):
+            prompt = self.examples.prompts[self.draw(epoch, utterance.key)]
+            text = self.examples.prompted(utterance, prompt)
+            rows.append(Row(features, length, text.before, text.after, text.answer))
         batch = pack(rows) if self.packs else collate(rows)
         batch.spelled = spelled
         if not indices:
@@ -203,13 +197,10 @@ class BatchReader:
         """
         if self.without_llm:
             return sum(len(self._spelled(i)) for i in indices)
-        return sum(int(self.examples.target_counts[i, self._drawn_prompt(epoch, i)]) for i in indices)
-
-    def _drawn_prompt(self, epoch: int, index: int) -> int:
-        # A single prompt need not be drawn: `draw` would hash every key for nothing.
-        if len(self.examples.prompts) == 1:
-            return 0
-        return self.draw(epoch, self.examples.utterances[index].key)
+        utterances, counts = self.examples.utterances, self.examples.target_counts
+        # With a single prompt, the index is always 0, and the keys would be read for nothing.
+        several = counts.shape[1] > 1
+        return sum(int(counts[i, self.draw(epoch, utterances[i].key) if several else 0]) for i in indices)
 
     def _spelled(self, index: int) -> list[int]:
         assert self.vocabulary is not None, "utterances are spelled only if `vocabulary` is set"

@@ -69,9 +69,8 @@ def tokens_for_ctc(
     if without_path > MAX_WITHOUT_PATH * len(train):
         raise ConfigurationError(
             f"{without_path} of {len(train)} train utterances have too few audio positions for their tokens, "
-            "so CTC cannot align them: lower projector.downsampling "
-            f"({recipe.projector.downsampling}), or set "
-            "projector.beginning.kind to none and projector.ctc_weight to 0."
+            f"so CTC cannot align them: lower projector.downsampling ({recipe.projector.downsampling}), or "
+            "set projector.beginning.kind to none and projector.ctc_weight to 0."
         )
     if without_path:
         log_line(
@@ -117,9 +116,8 @@ def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None)
             `INITIAL_SHARPNESS`.
     """
     dtype = DTYPES[recipe.training.precision]
-    head = CtcHead(
-        token_embeddings(Path(job.llm_folder), job.ctc_tokens, dtype, recipe.llm.trust_remote_code), dtype
-    )
+    folder, trust = Path(job.llm_folder), recipe.llm.trust_remote_code
+    head = CtcHead(token_embeddings(folder, job.ctc_tokens, dtype, trust), dtype)
     with torch.no_grad():
         head.log_sharpness.fill_(math.log(_sharpness(job, sharpness)))
     return head

@@ -12,19 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from slam_asr.artifacts import model_folder
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
-from slam_asr.artifacts.model_folder import (
-    ADAPTER,
-    CTC_HEAD,
-    WEIGHTS,
-    adapter_file,
-    fetch_model,
-    projector_from_weights,
-    read_config,
-    read_projector,
-)
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, settings_that_affect_weights
 from slam_asr.errors import ConfigurationError, InputError
@@ -78,7 +69,9 @@ class CheckedInputs:
     @property
     def ctc_sharpness(self) -> float | None:
         """Sharpness of the initial model's CTC head; None without such a head."""
-        head = read_config(self.init_from).training.get(CTC_HEAD) if self.init_from else None
+        if self.init_from is None:
+            return None
+        head = model_folder.read_config(self.init_from).training.get(model_folder.CTC_HEAD)
         return head and head["sharpness"]
 
     @property
@@ -172,15 +165,15 @@ def _check_initial_model(
     name = recipe.projector.init_from
     if not name:
         return None, {}
-    folder = fetch_model(name)
-    config = read_config(folder)
+    folder = model_folder.fetch_model(name)
+    config = model_folder.read_config(folder)
     # Called only for its checks: each training process builds the projector itself.
-    projector_from_weights(
-        read_projector(folder, config).state_dict(),
+    model_folder.projector_from_weights(
+        model_folder.read_projector(folder, config).state_dict(),
         recipe.projector,
         encoder.width,
         llm_width(describe_llm(llm_folder, recipe.llm.trust_remote_code)),
-        f"projector.init_from: {join(folder, WEIGHTS)}",
+        f"projector.init_from: {join(folder, model_folder.WEIGHTS)}",
     )
     others = ["encoder"] if config.encoder != base["encoder_fingerprint"] else []
     others += ["LLM"] if config.llm_sha256 != base["llm_sha256"] else []
@@ -189,9 +182,9 @@ def _check_initial_model(
             f"warning: the projector of {name} was trained with another {' and '.join(others)}: it may be "
             "of little use as a starting point"
         )
-    digests = {"init_from": sha256_of_file(folder / WEIGHTS)}
+    digests = {"init_from": sha256_of_file(folder / model_folder.WEIGHTS)}
     if _starts_from_adapter(recipe, folder):
-        digests["init_adapter"] = sha256_of_file(adapter_file(folder / ADAPTER))
+        digests["init_adapter"] = sha256_of_file(model_folder.adapter_file(folder / model_folder.ADAPTER))
     return folder, digests
 
 
@@ -207,7 +200,7 @@ def _starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
     Raises:
         ConfigurationError: the model has an adapter of another size or scale, or on other layers.
     """
-    if not (folder / ADAPTER).is_dir():
+    if not (folder / model_folder.ADAPTER).is_dir():
         return False
     name = recipe.projector.init_from
     if recipe.llm.tuning != "lora":
@@ -216,7 +209,7 @@ def _starts_from_adapter(recipe: Recipe, folder: Path) -> bool:
             "lora to start from it too"
         )
         return False
-    ours, theirs = recipe.llm.lora, read_config(folder).typed_recipe.llm.lora
+    ours, theirs = recipe.llm.lora, model_folder.read_config(folder).typed_recipe.llm.lora
     targets = f"[{', '.join(theirs.targets)}]"
     needed = [
         f"llm.lora.{key} to {value}"

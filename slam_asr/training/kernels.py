@@ -81,19 +81,16 @@ def compile_layers(llm: PreTrainedModel) -> None:
             "--training.compile false."
         )
     exclude_from_compilation()
+    # By default, torch compiles code for the first length alone, and at the second length compiles again with
+    # symbolic lengths.
+    compiled = functools.partial(torch.compile, dynamic=True)
     for layer in layers:
-        forward, checkpoint_options = layer.forward, None
+        forward = layer.forward
         if isinstance(forward, functools.partial) and forward.func is checkpoint:
             # Compile the checkpointed function itself, not the checkpointing around it.
-            (forward,), checkpoint_options = forward.args, forward.keywords
-        # By default, torch compiles code for the first length alone, and at the second length compiles again
-        # with symbolic lengths.
-        compiled = torch.compile(forward, dynamic=True)
-        layer.forward = (
-            compiled
-            if checkpoint_options is None
-            else functools.partial(checkpoint, compiled, **checkpoint_options)
-        )
+            layer.forward = functools.partial(checkpoint, compiled(*forward.args), **forward.keywords)
+        else:
+            layer.forward = compiled(forward)
 
 
 def use_liger(llm: PreTrainedModel) -> None:

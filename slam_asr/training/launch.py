@@ -15,6 +15,7 @@ from slam_asr.artifacts.stage_record import Record, read_record, require_permiss
 from slam_asr.cores import thread_limits
 from slam_asr.errors import ConfigurationError, Stopped, UserError
 from slam_asr.progress import log_line
+from slam_asr.restart import PAUSES
 from slam_asr.runtime.worker import FAILURE, PARENT, START
 from slam_asr.storage import digest
 from slam_asr.storage.cache import cache_folder
@@ -41,8 +42,6 @@ TEMPORARY_CODES = (os.EX_TEMPFAIL, -signal.SIGABRT)
 The training loop exits with the first code. The second is that of a process that NCCL's watchdog aborts
 because another process does not answer.
 """
-PAUSES = (5.0, 20.0, 60.0)
-"""Seconds before the first, second and third restart since the last new checkpoint."""
 
 ALLOCATION = ("MALLOC_MMAP_THRESHOLD_", "4194304")
 """glibc's environment variable for the size in bytes from which a block gets pages of its own, and its value.
@@ -182,35 +181,30 @@ def launch_training(processes: int, folder: Path, nodes: Nodes, checkpoints: str
     os.environ[PARENT] = str(os.getpid())
     restarts, reached = 0, _latest_step(checkpoints)
     try:
-        while True:
-            try:
-                _launch_once(processes, folder, nodes, checkpoints)
-                return
-            except _TemporaryFailure as failure:
-                before, reached = reached, _latest_step(checkpoints)
-                restarts = 0 if reached > before else restarts
-                # Several machines would have to agree on a restart. A machine that has failed for another
-                # reason does not come back, and the others would wait for it.
-                if nodes.number > 1 or restarts == len(PAUSES):
-                    raise UserError(f"{failure}.") from failure
-                log_line(f"{failure}. In {PAUSES[restarts]:g} s, training starts again after step {reached}")
+        while failure := _launch_once(processes, folder, nodes, checkpoints):
+            before, reached = reached, _latest_step(checkpoints)
+            restarts = 0 if reached > before else restarts
+            # Several machines would have to agree on a restart. A machine that has failed for another reason
+            # does not come back, and the others would wait for it.
+            if nodes.number > 1 or restarts == len(PAUSES):
+                raise UserError(f"{failure}.")
+            log_line(f"{failure}. In {PAUSES[restarts]:g} s, training starts again after step {reached}")
             time.sleep(PAUSES[restarts])
             restarts += 1
     finally:
         del os.environ[PARENT]
 
 
-class _TemporaryFailure(Exception):
-    """A training process failed for a reason that is usually temporary. Its message has no full stop."""
-
-
-def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> None:
+def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -> str | None:
     """Run the processes to their end, as `launch_training` does.
+
+    Returns:
+        None; or, if a process failed but may succeed when it is started again, a sentence about this failure,
+        without a full stop.
 
     Raises:
         Stopped: a signal stopped the training.
         UserError: a process failed.
-        _TemporaryFailure: a process failed, but may succeed if it is started again.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -220,6 +214,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
         elastic_launch(_launch_config(processes, nodes), sys.executable)(
             "-u", "-m", START, PROGRAM, str(folder / "job.json")
         )
+        return None
     except SignalException as error:
         raise Stopped(_stopped_message(error.sigval.name, checkpoints), 128 + error.sigval.value) from error
     except ChildFailedError as error:
@@ -240,7 +235,7 @@ def _launch_once(processes: int, folder: Path, nodes: Nodes, checkpoints: str) -
             ) from error
         ended = f"A training process ended with code {code}; its own message is above"
         if code in TEMPORARY_CODES:
-            raise _TemporaryFailure(ended) from error
+            return ended
         raise UserError(f"{ended}.") from error
 
 
@@ -304,7 +299,7 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
         return
     differing = _differences(latest.inputs, inputs)
     if differing and not overwrite:
-        shown = ", ".join(f"{key} {before} → {now}" for key, before, now in differing[:5])
+        shown = ", ".join(differing[:5])
         more = ", …" if len(differing) > 5 else ""
         number = "1 key differs" if len(differing) == 1 else f"{len(differing)} keys differ"
         raise ConfigurationError(
@@ -315,8 +310,8 @@ def require_same_training(folder: str, inputs: dict[str, Any], overwrite: bool) 
         checkpoint.clear(folder)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (key, text of the value before, text of the value now) for each input that differs.
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return `key before → now` for each input that differs.
 
     Inputs that may change when a training run resumes are left out.
     """
@@ -332,7 +327,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
         k for k in flat_before | flat_now if flat_before.get(k) != flat_now.get(k) and k not in harmless
     )
     return [
-        (key.removeprefix("recipe."), _shown(flat_before.get(key)), _shown(flat_now.get(key))) for key in keys
+        f"{key.removeprefix('recipe.')} {_shown(flat_before.get(key))} → {_shown(flat_now.get(key))}"
+        for key in keys
     ]
 
 

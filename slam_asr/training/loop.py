@@ -147,9 +147,11 @@ class Loop:
         sums = torch.cat([totals.scores, local])
         torch.distributed.all_reduce(sums)
         # All numbers are transferred at once, because each `.item()` would make the CPU wait for the GPU.
-        *numbers, stop, pending, failed, due = sums.tolist()
-        totals.numbers, totals.stop = tuple(numbers), stop > 0
-        totals.pending, totals.failed, totals.due = pending / parts.processes, failed > 0, due > 0
+        loss, correct, targets, filled, cells, stop, pending, failed, due = sums.tolist()
+        totals.loss, totals.accuracy = loss / targets, correct / targets
+        totals.positions, totals.padding = int(filled), 1 - filled / cells
+        totals.stop, totals.failed, totals.due = stop > 0, failed > 0, due > 0
+        totals.pending = pending / parts.processes
 
     def _apply_step(self, micro: MicroBatch, totals: Totals) -> None:
         """Update the weights, and record the step."""
@@ -249,24 +251,19 @@ class Loop:
         if result is None:
             self.interrupted = True
             return None
-        loss, accuracy = result
-        if self.parts.in_beginning:
-            self._finish_beginning_if(1 - accuracy)
-        else:
-            self.progress.record_dev_loss(loss)
-        samples = self.validator.transcribe()
-        if self.monitor:
-            self.monitor.validation(self.progress.done, loss, accuracy, samples)
-        return None if self.parts.in_beginning else loss
-
-    def _finish_beginning_if(self, error_rate: float) -> None:
-        """End the beginning with this step if the token error rate on dev, a fraction, is low enough."""
+        loss, accuracy, samples = result
         progress, plan = self.progress, self.parts.plan
-        until = self.parts.recipe.projector.beginning.until
         progress.counts.validated = progress.done
-        if until and error_rate <= until and progress.done < plan.beginning:
+        until = self.parts.recipe.projector.beginning.until
+        if not self.parts.in_beginning:
+            progress.record_dev_loss(loss)
+        elif until and 1 - accuracy <= until and progress.done < plan.beginning:
+            # The token error rate on dev is low enough, so the beginning ends with this step.
             progress.counts.beginning = progress.done
             plan.set_beginning(progress.done)
+        if self.monitor:
+            self.monitor.validation(progress.done, loss, accuracy, samples)
+        return None if self.parts.in_beginning else loss
 
 
 def facts_of(parts: Parts, loop: Loop) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Yields the micro-batches of one process, and sums their scores over a step."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,15 +32,14 @@ class MicroBatch:
     """Whether this is the last micro-batch of its step on this process."""
     filled: int
     """Number of LLM positions without padding."""
-    cells: int
-    """Number of LLM positions with padding."""
 
 
 @dataclass
 class Totals:
     """Sums over the micro-batches of a step.
 
-    `add` sums the first three fields over this process. `Loop._reduce` sets the others, over all processes.
+    `add` sums the first three fields over this process. `Loop._reduce` sets the others, from the sums over
+    all processes.
     """
 
     scores: torch.Tensor | None = None
@@ -51,9 +51,15 @@ class Totals:
     """Number of LLM positions of this process, without padding."""
     cells: int = 0
     """Number of LLM positions of this process, with padding."""
-    numbers: tuple[float, ...] = (0.0,) * 5
-    """Loss, correct tokens, target tokens, positions without padding and positions with padding, summed over
-    all processes."""
+    loss: float = math.nan
+    """Mean loss per target token."""
+    accuracy: float = math.nan
+    """Share of the target tokens to which the model gives the highest probability. In the beginning, 1 minus
+    the token error rate of CTC's best paths."""
+    positions: int = 0
+    """Number of LLM positions without padding."""
+    padding: float = math.nan
+    """Share of the LLM positions that is padding."""
     stop: bool = False
     """Whether any process was asked to stop."""
     pending: float = 0.0
@@ -72,30 +78,7 @@ class Totals:
         """
         self.scores = scores if self.scores is None else self.scores + scores
         self.filled += micro.filled
-        self.cells += micro.cells
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per target token."""
-        return self.numbers[0] / self.numbers[2]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the target tokens to which the model gives the highest probability.
-
-        In the beginning, it is 1 minus the token error rate of CTC's best paths.
-        """
-        return self.numbers[1] / self.numbers[2]
-
-    @property
-    def positions(self) -> int:
-        """Number of LLM positions without padding."""
-        return int(self.numbers[3])
-
-    @property
-    def padding(self) -> float:
-        """Share of the LLM positions that is padding."""
-        return 1 - self.numbers[3] / self.numbers[4]
+        self.cells += micro.batch.cells
 
 
 def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
@@ -130,7 +113,6 @@ def remaining_micro_batches(parts: Parts, done: int) -> Iterator[MicroBatch]:
                 targets=targets,
                 is_last=i == len(mine),
                 filled=batch.filled if indices else 0,
-                cells=batch.cells,
             )
 
 

@@ -52,14 +52,14 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
     projector = build_initial_projector(job, recipe, spec.width, llm_width(llm))
     if options.gradient_checkpointing:
         checkpoint_layers(llm)
-    if recipe.encoder.tuning == "full":
+    if recipe.encoder.tuning == "frozen":
+        encoder = load_frozen_encoder(job, recipe, device)
+    else:
         # A trained encoder is loaded on the CPU, because the engine moves it. A frozen encoder is not in the
         # engine's care.
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
         if options.gradient_checkpointing:
             checkpoint_layers(encoder)
-    else:
-        encoder = load_frozen_encoder(job, recipe, device)
     return Slam(projector, llm, encoder, recipe.features.dtype, recipe.projector.dropout), lazy_weights
 
 

@@ -121,9 +121,7 @@ def enter_main(
     # Counted before the engine shards the model.
     parameters = count_parameters(model, parts.job.encoder_parameters)
     rates = {"llm": recipe.llm.learning_rate, "encoder": recipe.encoder.learning_rate}
-    engine = make_engine(
-        model, options, parts.device, {name: r for name, r in rates.items() if r is not None}, lazy_weights
-    )
+    engine = make_engine(model, options, parts.device, rates, lazy_weights)
     packs = _set_up_llm(model, engine, options)
     for reader in parts.readers.values():
         reader.packs, reader.without_llm, reader.vocabulary = packs, False, None

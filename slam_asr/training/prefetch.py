@@ -5,14 +5,14 @@ same depth, `DataLoader` took 3.7 to 3.8 s for 120 batches of cached features, a
 For 48 utterances read from audio files, `DataLoader` took 1.3 to 2.1 s, and this thread 1.3 s.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_END = object()
+_END: Any = object()
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
@@ -22,41 +22,16 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
 
     Args:
         items: the items. Only the thread iterates over them.
-        depth: maximum number of prepared items in the queue. The thread may hold one more, which waits for a
-            place in it.
+        depth: maximum number of prepared items that wait. The thread may be preparing one more.
     """
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[object, BaseException | None]) -> bool:
-        # The timeout lets the thread end if the consumer stops early and leaves the queue full.
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((_END, None))
-        except BaseException as error:  # raised again in the consumer
-            put((_END, error))
-
-    threading.Thread(target=produce, name="prefetch", daemon=True).start()
+    iterator = iter(items)
+    # The items are prepared in order, because there is only one thread.
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item, error = ready.get()
-            # An error is last in the queue, so the consumer has got all items before it.
-            if error is not None:
-                raise error
-            if item is _END:
-                return
+        ready = deque(pool.submit(next, iterator, _END) for _ in range(depth + 1))
+        while (item := ready.popleft().result()) is not _END:
+            ready.append(pool.submit(next, iterator, _END))
             yield item
     finally:
         # This also runs if the consumer abandons the generator: closing it raises GeneratorExit at `yield`.
-        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -61,8 +61,7 @@ class Progress:
         return self.earlier + time.monotonic() - self.started
 
     def record_dev_loss(self, loss: float) -> None:
-        """Record a validation's dev loss, and compare it with the best one so far."""
-        self.counts.validated = self.done
+        """Compare a validation's dev loss with the best one so far."""
         if loss < self.counts.best_dev_loss:
             self.counts.best_dev_loss, self.counts.stale = loss, 0
         else:
@@ -97,8 +96,7 @@ class Resumer:
             UserError: the model's weights cannot be used, or the folder of the checkpoints cannot be read or
                 written.
         """
-        parts, steps = self.parts, self.parts.plan.steps
-        progress = Progress()
+        parts = self.parts
         # Only the first process looks for a checkpoint, and broadcasts the result: otherwise the processes
         # could find different checkpoints.
         candidates: list[Checkpoint | None] = [None]
@@ -112,7 +110,7 @@ class Resumer:
         counts = Counts(**latest.counts) if latest else Counts()
         if counts.beginning is not None:
             parts.plan.set_beginning(counts.beginning)
-            steps = parts.plan.steps
+        steps = parts.plan.steps
         # Checked before a phase is entered, because that loads a model.
         if latest is not None and latest.step > steps:
             raise ConfigurationError(
@@ -126,7 +124,7 @@ class Resumer:
             enter_beginning(parts)
         else:
             enter_main(parts, counts.sharpness)
-        curve = b""
+        progress, curve = Progress(), b""
         if latest is not None:
             restore(parts.engine, latest)
             self.writer.latest = latest.folder
@@ -179,8 +177,10 @@ class Resumer:
             # because each holds a copy of the state in memory.
             if pending > 1:
                 return
-        elif pending or not (due or self._steps_have_passed(progress)):
-            return
+        else:
+            steps_have_passed = 0 < self.options.checkpoint_every <= progress.done - progress.saved
+            if pending or not (due or steps_have_passed):
+                return
         parts, counts = self.parts, progress.counts
         counts.seconds = round(progress.seconds, 1)
         about = Checkpoint(
@@ -199,7 +199,3 @@ class Resumer:
         curve = (parts.folder / CURVE).read_bytes() if parts.rank == 0 else b""
         self.writer.save(take_snapshot(parts.engine, about, curve))
         progress.saved = progress.done
-
-    def _steps_have_passed(self, progress: Progress) -> bool:
-        every = self.options.checkpoint_every
-        return bool(every) and progress.done - progress.saved >= every

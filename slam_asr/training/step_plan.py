@@ -75,17 +75,13 @@ def plan_epoch(
     # of Python.
     generator = random.Random(f"{seed}/{epoch}")
     sizes = positions if sizes is None else sizes
-    # `by_shard` lists the utterances of shard 0, then those of shard 1 and so on. The utterances of shard s
-    # end before index `ends[s]`.
-    by_shard = np.argsort(shards, kind="stable")
-    ends = np.searchsorted(
-        shards[by_shard], np.arange(int(shards.max(initial=-1)) + 1), side="right"
-    ).tolist()
-    order = list(range(len(ends)))
+    # Cutting after each shard's last utterance leaves an empty piece at the end.
+    by_shard = np.split(np.argsort(shards, kind="stable"), np.cumsum(np.bincount(shards)))[:-1]
+    order = list(range(len(by_shard)))
     generator.shuffle(order)
     for begin in range(0, len(order), window_shards):
         window = order[begin : begin + window_shards]
-        shuffled = [i for s in window for i in by_shard[ends[s - 1] if s else 0 : ends[s]].tolist()]
+        shuffled = [i for s in window for i in by_shard[s].tolist()]
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
         for pool in _cut_at_budget(shuffled, sizes, STEPS_PER_POOL * budget):
@@ -177,16 +173,11 @@ class TrainingPlan:
     def _steps_of(self, epoch: int) -> int:
         return sum(len(window.steps) for window in self._plan(epoch))
 
-    def __iter__(self) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Yield (window, next window or None, indices of the utterances) for each step."""
-        return self.after(0)
-
     def after(self, done: int) -> Iterator[tuple[Window, Window | None, list[int]]]:
-        """Yield the same tuples as `__iter__`, but skip the first `done` steps."""
-        windows = itertools.chain(self._windows_of_beginning(), self._windows_after_beginning())
+        """Yield (window, next window or None, indices of the utterances) for each step after `done` steps."""
         # The next window comes along, so that a reader can fetch its shards while those of the current one
         # are used.
-        pairs = itertools.pairwise(itertools.chain(windows, [None]))
+        pairs = itertools.pairwise(itertools.chain(self._windows(), [None]))
         steps = (
             (window, next_window, step)
             for window, next_window in pairs
@@ -195,7 +186,7 @@ class TrainingPlan:
         )
         return itertools.islice(steps, done, self.steps)
 
-    def _windows_of_beginning(self) -> Iterator[Window]:
+    def _windows(self) -> Iterator[Window]:
         remaining = self.beginning
         for epoch in range(self._beginning_epochs):
             for window in self._plan(epoch):
@@ -204,8 +195,6 @@ class TrainingPlan:
                 if remaining:
                     yield replace(window, steps=window.steps[:remaining])
                 remaining = max(0, remaining - len(window.steps))
-
-    def _windows_after_beginning(self) -> Iterator[Window]:
         for epoch in range(self._epochs):
             yield from self._plan(self._beginning_epochs + epoch)
 

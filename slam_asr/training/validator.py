@@ -132,47 +132,46 @@ class Validator:
         transcribes = "dev" in parts.readers and parts.recipe.training.samples
         self.transcriber = SampleTranscriber(parts.readers["dev"], parts.recipe) if transcribes else None
 
-    @torch.no_grad()
-    def validate(self) -> tuple[float, float] | None:
-        """Score the dev set.
+    def validate(self) -> tuple[float, float, Samples | None] | None:
+        """Score the dev set, and transcribe a few of its utterances.
 
         Returns:
-            Mean loss and accuracy over the target tokens of the dev set. In the beginning, these are CTC's
-            loss, and 1 minus the token error rate. None if a process was asked to stop meanwhile.
+            Mean loss and accuracy over the target tokens of the dev set; and the transcripts, or None if the
+            training makes none. In the beginning, loss and accuracy are CTC's loss, and 1 minus the token
+            error rate. Instead of all three, None if a process was asked to stop meanwhile.
         """
+        module = self.parts.engine.module
+        module.eval()
+        try:
+            scores = self._score()
+            return None if scores is None else (*scores, self._transcribe())
+        finally:
+            module.train()
+
+    @torch.no_grad()
+    def _score(self) -> tuple[float, float] | None:
         reader, engine, device = self.parts.readers["dev"], self.parts.engine, self.parts.device
         mine = own_share(self.parts, list(range(len(reader.examples))), reader)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        engine.module.eval()
-        try:
-            # `own_share` gives all processes the same number of batches, so that all take part in the same
-            # collective operations.
-            for batch in prefetch(reader.batch(indices) for indices in mine):
-                batch = batch.to(device)
-                sums += scores_of(engine.module(batch), batch).sums
-                if self._any_process_stops():
-                    return None
-        finally:
-            engine.module.train()
+        # `own_share` gives all processes the same number of batches, so that all take part in the same
+        # collective operations.
+        for batch in prefetch(reader.batch(indices) for indices in mine):
+            batch = batch.to(device)
+            sums += scores_of(engine.module(batch), batch).sums
+            if self._any_process_stops():
+                return None
         torch.distributed.all_reduce(sums)
         loss, correct, targets = sums.tolist()
         return loss / targets, correct / targets
 
-    def transcribe(self) -> Samples | None:
-        """Transcribe a few dev utterances; None if the training transcribes none."""
-        engine = self.parts.engine
+    def _transcribe(self) -> Samples | None:
         if self.transcriber is None:
             return None
-        engine.module.eval()
         # Layers are compiled for complete utterances. Decoding takes one token at a time, and would compile
         # them again.
         compiles = self.parts.recipe.training.compile
-        uncompiled = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
-        try:
-            with uncompiled:
-                return self.transcriber.transcribe(engine.model)
-        finally:
-            engine.module.train()
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+            return self.transcriber.transcribe(self.parts.engine.model)
 
     def _any_process_stops(self) -> bool:
         # Called after each batch, because all processes must leave the loop after the same batch. Otherwise,

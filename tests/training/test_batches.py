@@ -106,10 +106,13 @@ def examples(lengths=LENGTHS, shards=SHARDS):
 
 def test_training_ends_after_its_epochs_or_its_steps():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
-    steps = [(window.epoch, step) for window, _, step in plan]
+    steps = [(window.epoch, step) for window, _, step in plan.after(0)]
     assert {epoch for epoch, _ in steps} == {0, 1, 2} and plan.steps == len(steps) and plan.epochs == 3
     cut = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=5)
-    assert [(window.epoch, step) for window, _, step in cut] == steps[:5] and (cut.steps, cut.epochs) == (
+    assert [(window.epoch, step) for window, _, step in cut.after(0)] == steps[:5] and (
+        cut.steps,
+        cut.epochs,
+    ) == (
         5,
         1,
     )
@@ -117,7 +120,7 @@ def test_training_ends_after_its_epochs_or_its_steps():
 
 def test_each_window_comes_with_the_next_one_across_epochs():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 8, 0, epochs=2, max_steps=10**9)
-    pairs = list({id(window): (window, next_window) for window, next_window, _ in plan}.values())
+    pairs = list({id(window): (window, next_window) for window, next_window, _ in plan.after(0)}.values())
     assert len(pairs) == 6 and pairs[-1][1] is None
     assert all(next_window is following for (_, next_window), (following, _) in itertools.pairwise(pairs))
 
@@ -151,7 +154,7 @@ def test_a_failure_while_prefetching_is_raised_in_the_items_place():
 
 def test_steps_already_done_are_skipped_and_the_rest_is_the_same():
     plan = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=10**9)
-    steps = [(window.epoch, window.shards, step) for window, _, step in plan]
+    steps = [(window.epoch, window.shards, step) for window, _, step in plan.after(0)]
     for done in (1, 7, plan.steps // 2, plan.steps - 1, plan.steps):
         assert [(window.epoch, window.shards, step) for window, _, step in plan.after(done)] == steps[done:]
 
@@ -161,8 +164,8 @@ def test_the_order_of_two_epochs_is_the_same_for_any_number_of_processes(process
     options = Training(positions_per_step=1500, positions_per_batch=400)
     plan = TrainingPlan(examples(), budget_for(options, processes), 4, 0, epochs=2, max_steps=10**9)
     alone = TrainingPlan(examples(), budget_for(options, 1), 4, 0, epochs=2, max_steps=10**9)
-    assert [step for _, _, step in plan] == [step for _, _, step in alone]
-    for _, _, step in plan:
+    assert [step for _, _, step in plan.after(0)] == [step for _, _, step in alone.after(0)]
+    for _, _, step in plan.after(0):
         shares = split_step(step, LENGTHS, processes, 400)
         assert sorted(i for share in shares for batch in share for i in batch) == sorted(step)
         assert len({len(share) for share in shares}) == 1
@@ -173,7 +176,7 @@ def test_batches_of_a_fixed_number_of_utterances_as_in_the_reference():
     assert (budget.step, budget.batch) == (24, 4)
     plan = TrainingPlan(examples(), budget, 4, 0, epochs=1, max_steps=10**9)
     sizes = budget.sizes(LENGTHS)
-    steps = [step for _, _, step in plan]
+    steps = [step for _, _, step in plan.after(0)]
     assert max(map(len, steps)) == 24 and sorted(i for step in steps for i in step) == list(
         range(len(LENGTHS))
     )

@@ -45,7 +45,7 @@ def test_the_clock_of_the_first_process_decides_for_all(tmp_path, due):
         loop.resumer = SimpleNamespace(
             minutes_have_passed=lambda: due == (rank == 0), writer=SimpleNamespace(pending=0, failure=None)
         )
-        totals = Totals(scores=torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))
+        totals = Totals(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64), filled=3, cells=4)
         loop._reduce(totals)
         (tmp_path / f"{rank}-{totals.due}-{totals.loss}").touch()
 

@@ -1,6 +1,7 @@
 """Creates the engine that a recipe names, and the process group it needs."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -8,7 +9,7 @@ from slam_asr.config.recipe import Training
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight
 from slam_asr.training.ctc_model import CtcModel
-from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine, name_accelerator
+from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine
 from slam_asr.training.engines.engine import Engine
 
 
@@ -21,7 +22,7 @@ def make_engine(
     model: Slam | CtcModel,
     options: Training,
     device: torch.device,
-    learning_rates: dict[str, float],
+    learning_rates: Mapping[str, float | None],
     lazy_weights: Sequence[LazyWeight] = (),
 ) -> Engine:
     """Wrap a model in the engine that `training.engine` names.
@@ -31,7 +32,7 @@ def make_engine(
         options: the recipe's section `training`.
         device: where the model trains.
         learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
-            children get `training.learning_rate`.
+            children, and those with None, get `training.learning_rate`.
         lazy_weights: weights that the engine reads from disk; only for engines that shard weights.
 
     Raises:
@@ -55,7 +56,9 @@ def start_process_group(device: torch.device, engine: str) -> None:
     if engine != "deepspeed":
         torch.distributed.init_process_group(backend)
         return
-    name_accelerator(device)
+    if device.type == "cpu":
+        # Set before the import: otherwise DeepSpeed would guess its accelerator, and warn.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     # DeepSpeed would compile its shared-memory all-reduce on first use. That takes a minute, and fails

@@ -5,7 +5,6 @@ The methods below hide these differences from the training loop, which saves com
 DeepSpeed's own files.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ class DeepSpeedEngine(Engine):
             DeepSpeed's own settings.
         device: where the model trains.
         learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
-            children get `training.learning_rate`.
+            children, and those with None, get `training.learning_rate`.
         lazy_weights: weights that the engine reads from disk; ZeRO stage 3 only.
     """
 
@@ -41,10 +40,9 @@ class DeepSpeedEngine(Engine):
         model: Slam | CtcModel,
         options: Training,
         device: torch.device,
-        learning_rates: dict[str, float] | None = None,
+        learning_rates: Mapping[str, float | None] | None = None,
         lazy_weights: Sequence[LazyWeight] = (),
     ) -> None:
-        name_accelerator(device)
         import deepspeed
 
         config = deepspeed_config(options, device)
@@ -275,9 +273,3 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return {**base, **overrides, **nested}
-
-
-def name_accelerator(device: torch.device) -> None:
-    """Set DeepSpeed's accelerator before DeepSpeed is imported. Without a GPU, it would guess, and warn."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

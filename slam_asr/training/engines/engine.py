@@ -9,7 +9,7 @@ summed loss L_p of process p, 1/P · Σ P/T · L_p = Σ L_p / T.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,15 @@ class ParameterGroups:
         learning_rates: peak learning rates of the parts that have their own, keyed by name.
     """
 
-    def __init__(self, model: nn.Module, options: Training, learning_rates: dict[str, float]) -> None:
+    def __init__(
+        self, model: nn.Module, options: Training, learning_rates: Mapping[str, float | None]
+    ) -> None:
         parts = {
             name: [(n, p) for n, p in part.named_parameters(name) if p.requires_grad]
             for name, part in model.named_children()
         }
         self.parts = {name: weights for name, weights in parts.items() if weights}
-        self.peaks = {name: learning_rates.get(name, options.learning_rate) for name in self.parts}
+        self.peaks = {name: learning_rates.get(name) or options.learning_rate for name in self.parts}
         self.relative_rates = [peak / options.learning_rate for peak in self.peaks.values()]
 
     @property

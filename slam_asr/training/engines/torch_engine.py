@@ -7,7 +7,7 @@ DeepSpeed. Without masters, small updates would be lost: bf16 has 8 significant 
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class TorchEngine(Engine):
         options: engine, precision, clipping, weight decay, and the default learning rate.
         device: where the model trains.
         learning_rates: peak learning rates, keyed by the name of a direct child of the model. The other
-            children get `training.learning_rate`.
+            children, and those with None, get `training.learning_rate`.
         lazy_weights: weights that the engine reads from disk; FSDP2 only.
     """
 
@@ -57,7 +57,7 @@ class TorchEngine(Engine):
         model: Slam | CtcModel,
         options: Training,
         device: torch.device,
-        learning_rates: dict[str, float] | None = None,
+        learning_rates: Mapping[str, float | None] | None = None,
         lazy_weights: Sequence[LazyWeight] = (),
     ) -> None:
         dtype = DTYPES[options.precision]
