@@ -22,7 +22,6 @@ from slam_asr.models.projector import SpeechProjector, build_projector
 from slam_asr.models.slam import Slam
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
 from slam_asr.progress import log_line
-from slam_asr.training.engines.choose import shards_weights
 from slam_asr.training.job import TrainingJob
 
 
@@ -103,7 +102,8 @@ def _load_llm(
 ) -> tuple[PreTrainedModel, list[LazyWeight]]:
     """Load the LLM; or leave its weights on the meta device, if the engine can read them one by one."""
     dtype = DTYPES[options.precision]
-    if shards_weights(options):
+    # These engines give each process a shard of the frozen weights instead of a full copy.
+    if options.engine == "fsdp" or options.zero_stage == 3:
         try:
             return describe_lazy_llm(folder, dtype, trust_remote_code)
         except NotLazilyLoadable as reason:

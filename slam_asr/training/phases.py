@@ -57,18 +57,15 @@ def enter_beginning(parts: Parts) -> None:
     for reader in parts.readers.values():
         reader.packs = reader.without_llm = True
         reader.vocabulary = CtcVocabulary(reader.examples.recipe_prompts.tokenizer, parts.job.ctc_tokens)
+    warm_up = round(WARM_UP * options.steps)
+    rate = learning_rate_schedule("cosine", options.learning_rate, warm_up, options.steps)
+    # Each weight of the projector takes two operations (multiply and add) in the forward pass, two for the
+    # gradient of its input and two for its own gradient. The embeddings get no gradient, but take two more
+    # operations for the expected embedding.
+    operations = 6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel()
+    engine = make_engine(model, training, parts.device, {})
     parts.phase = Phase(
-        BEGINNING,
-        make_engine(model, training, parts.device, {}),
-        parameters,
-        packs=True,
-        rate=learning_rate_schedule(
-            "cosine", options.learning_rate, round(WARM_UP * options.steps), options.steps
-        ),
-        # Each weight of the projector takes two operations (multiply and add) in the forward pass, two for
-        # the gradient of its input and two for its own gradient. The embeddings get no gradient, but take two
-        # more operations for the expected embedding.
-        operations_per_position=6.0 * parameters["projector"][0] + 6.0 * model.head.embeddings.numel(),
+        BEGINNING, engine, parameters, packs=True, rate=rate, operations_per_position=operations
     )
 
 
@@ -137,14 +134,8 @@ def enter_main(
     # Each weight of the LLM takes two operations (multiply and add) in the forward pass and two for the
     # gradient of its input; a trained weight takes two more for its own gradient.
     weights, trained = parameters["llm"]
-    parts.phase = Phase(
-        MAIN,
-        engine,
-        parameters,
-        packs,
-        rate=lambda step: rate(step - beginning),
-        operations_per_position=4.0 * weights + 2.0 * trained,
-    )
+    operations = 4.0 * weights + 2.0 * trained
+    parts.phase = Phase(MAIN, engine, parameters, packs, lambda step: rate(step - beginning), operations)
 
 
 def _set_up_llm(model: Slam, engine: Engine, options: Training) -> bool:

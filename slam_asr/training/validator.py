@@ -109,9 +109,8 @@ class SampleTranscriber:
         prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
         positions = [int(examples.audio_positions[i]) + prompt_positions for i in self.indices]
         texts_by_index: dict[int, str] = {}
-        for batch in plan_batches(
-            positions, self.options.max_new_tokens, 1, self.options.positions_per_batch
-        ):
+        limit, budget = self.options.max_new_tokens, self.options.positions_per_batch
+        for batch in plan_batches(positions, limit, 1, budget):
             indices = [self.indices[i] for i in batch]
             audio = [self.reader.reader.read(examples.utterances[i]) for i in indices]
             hypotheses = searcher.decode(audio, [int(examples.audio_positions[i]) for i in indices])

@@ -13,11 +13,6 @@ from slam_asr.training.engines.deepspeed_engine import DeepSpeedEngine
 from slam_asr.training.engines.engine import Engine
 
 
-def shards_weights(options: Training) -> bool:
-    """Whether the engine gives each process a shard of the frozen weights instead of a full copy."""
-    return options.engine == "fsdp" or options.zero_stage == 3
-
-
 def make_engine(
     model: Slam | CtcModel,
     options: Training,
