@@ -249,29 +249,24 @@ def _launch_config(processes: int, nodes: Nodes) -> "LaunchConfig":
     """Return torchrun's settings for `processes` processes on each of the nodes."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    # Use an address, not a name: resolving `localhost` may need a resolver that a container does not have.
-    # With port 0 the system picks a free port.
-    single_node: dict[str, Any] = {
-        "run_id": f"slam-asr-{os.getpid()}",
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "127.0.0.1:0",
-        "local_addr": "127.0.0.1",
-    }
-    # With `static`, each machine sets its own rank. With `c10d`, torchrun would assign the ranks, and the
-    # machine that writes the results might not be the one with the first process.
-    several_nodes: dict[str, Any] = {
-        "run_id": "slam-asr",
-        "rdzv_backend": "static",
-        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
-        "rdzv_configs": {"rank": nodes.rank, "timeout": RENDEZVOUS},
-    }
+    meeting: dict[str, Any]
+    if nodes.number == 1:
+        # Use an address, not a name: resolving `localhost` may need a resolver that a container does not
+        # have. With port 0 the system picks a free port.
+        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    else:
+        # With `static`, each machine sets its own rank. With `c10d`, torchrun would assign the ranks, and the
+        # machine that writes the results might not be the one with the first process.
+        endpoint, options = f"{nodes.address}:{nodes.port}", {"rank": nodes.rank, "timeout": RENDEZVOUS}
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": options}
     return LaunchConfig(
+        run_id="slam-asr" if nodes.number > 1 else f"slam-asr-{os.getpid()}",
         min_nodes=nodes.number,
         max_nodes=nodes.number,
         nproc_per_node=processes,
         max_restarts=0,  # only `launch_training` knows which failures are temporary, and starts again
         monitor_interval=0.2,
-        **(several_nodes if nodes.number > 1 else single_node),
+        **meeting,
     )
 
 

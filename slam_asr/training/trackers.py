@@ -24,7 +24,9 @@ EVENTS = "tensorboard"
 
 
 class Tracker:
-    """Receives the numbers of a training run, until a client fails. Then the failure is logged.
+    """Passes the numbers of a training run to a client, which is no longer used after a failure.
+
+    The failure is logged.
 
     Args:
         name: name of the tracker, for the log.
