@@ -52,16 +52,7 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     Raises:
         Unavailable: the hub cannot be reached, does not have the model, or refuses access to it.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         info = _repeated(lambda: HfApi().model_info(name, timeout=HUB_TIMEOUT), name, FIRST_PAUSES)
@@ -73,27 +64,26 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
             # If the hub does not answer, `snapshot_download` returns the incomplete folder without an error.
             if not all((folder / file).is_file() for file in needed):
-                raise LocalEntryNotFoundError(name)
+                raise errors.LocalEntryNotFoundError(name)
 
         _repeated(fetch, name, PAUSES)
     # The order matters, because each of these is a subclass of the next: GatedRepoError,
     # RepositoryNotFoundError, HfHubHTTPError, HTTPError.
-    except OfflineModeIsEnabled:
-        raise Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
-    except GatedRepoError:
-        raise Unavailable(
-            "the hub requires that its licence is accepted first (log in and open the model's page)"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise Unavailable(
-            "the hub has no model of that name (check the spelling, or log in if it is private)"
-        ) from None
-    except HfHubHTTPError as error:
-        raise Unavailable(f"the hub answers {error.response.status_code}") from None
+    except errors.OfflineModeIsEnabled:
+        reason = "the hub is switched off (HF_HUB_OFFLINE)"
+    except errors.GatedRepoError:
+        reason = "the hub requires that its licence is accepted first (log in and open the model's page)"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = "the hub has no model of that name (check the spelling, or log in if it is private)"
+    except errors.HfHubHTTPError as error:
+        reason = f"the hub answers {error.response.status_code}"
     # huggingface_hub's HTTPError is the HTTP library's own class, which covers every failed connection.
-    except (HTTPError, LocalEntryNotFoundError) as error:
-        raise Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+        reason = f"the hub cannot be reached ({type(error).__name__})"
+    else:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        return
+    raise Unavailable(reason)
 
 
 def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[float]) -> T:
