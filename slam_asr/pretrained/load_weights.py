@@ -17,15 +17,7 @@ from slam_asr.errors import ModelError
 from slam_asr.pretrained.lazy_tensors import is_finite
 from slam_asr.pretrained.model_config import own_code_refused
 
-UNREADABLE_WEIGHTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    ImportError,
-    EOFError,
-    SafetensorError,
-    UnpicklingError,
-)
+_UNREADABLE = (OSError, ValueError, LookupError, ImportError, EOFError, SafetensorError, UnpicklingError)
 """Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 
@@ -129,7 +121,7 @@ def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
     """
     try:
         yield
-    except UNREADABLE_WEIGHTS as error:
+    except _UNREADABLE as error:
         raise own_code_refused(folder, part, error) or ModelError(
             f"The {part} in {folder} cannot be loaded: {one_sentence(error)}"
         ) from error
