@@ -125,15 +125,11 @@ def locate_config(name: str) -> Path:
         ModelError: no source has the model.
         StorageError: object storage cannot be read.
     """
-    if is_s3(name):
-        return locate_model(name)
-    folder = local_path(name)
     # Original files contain no configuration that could be fetched alone. A wrong name goes to
     # `locate_model` too, which reports it.
-    if folder.exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
+    if is_s3(name) or local_path(name).exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
         return locate_model(name)
-    in_hub_cache = _in_hub_cache(name)
-    if in_hub_cache is not None:
+    if in_hub_cache := _in_hub_cache(name):
         return in_hub_cache
     config_folder = cache_folder() / "configs" / name.replace("/", "--")
     if not (config_folder / "config.json").is_file():
@@ -333,12 +329,8 @@ def main(program: str = "slam_asr.pretrained.locate", without_hub: str = "") -> 
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description="Fetch pretrained models ahead of time."
     )
-    parser.add_argument(
-        "names",
-        nargs="+",
-        metavar="NAME",
-        help="a name on the model hub" + (without_hub and f"; without a hub: {without_hub}"),
-    )
+    meaning = "a name on the model hub" + (without_hub and f"; without a hub: {without_hub}")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=meaning)
     names = parser.parse_args().names
     with exit_on_user_error():
         for name in names:

@@ -31,7 +31,12 @@ def read_model_config(folder: Path, part: str, trust_remote_code: bool = False) 
             an adapter.
     """
     folder = Path(folder)
-    _require_own_weights(folder, part)
+    # transformers would load the base model that the adapter names.
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"The {part} in {folder} is a LoRA adapter (adapter_config.json): merge it into its base model, "
+            "and give the folder of the merged model."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Configurations raise many kinds of errors for bad values (ValueError, KeyError, TypeError, …), and code
@@ -74,19 +79,6 @@ def _code_refusal(folder: Path, part: str, code: str) -> ModelError:
         else "give a Whisper, WavLM, HuBERT or wav2vec 2.0 encoder in transformers' format"
     )
     return ModelError(f"The {part} in {folder} needs {code}, which is not run: {remedy}.")
-
-
-def _require_own_weights(folder: Path, part: str) -> None:
-    """Refuse a folder with a LoRA adapter: transformers would instead load the model that the adapter names.
-
-    Raises:
-        ModelError: the folder holds adapter_config.json.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"The {part} in {folder} is a LoRA adapter (adapter_config.json): merge it into its base model, "
-            "and give the folder of the merged model."
-        )
 
 
 def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
