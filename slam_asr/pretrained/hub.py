@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from slam_asr.pretrained.model_files import needed_files
+from slam_asr.pretrained.model_files import is_complete, needed_files
 from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
@@ -26,18 +26,16 @@ class Unavailable(Exception):
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, or None without one.
-
-    None is also returned if `huggingface_hub` has a list of the model's files and the snapshot lacks some of
-    them. Without such a list, the snapshot is returned even if it is incomplete.
-    """
+    """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        snapshot = Path(snapshot_download(name, local_files_only=True))
     except (OSError, HFValidationError):
         return None
+    # `huggingface_hub` itself can only check it if it has a list of the model's files.
+    return snapshot if is_complete(snapshot) else None
 
 
 def from_hub(name: str, folder: Path, weights: bool = True) -> None:
@@ -96,24 +94,18 @@ def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[
         name: the model's name on the hub, for the log.
         pauses_if_unreachable: seconds before each further attempt if the hub cannot be reached.
     """
+    from huggingface_hub import errors
+
     attempts = 0
     while True:
         try:
             return call()
-        except Exception as error:
-            pauses = _pauses_after(error, pauses_if_unreachable)
+        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+            pauses, failure = pauses_if_unreachable, type(error).__name__
+            if isinstance(error, errors.HfHubHTTPError):
+                pauses = PAUSES if error.response.status_code in _TEMPORARY else ()
             if attempts >= len(pauses):
                 raise
-            failure = type(error).__name__
         log_line(f"{name}: the hub fails ({failure}); another attempt in {pauses[attempts]:g} s")
         time.sleep(pauses[attempts])
         attempts += 1
-
-
-def _pauses_after(error: Exception, pauses_if_unreachable: Sequence[float]) -> Sequence[float]:
-    """Return the seconds before each further attempt after an error; empty if no attempt would help."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, HfHubHTTPError):
-        return PAUSES if error.response.status_code in _TEMPORARY else ()
-    return pauses_if_unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()

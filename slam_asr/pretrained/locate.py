@@ -87,7 +87,7 @@ def locate_model(name: str) -> Path:
     cached = _cached_model(name)
     if is_complete(cached):
         return cached
-    return _in_hub_cache(name) or _make_once(cached, name, lambda: _fetch(name, cached))
+    return cached_snapshot(name) or _make_once(cached, name, lambda: _fetch(name, cached))
 
 
 def locate_base_model(name: str, key: str, model: str) -> Path:
@@ -129,8 +129,8 @@ def locate_config(name: str) -> Path:
     # `locate_model` too, which reports it.
     if is_s3(name) or local_path(name).exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
         return locate_model(name)
-    if in_hub_cache := _in_hub_cache(name):
-        return in_hub_cache
+    if snapshot := cached_snapshot(name):
+        return snapshot
     config_folder = cache_folder() / "configs" / name.replace("/", "--")
     if not (config_folder / "config.json").is_file():
         try:
@@ -146,12 +146,6 @@ def locate_config(name: str) -> Path:
 def _cached_model(name: str) -> Path:
     """Return the folder in which a model from the hub, or from a source added by `add_source`, is cached."""
     return cache_folder() / "models" / name.replace("/", "--")
-
-
-def _in_hub_cache(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
-    snapshot = cached_snapshot(name)
-    return snapshot if snapshot and is_complete(snapshot) else None
 
 
 def _is_hub_name(name: str) -> bool:
@@ -306,16 +300,12 @@ def _not_found(name: str, reasons: list[str]) -> ModelError:
     close = difflib.get_close_matches(name, DEMO_MODELS, n=1, cutoff=0.8)
     hint = f" (did you mean {close[0]}?): it" if close and close[0] != name else ": it"
     clauses = [f"is not in the cache {_cached_model(name).parent}", *reasons]
-    remedies = [
-        "give a folder with its files",
-        "set SLAM_ASR_CACHE to a cache that has it",
-        "connect to the hub",
-    ]
+    remedy = "or connect to the hub"
     if name in DEMO_MODELS and not _further_sources:
-        remedies.append(f"run python -m demo.models {name} in a checkout of slam-asr")
+        remedy = f"connect to the hub, or run python -m demo.models {name} in a checkout of slam-asr"
     return ModelError(
-        f"No model {name}{hint} {', '.join(clauses[:-1])} and {clauses[-1]}; "
-        f"{', '.join(remedies[:-1])}, or {remedies[-1]}."
+        f"No model {name}{hint} {', '.join(clauses[:-1])} and {clauses[-1]}; give a folder with its files, "
+        f"set SLAM_ASR_CACHE to a cache that has it, {remedy}."
     )
 
 

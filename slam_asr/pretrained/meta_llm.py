@@ -192,19 +192,19 @@ def _fill_buffers(llm: PreTrainedModel, lazy: dict[str, LazyWeight]) -> None:
         NotLazilyLoadable: the model does not compute one of its buffers.
         ModelError: a buffer cannot be read, or is not finite.
     """
-    names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
+    buffers = dict(llm.named_buffers(remove_duplicate=False))
     from_files = {
         name: lazy[name].read_into(torch.empty_like(buffer, device="cpu"))
-        for name, buffer in llm.named_buffers(remove_duplicate=False)
+        for name, buffer in buffers.items()
         if name in lazy
     }
-    first, second = (_computed_buffers(llm, names, from_files, fill) for fill in (0, 1))
-    if not all(torch.equal(first[name], second[name]) for name in names):
+    first, second = (_computed_buffers(llm, sorted(buffers), from_files, fill) for fill in (0, 1))
+    if not all(torch.equal(first[name], second[name]) for name in buffers):
         raise NotLazilyLoadable("it does not define how its buffers are computed")
 
 
 def _computed_buffers(
-    llm: PreTrainedModel, names: set[str], from_files: dict[str, torch.Tensor], fill: int
+    llm: PreTrainedModel, names: list[str], from_files: dict[str, torch.Tensor], fill: int
 ) -> dict[str, torch.Tensor]:
     """Put buffers on the CPU into the LLM and let transformers compute those that are in no file.
 
@@ -219,7 +219,7 @@ def _computed_buffers(
     """
     # A shared buffer gets one replacement, so that its aliases in several modules stay aliases.
     replacements: dict[int, torch.Tensor] = {}
-    for name in sorted(names):
+    for name in names:
         path, _, leaf = name.rpartition(".")
         module = llm.get_submodule(path)
         buffer = module._buffers[leaf]
@@ -256,10 +256,8 @@ def zero_placeholders(model: nn.Module) -> Iterator[None]:
         if parameter.is_meta
     ]
     for module, name, parameter in on_meta:
-        zero = torch.zeros((), dtype=parameter.dtype)
-        setattr(
-            module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
-        )
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ unless its argument `trust_remote_code` is True or False. Here it is always one 
 user has allowed the code by `llm.trust_remote_code`, else False. So transformers never asks.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
     # Older quantisers write a file of their own instead of a key of config.json.
     for name in ("quantize_config.json", "quant_config.json"):
         if (folder / name).is_file():
-            return _method(_read_json(folder / name)) or name
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                return _method(json.loads((folder / name).read_text(encoding="utf-8"))) or name
+            return name
     for section in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             found = getattr(section, key, None)
@@ -100,10 +103,3 @@ def _method(found: Any) -> str | None:
     values = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     method = values.get("quant_method")
     return str(getattr(method, "value", method)) if method else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None

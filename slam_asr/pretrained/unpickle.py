@@ -47,20 +47,10 @@ _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
 """Number of pickles that are read from a file in torch's format before 1.6: magic number, protocol, sizes of
 types, object."""
-_DAMAGED = (
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,  # a damaged length
-    struct.error,
-    zipfile.BadZipFile,
-)
+_DAMAGED_FILE = (UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError, AssertionError)
+"""Exceptions of zipfile, pickletools and torch for content that is not in their formats."""
+_DAMAGED_VALUE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError)
+"""Exceptions for single values of a damaged pickle; a damaged length causes a MemoryError."""
 _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
 
@@ -119,7 +109,7 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         if any(tensor.nbytes > path.stat().st_size for tensor in _tensors_in(content)):
             raise ValueError("a tensor is larger than the file")
         return content
-    except (*_DAMAGED, OSError) as error:
+    except (*_DAMAGED_FILE, *_DAMAGED_VALUE, OSError) as error:
         # zipfile seeks where a damaged entry points to, which may be before the file's beginning (EINVAL).
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
