@@ -12,12 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
-from transformers import (
-    AutoModel,
-    PreTrainedTokenizerBase,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoModel, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from slam_asr.artifacts.model_folder import CTC_HEAD, ENCODER, LLM
@@ -310,8 +305,7 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     inputs = processor.apply_transcription_request(np.zeros(samples, np.float32))
     ids = inputs["input_ids"][0].tolist()
     audio = [processor.audio_token_id] * positions_of(recipe.projector, spec.span_of(samples))
-    expected = [*prompt.main.before, *audio, *prompt.main.ids]
-    if ids != expected:
+    if ids != [*prompt.main.before, *audio, *prompt.main.ids]:
         raise ModelError(
             f"The processor in {folder} gives the prompt other token ids than the training with "
             f"{recipe.llm.name}. Nothing is published; please report this."

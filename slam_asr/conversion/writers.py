@@ -4,13 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slam_asr.artifacts.model_folder import (
-    ENCODER,
-    LLM,
-    ModelConfig,
-    write_adapter,
-    write_model,
-)
+from slam_asr.artifacts.model_folder import ENCODER, LLM, ModelConfig, write_adapter, write_model
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.conversion.huggingface_folder import write_huggingface

@@ -27,12 +27,11 @@ class Unavailable(Exception):
 
 def cached_snapshot(name: str) -> Path | None:
     """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     try:
         snapshot = Path(snapshot_download(name, local_files_only=True))
-    except (OSError, HFValidationError):
+    except (OSError, errors.HFValidationError):
         return None
     # `huggingface_hub` itself can only check it if it has a list of the model's files.
     return snapshot if is_complete(snapshot) else None

@@ -83,9 +83,10 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
         ModelError: the file is damaged, is no file of weights, or holds something other than tensors.
         PermissionError: it may not be read.
     """
+    # This raises if the file may not be read; safetensors would report a missing file.
+    with open(file, "rb") as content:
+        first = content.read(2)
     if file.suffix == ".safetensors":
-        with open(file, "rb"):
-            pass  # without permission, safetensors would report a missing file
         try:
             # Opening compares the header with the file's size, so it finds every file that is cut off.
             with safe_open(file, framework="pt") as tensors:
@@ -94,8 +95,6 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
             raise ModelError(
                 f"{file} is damaged or cut off: fetch the model again ({one_sentence(error).rstrip('.')})."
             ) from error
-    with open(file, "rb") as content:
-        first = content.read(2)
     # Only the format since torch 1.6, a zip file, is memory-mapped instead of read.
     if first != b"PK" and not zipfile.is_zipfile(file):
         # A pickle begins with its protocol. A pointer of Git LFS, or a web page, does not.
