@@ -6,20 +6,13 @@ The folder holds the trained weights, the processor, and copies of the files in 
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
-from transformers import (
-    AutoModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoModel, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from slam_asr.artifacts.model_folder import CTC_HEAD, ENCODER, LLM
@@ -28,7 +21,7 @@ from slam_asr.conversion.huggingface.configuration_slam_asr import SlamAsrConfig
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.model_card import CARD, Report, model_card, usage
 from slam_asr.conversion.parts import Parts
-from slam_asr.conversion.tuned import write_tuned_encoder, write_tuned_llm
+from slam_asr.conversion.tuned import write_trained_encoder, write_trained_llm
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -39,7 +32,7 @@ from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import generation_of
-from slam_asr.pretrained.lazy_tensors import lazy_tensors, rename_tensors
+from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors, rename_tensors
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.model_files import weight_files
@@ -80,15 +73,10 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
             "does not export: set --llm.trust_remote_code false if the LLM needs none, or leave out --to."
         )
     spec = describe_encoder(recipe.encoder)
-    names = {
-        "encoder": _write_base(folder, parts, complete, ENCODER),
-        "llm": _write_base(folder, parts, complete, LLM),
-    }
-    weights = {f"projector.{n}": t for n, t in parts.projector.items()} | {
-        # `default` is the name that peft gives to an adapter in memory; its files omit it.
-        "llm." + n.replace(".default.", "."): t
-        for n, t in parts.adapter.items()
-    }
+    names = {part: _write_base(folder, parts, complete, part) for part in (ENCODER, LLM)}
+    weights = {f"projector.{n}": t for n, t in parts.projector.state_dict().items()}
+    # `default` is the name that peft gives to an adapter in memory; its files omit it.
+    weights |= {"llm." + n.replace(".default.", "."): t for n, t in parts.adapter.items()}
     # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     write_atomically(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
@@ -101,33 +89,20 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     _require_same_prompt(folder, spec, prompt, recipe)
     _name_code(folder / "processor_config.json")
     generation_of(recipe.decoding, prompt).save_pretrained(folder)
-    card = model_card(parts.content, usage(names), report)
-    write_atomically(folder / CARD, card.encode())
+    write_atomically(folder / CARD, model_card(parts.content, usage(names), report))
     _config(parts, names, processor.audio_token_id).save_pretrained(folder)
+    log_line(f"{folder}: load it with AutoModelForSpeechSeq2Seq and trust_remote_code=True")
 
 
-def read_trained(folder: Path, tuning: str) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-    """Read the trained weights of a written folder.
-
-    Args:
-        folder: the folder.
-        tuning: the recipe's `llm.tuning`.
+def read_trained(folder: Path) -> LazyTensors:
+    """Read the weights of projector and adapter in a written folder.
 
     Returns:
-        The projector's weights, keyed by name in `SpeechProjector`; and the LLM's trained weights, keyed by
-        name in the LLM. These are all of its weights if `tuning` is `full`, an adapter's weights if it is
-        `lora`, and none otherwise.
+        The weights by the names that they have in a checkpoint, `projector.…` and `llm.…`.
     """
     tensors = lazy_tensors([folder / SAFE_WEIGHTS_NAME])
-    projector = {n.removeprefix("projector."): n for n in tensors if n.startswith("projector.")}
-    if tuning == "full":
-        return rename_tensors(tensors, projector), lazy_tensors(sorted((folder / LLM).glob("*.safetensors")))
-    adapter = {
-        n.removeprefix("llm.").replace(".weight", ".default.weight"): n
-        for n in tensors
-        if n.startswith("llm.")
-    }
-    return rename_tensors(tensors, projector), rename_tensors(tensors, adapter)
+    adapter = {n.replace(".weight", ".default.weight"): n for n in tensors if n.startswith("llm.")}
+    return rename_tensors(tensors, {n: n for n in tensors if n.startswith("projector.")} | adapter)
 
 
 def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | None:
@@ -136,16 +111,14 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
     Returns:
         The model's name; None if the model is in the subfolder.
     """
-    recipe = parts.recipe
+    name = parts.recipe.encoder.name if part == ENCODER else parts.recipe.llm.name
     if part == ENCODER and parts.encoder:
-        write_tuned_encoder(folder, parts.encoder, recipe, parts.where)
-        return None
-    if part == LLM and parts.llm and not parts.adapter:
-        write_tuned_llm(folder / LLM, parts.llm, recipe, parts.where)
-        return None
-    name = recipe.encoder.name if part == ENCODER else recipe.llm.name
-    base = locate_model(name)
-    if not complete:
+        write_trained_encoder(folder / ENCODER, parts)
+    elif part == LLM and parts.llm and not parts.adapter:
+        write_trained_llm(folder / LLM, parts)
+    elif complete:
+        _copy_base(locate_model(name), folder / part, part)
+    else:
         if local_path(name).exists() or name.startswith("s3://"):
             log_line(
                 f"config.json names the {part} by an address that other machines may not have, {name}: load "
@@ -153,21 +126,21 @@ def _write_base(folder: Path, parts: Parts, complete: bool, part: str) -> str | 
                 "the hub, or with --complete true"
             )
         return name
-    (folder / part).mkdir(exist_ok=True)
-    files = weight_files(base)
-    # Pickles are written again as safetensors, which run no code when they are loaded.
-    if any(file.suffix != ".safetensors" for file in files):
-        _load_base(base, part).save_pretrained(folder / part)
-        return None
-    for file in [*files, *base.glob("*.index.json"), base / "config.json"]:
-        shutil.copy(file, folder / part)
     return None
 
 
-def _load_base(base: Path, part: str) -> PreTrainedModel:
-    """Load a base model whose weights are pickles, to write them as safetensors."""
-    dtype = torch.float32
-    return load_weights(AutoModel, base, dtype, "encoder") if part == ENCODER else load_llm(base, dtype)
+def _copy_base(base: Path, folder: Path, part: str) -> None:
+    """Copy the base encoder or LLM into a folder."""
+    folder.mkdir(exist_ok=True)
+    files = weight_files(base)
+    if all(file.suffix == ".safetensors" for file in files):
+        for file in [*files, *base.glob("*.index.json"), base / "config.json"]:
+            shutil.copy(file, folder)
+    # Pickles are written again as safetensors, which run no code when they are loaded.
+    elif part == ENCODER:
+        load_weights(AutoModel, base, torch.float32, "encoder").save_pretrained(folder)
+    else:
+        load_llm(base, torch.float32).save_pretrained(folder)
 
 
 def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> SlamAsrConfig:
@@ -212,7 +185,7 @@ def _processor(
     tokenizer.chat_template = None
     if isinstance(spec, WhisperSpec):
         extractor: Any = WhisperFeatureExtractor(
-            feature_size=spec.config.num_mel_bins, chunk_length=spec.preparer().window_samples // 16_000
+            feature_size=spec.config.num_mel_bins, chunk_length=spec.window_samples // 16_000
         )
     else:
         # The processor normalises waveforms by itself, with fairseq's epsilon.
@@ -332,8 +305,7 @@ def _require_same_prompt(folder: Path, spec: EncoderSpec, prompt: Prompt, recipe
     inputs = processor.apply_transcription_request(np.zeros(samples, np.float32))
     ids = inputs["input_ids"][0].tolist()
     audio = [processor.audio_token_id] * positions_of(recipe.projector, spec.span_of(samples))
-    expected = [*prompt.main.before, *audio, *prompt.main.ids]
-    if ids != expected:
+    if ids != [*prompt.main.before, *audio, *prompt.main.ids]:
         raise ModelError(
             f"The processor in {folder} gives the prompt other token ids than the training with "
             f"{recipe.llm.name}. Nothing is published; please report this."
@@ -344,4 +316,4 @@ def _name_code(file: Path) -> None:
     """Name the processor's code in its configuration."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-    write_atomically(file, json.dumps(values, indent=2, ensure_ascii=False).encode())
+    write_atomically(file, json.dumps(values, indent=2, ensure_ascii=False))

@@ -9,7 +9,7 @@ import yaml
 
 from slam_asr.conversion.sources import Content
 from slam_asr.errors import InputError
-from slam_asr.storage import exists, fetch, join, sha256_of_file
+from slam_asr.storage import exists, fetch, join
 
 CARD = "README.md"
 NUMBERS_FILE = "wer.json"
@@ -36,11 +36,6 @@ class Report:
 
     file: Path
     numbers: dict[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the file."""
-        return sha256_of_file(self.file)
 
 
 def read_report(place: str) -> Report:
@@ -194,29 +189,20 @@ def _rates(numbers: dict[str, Any]) -> str:
     short = _short(numbers)
     controls = numbers.get("controls", {})
     heads = ["test set", "utterances", short, "95 % interval", *controls]
-    rows = [("all", numbers["all"], {name: c["all"] for name, c in controls.items()})]
-    for subset, counts in numbers.get("subsets", {}).items():
-        if subset and len(numbers["subsets"]) > 1:
-            rows.append((subset, counts, {n: c["subsets"].get(subset, {}) for n, c in controls.items()}))
-    lines = [
-        " | ".join(
-            [
-                name,
-                str(counts.get("utterances", "")),
-                f"{_percent(counts.get('rate'))}",
-                "–".join(f"{end:.2f}" for end in counts.get("interval") or []),
-                *(_percent(others[control].get("rate")) for control in controls),
-            ]
-        )
-        for name, counts, others in rows
-    ]
-    names = ", ".join(name for name in numbers.get("subsets", {}) if name)
-    decoding = numbers.get("decoding", {})
-    beams = decoding.get("beams")
-    how = f"Test subsets: {names or 'one'}." + (
-        f" Decoded with {beams} beam{'s' * (beams > 1)}." if beams else ""
-    )
-    table = "\n".join(f"| {line} |" for line in [" | ".join(heads), " | ".join("---" for _ in heads), *lines])
+    subsets = numbers.get("subsets", {})
+    names = [name for name in subsets if name]
+    rows = [("all", numbers["all"], [c["all"] for c in controls.values()])]
+    if len(subsets) > 1:
+        rows += [(n, subsets[n], [c["subsets"].get(n, {}) for c in controls.values()]) for n in names]
+    lines = [heads, ["---"] * len(heads)]
+    for name, counts, others in rows:
+        interval = "–".join(f"{end:.2f}" for end in counts.get("interval") or [])
+        utterances = str(counts.get("utterances", ""))
+        lines.append([name, utterances, _percent(counts), interval, *map(_percent, others)])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    how = f"Test subsets: {', '.join(names) or 'one'}."
+    if beams := numbers.get("decoding", {}).get("beams"):
+        how += f" Decoded with {beams} beam{'s' * (beams > 1)}."
     return (
         f"## {'Character' if short == 'CER' else 'Word'} error rate\n\n{how} The controls are output that "
         f"ignores the audio: a rate means little if it is close to theirs.\n\n{table}"
@@ -227,27 +213,23 @@ def _short(numbers: dict[str, Any]) -> str:
     return "CER" if numbers.get("unit") == "characters" else "WER"
 
 
-def _percent(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:.2f} %"
+def _percent(counts: dict[str, Any]) -> str:
+    return "" if counts.get("rate") is None else f"{counts['rate']:.2f} %"
 
 
 def _model_index(name: str, numbers: dict[str, Any]) -> list[dict[str, Any]]:
     short = _short(numbers).lower()
     subsets = {n: c for n, c in numbers.get("subsets", {}).items() if n} or {"test": numbers["all"]}
-    return [
+    results = [
         {
-            "name": name,
-            "results": [
-                {
-                    "task": {"type": "automatic-speech-recognition"},
-                    "dataset": {"name": subset, "type": subset},
-                    "metrics": [{"type": short, "value": counts["rate"]}],
-                }
-                for subset, counts in subsets.items()
-                if counts.get("rate") is not None
-            ],
+            "task": {"type": "automatic-speech-recognition"},
+            "dataset": {"name": subset, "type": subset},
+            "metrics": [{"type": short, "value": counts["rate"]}],
         }
+        for subset, counts in subsets.items()
+        if counts.get("rate") is not None
     ]
+    return [{"name": name, "results": results}]
 
 
 def _data(content: Content) -> str:

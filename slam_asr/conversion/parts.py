@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from slam_asr.artifacts.model_folder import projector_from_weights
+from slam_asr.artifacts.model_folder import projector_from_weights, require_matching_weights
 from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.sources import Content
-from slam_asr.conversion.tuned import check_adapter
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import describe_llm, llm_width
-from slam_asr.pretrained.lazy_tensors import rename_tensors
+from slam_asr.models.llm import add_lora, describe_llm, llm_width
+from slam_asr.models.projector import SpeechProjector
+from slam_asr.pretrained.lazy_tensors import LazyTensors, rename_tensors
 from slam_asr.pretrained.locate import locate_model
 
 
@@ -21,11 +21,13 @@ class Parts:
     """The weights of a checkpoint, divided by part and checked as `divide` describes."""
 
     content: Content
-    projector: Mapping[str, torch.Tensor]
+    projector: SpeechProjector
+    """In float32."""
     llm: Mapping[str, torch.Tensor]
     """Empty if the LLM was not trained."""
     encoder: Mapping[str, torch.Tensor]
-    """Empty if the encoder was not trained."""
+    """Keyed by name in the model that `EncoderSpec.encoder_of` returns. Empty if the encoder was not
+    trained."""
     widths: tuple[int, int]
     """Number of values per encoder frame and per LLM position."""
 
@@ -55,23 +57,35 @@ def divide(content: Content) -> Parts:
         ConfigurationError: the recipe is not that of the training.
     """
     recipe, where = content.recipe, content.where
-    names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
-    for name in content.weights:
-        part, _, rest = name.partition(".")
-        if part in names:  # weights of any other part are ignored
-            names[part][rest] = name
-    tensors = {part: rename_tensors(content.weights, own) for part, own in names.items()}
+    tensors = by_part(content.weights)
     if not tensors["projector"]:
         raise ModelError(f"{where} holds no projector: it is not a checkpoint of slam-asr train.")
     llm = describe_llm(locate_model(recipe.llm.name), recipe.llm.trust_remote_code)
     widths = describe_encoder(recipe.encoder).width, llm_width(llm)
-    projector_from_weights(tensors["projector"], recipe.projector, *widths, where)
-    parts = Parts(content, **tensors, widths=widths)
+    projector = projector_from_weights(tensors["projector"], recipe.projector, *widths, where)
+    parts = Parts(content, projector, tensors["llm"], tensors["encoder"], widths)
     if bool(parts.adapter) != any(".lora_" in name for name in parts.llm):
         raise ConfigurationError(
             f"{where} and the recipe {recipe.name}, whose llm.tuning is {recipe.llm.tuning}, do not agree on "
             "whether the LLM has a LoRA adapter: give the recipe of the training."
         )
     if parts.adapter:
-        check_adapter(parts.adapter, recipe, where)
+        add_lora(llm, recipe.llm.lora, seed=0)
+        names = [name for name, _ in llm.named_parameters() if ".lora_" in name]
+        require_matching_weights(llm, parts.adapter, where, names)
     return parts
+
+
+def by_part(weights: Mapping[str, torch.Tensor]) -> dict[str, LazyTensors]:
+    """Divide weights by the part that their names begin with, and remove it from the names.
+
+    Returns:
+        The weights of `projector`, `llm` and `encoder`. Weights of any other part are left out.
+    """
+    names: dict[str, dict[str, str]] = {"projector": {}, "llm": {}, "encoder": {}}
+    for name in weights:
+        part, _, rest = name.partition(".")
+        if part in names:
+            # `SpeechEncoder` has the encoder in its attribute `model`.
+            names[part][rest.removeprefix("model.") if part == "encoder" else rest] = name
+    return {part: rename_tensors(weights, own) for part, own in names.items()}

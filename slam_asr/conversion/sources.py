@@ -1,11 +1,10 @@
 """Recognises the kind of a checkpoint by its content, and opens checkpoints of all kinds in the same form."""
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -32,13 +31,13 @@ from slam_asr.conversion.zero_checkpoint import find_zero_folder, fp32_weights
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import require_usable_llm
-from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors
+from slam_asr.pretrained.lazy_tensors import LazyTensors, join_tensors, lazy_tensors
 from slam_asr.pretrained.locate import locate_base_model, locate_model
 from slam_asr.pretrained.model_files import weight_files, weight_names, weights_sha256
 from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.pretrained.weight_checks import require_sound_files, tensor_dtypes
 from slam_asr.progress import log_line
-from slam_asr.storage import exists, fetch, fetch_folder, is_s3, join, local_path, sha256_of_file
+from slam_asr.storage import exists, fetch, fetch_folder, join, sha256_of_file
 
 
 @dataclass
@@ -67,16 +66,7 @@ class Source:
     """Opens the content; not called if the stage has already converted it."""
 
 
-@dataclass
-class OriginalEncoder:
-    """The original file of a speech encoder, which becomes a folder for `encoder.name`."""
-
-    file: Path
-
-
-def find_source(
-    checkpoint: str, which: str, recipe: Recipe | None, adapter: str | None
-) -> Source | OriginalEncoder:
+def find_source(checkpoint: str, which: str, recipe: Recipe | None, adapter: str | None) -> Source | Path:
     """Recognise a checkpoint by its content.
 
     Args:
@@ -85,6 +75,9 @@ def find_source(
         recipe: names encoder and LLM for a checkpoint that does not name them; for other checkpoints, it
             states where these models are now.
         adapter: folder of a LoRA adapter that is not in the checkpoint.
+
+    Returns:
+        The checkpoint; or, if it is the original file of a speech encoder, only the file's local path.
 
     Raises:
         ModelError: the checkpoint is missing, incomplete or damaged.
@@ -100,15 +93,19 @@ def find_source(
     # A model folder has a stage's record too, so it must be recognised before a training run.
     is_model = checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS))
     if not is_model and not exists(join(checkpoint, RECORD)):
-        local = fetch_folder(checkpoint) if is_s3(checkpoint) else local_path(checkpoint)
+        local = fetch_folder(checkpoint)
         if not local.is_dir():
             raise ModelError(f"There is no file or folder {checkpoint}: check the path.")
         if (folder := find_zero_folder(local)) is not None:
-            return _from_deepspeed(folder, recipe, adapter)
+            # These include the optimiser's files, which contain ZeRO's fp32 weights.
+            files = sorted(folder.glob("*.pt"))
+            return _from_others(fp32_weights(folder), folder, _digests(files), recipe, adapter)
         if (local / SLAM_LLM_FILE).is_file():
             return _from_file(local / SLAM_LLM_FILE, recipe, adapter)
         if weight_names(local):
-            return _from_consolidated(local, recipe, adapter)
+            # DeepSpeed's zero_to_fp32.py wrote one file, or several and their index.
+            require_sound_files(local, "checkpoint")
+            return _from_tensors(weight_files(local), local, recipe, adapter)
         saved = find(join(checkpoint, CHECKPOINTS))
     if adapter and (is_model or saved or exists(join(checkpoint, RECORD))):
         raise ConfigurationError(
@@ -132,10 +129,9 @@ def recipe_in(checkpoint: str) -> Recipe | None:
     """
     if checkpoint in shipped_models() or exists(join(checkpoint, WEIGHTS)):
         return read_config(checkpoint).typed_recipe
-    record = read_record(checkpoint) if exists(join(checkpoint, RECORD)) else None
-    if record is None and find(join(checkpoint, CHECKPOINTS)) is not None:
-        return load_recipe(fetch(join(checkpoint, "recipe.yaml")).read_text(encoding="utf-8"))
-    return _recipe_of(record) if record and record.stage == "train" else None
+    record = read_record(checkpoint)
+    trained = record.stage == "train" if record else find(join(checkpoint, CHECKPOINTS)) is not None
+    return _recipe_of_training(checkpoint) if trained else None
 
 
 def _unfinished(folder: str, saved: Checkpoint) -> Record:
@@ -151,24 +147,23 @@ def _unfinished(folder: str, saved: Checkpoint) -> Record:
         )
     log_line(f"note: the training run in {folder} has not finished; it has done {saved.step} steps so far")
     bases = {key: saved.inputs[key] for key in ("encoder_fingerprint", "llm_sha256")}
-    recipe = load_recipe(fetch(join(folder, "recipe.yaml")).read_text(encoding="utf-8"))
+    recipe = _recipe_of_training(folder)
     names = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
     head = {CTC_HEAD: saved.ctc_head} if saved.ctc_head else {}
     return Record("", facts=names | bases | head, stage="train", folder=folder, inputs=saved.inputs)
 
 
-def _recipe_of(trained: Record) -> Recipe:
-    return load_recipe(trained.file("recipe.yaml").read_text(encoding="utf-8"))
+def _recipe_of_training(folder: str) -> Recipe:
+    return load_recipe(fetch(join(folder, "recipe.yaml")).read_text(encoding="utf-8"))
 
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
-    place = join(trained.folder, CHECKPOINTS)
+    place, recipe = join(trained.folder, CHECKPOINTS), _recipe_of_training(trained.folder)
     # Checkpoints of the beginning have other weights, and are not averaged with later ones.
-    sources = (
-        [saved for saved in all_complete(place) if saved.phase == MAIN]
-        if which == "average"
-        else [require(place, which)]
-    )
+    if which == "average":
+        sources = [saved for saved in all_complete(place) if saved.phase == MAIN]
+    else:
+        sources = [require(place, which)]
     files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
 
     def read() -> Content:
@@ -177,11 +172,11 @@ def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
             facts["averaged_steps"] = ", ".join(str(source.step) for source in sources)
             log_line(f"mean of {len(sources)} checkpoints, of steps {facts['averaged_steps']}")
         bases = {"encoder": facts.pop("encoder_fingerprint"), "llm_sha256": facts.pop("llm_sha256")}
-        recipe = _located(_recipe_of(trained), given, bases, trained.folder)
-        return Content(_mean(sources), recipe, bases, facts, sources[-1].folder)
+        located = _located(recipe, given, bases, trained.folder)
+        return Content(_mean(sources), located, bases, facts, sources[-1].folder)
 
     inputs = {"training": trained.inputs, "files": files if which == "average" else files[0]}
-    return Source(inputs | _new_places(_recipe_of(trained), given), read)
+    return Source(inputs | _new_places(recipe, given), read)
 
 
 def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where: str) -> Recipe:
@@ -204,11 +199,10 @@ def _located(trained: Recipe, given: Recipe | None, bases: dict[str, Any], where
             continue
         # An encoder's fingerprint includes its preprocessing, which its folder also defines. An LLM is
         # compared by its weights alone.
-        same = (
-            describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
-            if key == "encoder.name"
-            else weights_sha256(folder) == bases["llm_sha256"]
-        )
+        if key == "encoder.name":
+            same = describe_encoder(recipe.encoder).fingerprint() == bases["encoder"]
+        else:
+            same = weights_sha256(folder) == bases["llm_sha256"]
         if not same:
             raise ModelError(
                 f"{key} is {name}, which is not the model that {where} was trained with, "
@@ -239,8 +233,9 @@ def _mean(sources: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
     return LazyTensors({name: partial(mean, name) for name in first})
 
 
-def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source | OriginalEncoder:
+def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source | Path:
     if path.suffix == ".safetensors":
+        tensor_dtypes(path)  # raises if the file is damaged
         return _from_tensors([path], path, recipe, adapter)
     content = read_pickle(path)
     if not is_slam_llm(content):
@@ -248,55 +243,37 @@ def _from_file(path: Path, recipe: Recipe | None, adapter: str | None) -> Source
             raise ConfigurationError(
                 f"--adapter is for a checkpoint of SLAM-LLM, but {path} holds an encoder: leave it out."
             )
-        return OriginalEncoder(path)
-    read = partial(from_slam_llm, content, str(path))
-    return _of_slam_llm(read, str(path), {"file": sha256_of_file(path)}, recipe, adapter)
-
-
-def _from_consolidated(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
-    """Open a folder that DeepSpeed's zero_to_fp32.py wrote: one file, or several and their index."""
-    require_sound_files(folder, "checkpoint")
-    return _from_tensors(weight_files(folder), folder, recipe, adapter)
+        return path
+    return _from_others(content, path, {"file": sha256_of_file(path)}, recipe, adapter)
 
 
 def _from_tensors(files: list[Path], where: Path, recipe: Recipe | None, adapter: str | None) -> Source:
     """Open a checkpoint whose files contain nothing but tensors, as safetensors or pickles."""
-    if files[0].suffix == ".safetensors":
-        for file in files:
-            tensor_dtypes(file)  # raises if the file is damaged
-        tensors: Mapping[str, torch.Tensor] = lazy_tensors(files)
-    else:
-        tensors = dict(item for file in files for item in read_pickle(file).items())
+    is_safe = files[0].suffix == ".safetensors"
+    tensors = lazy_tensors(files) if is_safe else join_tensors(*map(read_pickle, files))
     if not is_slam_llm(tensors):
         raise ModelError(
             f"{where} holds no weights of SLAM-LLM's projector (encoder_projector.…): give a checkpoint of a "
             "training."
         )
-    inputs = {"files": {file.name: sha256_of_file(file) for file in files}}
-    return _of_slam_llm(partial(from_slam_llm, tensors, str(where)), str(where), inputs, recipe, adapter)
+    return _from_others(tensors, where, _digests(files), recipe, adapter)
 
 
-def _from_deepspeed(folder: Path, recipe: Recipe | None, adapter: str | None) -> Source:
-    def weights() -> Mapping[str, torch.Tensor]:
-        tensors = fp32_weights(folder)
-        return from_slam_llm(tensors, str(folder)) if is_slam_llm(tensors) else tensors
-
-    # These include the optimiser's files, which contain ZeRO's fp32 weights.
-    files = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.pt"))}
-    return _of_slam_llm(weights, str(folder), {"files": files}, recipe, adapter)
+def _digests(files: list[Path]) -> dict[str, Any]:
+    return {"files": {file.name: sha256_of_file(file) for file in files}}
 
 
-def _of_slam_llm(
-    read: Callable[[], Mapping[str, torch.Tensor]],
-    where: str,
+def _from_others(
+    weights: Mapping[str, torch.Tensor],
+    where: Path,
     inputs: dict[str, Any],
     recipe: Recipe | None,
     adapter: str | None,
 ) -> Source:
-    """Describe a checkpoint that does not name its encoder and LLM.
+    """Describe a checkpoint of another program, which does not name its encoder and LLM.
 
     Args:
-        read: returns the checkpoint's weights, by this project's names.
+        weights: the checkpoint's weights, by this project's names or by those of SLAM-LLM.
         where: the checkpoint, for messages.
         inputs: digests of its files.
         recipe: names encoder and LLM.
@@ -308,24 +285,18 @@ def _of_slam_llm(
         )
     # SLAM-LLM trains on the encoder's outputs directly, not on features that were rounded for a store.
     recipe = replace(recipe, features=replace(recipe.features, dtype="fp32"))
-    weights = read()
+    if is_slam_llm(weights):
+        weights = from_slam_llm(weights, str(where))
     if adapter:
-        folder = fetch_folder(adapter) if is_s3(adapter) else local_path(adapter)
+        folder = fetch_folder(adapter)
         inputs = {**inputs, "adapter": sha256_of_file(adapter_file(folder))}
-        # ChainMap only reads its second mapping, so an immutable one will do.
-        weights = ChainMap(
-            {f"llm.{name}": tensor for name, tensor in read_peft(folder).items()},
-            cast("MutableMapping[str, torch.Tensor]", weights),
-        )
+        weights = join_tensors(weights, {f"llm.{name}": t for name, t in read_peft(folder).items()})
     encoder, llm_folder = describe_encoder(recipe.encoder), locate_model(recipe.llm.name)
     encoder.require_weights()
     require_usable_llm(llm_folder, recipe.llm)
-    bases = {
-        "encoder": encoder.fingerprint(),
-        "llm_sha256": weights_sha256(llm_folder),
-    }
+    bases = {"encoder": encoder.fingerprint(), "llm_sha256": weights_sha256(llm_folder)}
     facts = {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name}
-    content = Content(weights, recipe, bases, facts, where)
+    content = Content(weights, recipe, bases, facts, str(where))
     return Source({**inputs, "recipe": dump_recipe(recipe), **bases}, lambda: content)
 
 

@@ -1,22 +1,22 @@
-"""Writes LLMs and encoders that were trained together with the projector."""
+"""Loads and writes LLMs and encoders that were trained together with the projector."""
 
-from collections import ChainMap
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.artifacts.model_folder import ENCODER, replace_weights, require_matching_weights
-from slam_asr.config.recipe import Recipe
+from slam_asr.artifacts.model_folder import replace_weights, require_matching_weights
+from slam_asr.conversion.parts import Parts
+from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
-from slam_asr.models.llm import add_lora, describe_llm, load_llm, load_tokenizer
+from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
 from slam_asr.models.precision import DTYPES
-from slam_asr.pretrained.lazy_tensors import LazyTensors, write_one_by_one
+from slam_asr.pretrained.lazy_tensors import LazyTensors, join_tensors, write_one_by_one
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.meta_llm import LazyWeight, NotLazilyLoadable, describe_lazy_llm
@@ -32,120 +32,79 @@ class _AdaptedLayer(Protocol):
     def get_delta_weight(self, adapter: str, /) -> torch.Tensor: ...
 
 
-def check_adapter(weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
-    """Check that a LoRA adapter fits the recipe's LLM, without loading the LLM's weights.
+def load_trained_llm(parts: Parts, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the recipe's LLM, with its trained weights if it was trained.
+
+    An adapter is merged into the LLM, in fp32.
 
     Args:
-        weights: the adapter's weights, keyed by name in the LLM.
-        recipe: names the LLM, and the rank and the targets of the adapter.
-        where: the checkpoint, for error messages.
-
-    Raises:
-        ModelError: weights are missing, unknown, of another shape, or not finite.
-    """
-    llm = describe_llm(locate_model(recipe.llm.name), recipe.llm.trust_remote_code)
-    add_lora(llm, recipe.llm.lora, seed=0)
-    require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters() if ".lora_" in n])
-
-
-def write_tuned_llm(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str) -> None:
-    """Write a fully trained LLM and its tokenizer, in the precision of the training.
-
-    The weights are written one by one, unless the base LLM cannot be loaded weight by weight; see
-    `NotLazilyLoadable`.
-
-    Args:
-        folder: folder for the LLM.
-        weights: all weights of the LLM, keyed by name in it.
-        recipe: the training's recipe.
-        where: the checkpoint, for error messages.
+        parts: the weights and the recipe.
+        dtype: dtype of the LLM's weights.
 
     Raises:
         ModelError: the weights are not those of the recipe's LLM.
     """
-    base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
-    trust = recipe.llm.trust_remote_code
-    try:
-        llm, _ = describe_lazy_llm(base, dtype, trust)
-    except NotLazilyLoadable:
-        llm = load_llm(base, dtype, trust_remote_code=trust)
-        replace_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
-        llm.save_pretrained(folder)
-    else:
-        require_matching_weights(llm, weights, where, [n for n, _ in llm.named_parameters()])
-        _write_llm(folder, llm, weights)
-    _copy_other_files(base, folder, trust)
+    options = parts.recipe.llm
+    loaded_as = torch.float32 if parts.adapter else dtype
+    llm = load_llm(locate_model(options.name), loaded_as, trust_remote_code=options.trust_remote_code)
+    if not parts.adapter:
+        if parts.llm:
+            replace_weights(llm, parts.llm, parts.where, [n for n, _ in llm.named_parameters()])
+        return llm
+    for name, layer in _adapted(llm, parts).items():
+        layer.merge()
+        llm.set_submodule(name, layer.get_base_layer())
+    return cast(PreTrainedModel, cast(nn.Module, llm).to(dtype))
 
 
-def write_merged_llm(folder: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Write the LLM with a LoRA adapter merged into it, and its tokenizer, in the precision of the training.
+def write_trained_llm(folder: Path, parts: Parts) -> None:
+    """Write the trained LLM and its tokenizer, in the precision of the training.
 
-    Merging is done in fp32. The weights are merged and written one by one, unless the base LLM cannot be
-    loaded weight by weight; see `NotLazilyLoadable`.
+    A LoRA adapter is merged into the LLM, in fp32. The weights are computed and written one by one, unless
+    the base LLM cannot be loaded weight by weight; see `NotLazilyLoadable`.
 
     Args:
         folder: folder for the LLM.
-        adapter: LoRA's weights, keyed by name in the LLM.
-        recipe: the training's recipe.
+        parts: all weights of the LLM or of its adapter, and the recipe.
+
+    Raises:
+        ModelError: the weights are not those of the recipe's LLM.
     """
-    base, dtype = locate_model(recipe.llm.name), DTYPES[recipe.training.precision]
-    trust = recipe.llm.trust_remote_code
+    options, dtype = parts.recipe.llm, DTYPES[parts.recipe.training.precision]
+    base, trust = locate_model(options.name), options.trust_remote_code
     try:
-        llm, lazy_weights = describe_lazy_llm(base, torch.float32, trust)
+        llm, _ = describe_lazy_llm(base, dtype, trust)
     except NotLazilyLoadable:
-        load_merged_llm(adapter, recipe).to(dtype).save_pretrained(folder)
+        load_trained_llm(parts, dtype).save_pretrained(folder)
     else:
-        # `_adapted` adds peft's layers to `llm`, so a second description gives the names for the file.
-        written, _ = describe_lazy_llm(base, dtype, trust)
-        # Layers are found by their weight's identity: inside peft's layer, the weight has another name but is
-        # the same object.
-        layers = {
-            id(layer.get_base_layer().weight): layer for layer in _adapted(llm, adapter, recipe).values()
-        }
-        makers = {
-            weight.name: partial(_merged, weight, layers.get(id(weight.parameter))) for weight in lazy_weights
-        }
-        _write_llm(folder, written, LazyTensors(makers))
-    _copy_other_files(base, folder, trust)
-
-
-def load_merged_llm(adapter: Mapping[str, torch.Tensor], recipe: Recipe) -> PreTrainedModel:
-    """Load the recipe's LLM in fp32, and merge a LoRA adapter into it.
-
-    Args:
-        adapter: LoRA's weights, keyed by name in the LLM.
-        recipe: names the LLM, and the rank, the alpha and the targets of the adapter.
-    """
-    llm = load_llm(
-        locate_model(recipe.llm.name), torch.float32, trust_remote_code=recipe.llm.trust_remote_code
-    )
-    for name, layer in _adapted(llm, adapter, recipe).items():
-        layer.merge()
-        parent, _, last = name.rpartition(".")
-        setattr(llm.get_submodule(parent), last, layer.get_base_layer())
-    return llm
-
-
-def _copy_other_files(base: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Write the base LLM's tokenizer and, if it is trusted, its own Python code next to the weights."""
-    load_tokenizer(base, trust_remote_code).save_pretrained(folder)
-    for code in base.glob("*.py") if trust_remote_code else ():
+        if not parts.adapter:
+            require_matching_weights(llm, parts.llm, parts.where, [n for n, _ in llm.named_parameters()])
+        _write_llm(folder, llm, _merged_weights(base, parts) if parts.adapter else parts.llm)
+    load_tokenizer(base, trust).save_pretrained(folder)
+    # If the LLM's own Python code is trusted, it is part of the LLM.
+    for code in base.glob("*.py") if trust else ():
         (folder / code.name).write_bytes(code.read_bytes())
 
 
-def _adapted(
-    llm: PreTrainedModel, adapter: Mapping[str, torch.Tensor], recipe: Recipe
-) -> dict[str, _AdaptedLayer]:
-    """Add an adapter to an LLM; return the layers that it adapts, keyed by name."""
-    add_lora(llm, recipe.llm.lora, seed=0)
-    # `strict=False` is needed, because the LLM has many other weights; `check_adapter` finds wrong or missing
-    # ones.
-    llm.load_state_dict(adapter, strict=False)
+def _adapted(llm: PreTrainedModel, parts: Parts) -> dict[str, _AdaptedLayer]:
+    """Add the adapter to an LLM; return the layers that it adapts, keyed by name."""
+    add_lora(llm, parts.recipe.llm.lora, seed=0)
+    # `strict=False` is needed, because the LLM has many other weights; `divide` finds wrong or missing ones.
+    llm.load_state_dict(parts.adapter, strict=False)
     return {
         name: cast(_AdaptedLayer, module)
         for name, module in llm.named_modules()
         if hasattr(module, "get_delta_weight")
     }
+
+
+def _merged_weights(base: Path, parts: Parts) -> LazyTensors:
+    """Return the weights of the base LLM in fp32 with the adapter merged into them, keyed by name."""
+    llm, weights = describe_lazy_llm(base, torch.float32, parts.recipe.llm.trust_remote_code)
+    # Layers are found by their weight's identity: inside peft's layer, the weight has another name but is the
+    # same object.
+    layers = {id(layer.get_base_layer().weight): layer for layer in _adapted(llm, parts).values()}
+    return LazyTensors({w.name: partial(_merged, w, layers.get(id(w.parameter))) for w in weights})
 
 
 @torch.no_grad()
@@ -167,38 +126,48 @@ def _write_llm(folder: Path, llm: PreTrainedModel, weights: Mapping[str, torch.T
     folder.mkdir(parents=True, exist_ok=True)
     # Unlike the weights, the buffers that a file needs already have their values.
     buffers = {name: buffer for name, buffer in llm.state_dict().items() if not buffer.is_meta}
-    write_one_by_one(
-        folder / SAFE_WEIGHTS_NAME,
-        # ChainMap only reads its second mapping, so an immutable one will do.
-        ChainMap(buffers, cast(MutableMapping[str, torch.Tensor], weights)),
-        dict(llm.named_parameters()) | buffers,
-    )
+    like = dict(llm.named_parameters()) | buffers
+    write_one_by_one(folder / SAFE_WEIGHTS_NAME, join_tensors(weights, buffers), like)
     llm.config.architectures = [type(llm).__name__]
     llm.config.save_pretrained(folder)
     if llm.generation_config is not None:
         llm.generation_config.save_pretrained(folder)
 
 
-def write_tuned_encoder(
-    folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe, where: str
-) -> None:
-    """Write the complete base model with the trained encoder in it, and the preprocessor's configuration.
+def load_trained_encoder(spec: EncoderSpec, parts: Parts, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Load the recipe's encoder, with its trained weights if it was trained.
 
     Args:
-        folder: the model's folder; the encoder is written to `encoder/` in it.
-        weights: the encoder's weights, keyed by name in `SpeechEncoder`.
-        recipe: the training's recipe.
-        where: the checkpoint, for error messages.
+        spec: describes the encoder.
+        parts: the encoder's weights.
+        dtype: dtype of the model's weights.
+
+    Returns:
+        The complete base model; and its encoder, a module whose class depends on the model.
 
     Raises:
         ModelError: the weights are not those of the recipe's encoder.
     """
-    spec = describe_encoder(recipe.encoder)
-    model = load_weights(AutoModel, spec.folder, DTYPES[recipe.training.precision], "encoder")
+    model = load_weights(AutoModel, spec.folder, dtype, "encoder")
     encoder = spec.encoder_of(model)
-    trained = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    replace_weights(encoder, trained, where, [n for n, _ in encoder.named_parameters()])
-    model.save_pretrained(folder / ENCODER)
+    if parts.encoder:
+        replace_weights(encoder, parts.encoder, parts.where, [n for n, _ in encoder.named_parameters()])
+    return model, encoder
+
+
+def write_trained_encoder(folder: Path, parts: Parts) -> None:
+    """Write the complete base model with the trained encoder in it, and the preprocessor's configuration.
+
+    Args:
+        folder: folder for the encoder.
+        parts: the encoder's weights, and the recipe.
+
+    Raises:
+        ModelError: the weights are not those of the recipe's encoder.
+    """
+    spec = describe_encoder(parts.recipe.encoder)
+    model, _ = load_trained_encoder(spec, parts, DTYPES[parts.recipe.training.precision])
+    model.save_pretrained(folder)
     preprocessor = spec.folder / "preprocessor_config.json"
     if preprocessor.is_file():
-        (folder / ENCODER / preprocessor.name).write_bytes(preprocessor.read_bytes())
+        (folder / preprocessor.name).write_bytes(preprocessor.read_bytes())

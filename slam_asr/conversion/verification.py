@@ -10,16 +10,16 @@ An LLM that is written without a projector is an exception: it is loaded by itse
 `MERGED_TOLERANCE`, because its weights were rounded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from slam_asr.artifacts.model_folder import (
+    CONFIG,
     ENCODER,
     LLM,
     projector_from_weights,
@@ -29,17 +29,17 @@ from slam_asr.artifacts.model_folder import (
 )
 from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.huggingface_folder import read_trained
+from slam_asr.conversion.parts import Parts, by_part
 from slam_asr.conversion.slam_llm import FILE, from_slam_llm
 from slam_asr.errors import ModelError
+from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import SpeechProjector, positions_of
 from slam_asr.pretrained.lazy_tensors import LazyTensors, lazy_tensors
 from slam_asr.pretrained.load_weights import load_weights
+from slam_asr.pretrained.locate import locate_model
 from slam_asr.pretrained.unpickle import read_pickle
 from slam_asr.runtime.machine import host_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 UTTERANCES = ((110, "the first of three utterances"), (61, "a second one"), (85, "and the last of them"))
 """The utterances of the probe: for each, its number of encoder frames and its answer."""
@@ -65,118 +65,116 @@ class TrainedWeights:
     frozen."""
 
 
-@dataclass(frozen=True)
-class ProbeLoss:
-    """The loss on the probe."""
-
-    total: float
-    """Cross-entropy summed over all target tokens, in nats."""
-    tokens: int
-    """Number of target tokens."""
-
-    @property
-    def mean(self) -> float:
-        """Cross-entropy per target token: the unit in which training logs its loss."""
-        return self.total / self.tokens
-
-
-def compare_written_loss(
-    recipe: Recipe,
-    llm_folder: Path,
-    encoder_width: int,
-    before: TrainedWeights,
-    after: Callable[[], TrainedWeights],
-    where: str,
-) -> str:
-    """Require that the written weights, and the loss that they give, equal the checkpoint's bit for bit.
+def verify(folder: Path, parts: Parts, to: str, half: bool) -> str:
+    """Compare the written files with the weights that were read; if they differ, invalidate the result.
 
     Args:
-        recipe: the training's recipe.
-        llm_folder: the base LLM's folder.
-        encoder_width: values per frame.
-        before: the checkpoint's weights. Those of the projector and of an adapter are already rounded to the
-            precision of the written file; those of a fully trained LLM are rounded here.
-        after: reads the written weights.
-        where: the written folder, for error messages.
+        folder: folder of the result.
+        parts: the checkpoint's weights.
+        to: the format: `model`, `huggingface`, `slam-llm` or `llm`.
+        half: whether projector and adapter were written in fp16.
 
     Returns:
         A clause for the stage's summary that states what was compared.
 
     Raises:
+        ModelError: a weight or a loss differs.
+    """
+    recipe = parts.recipe
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The weights are rounded as in the written file, so that the comparison can be exact.
+        return {name: t.half().float() if half else t.float() for name, t in weights.items()}
+
+    weights = rounded(parts.projector.state_dict())
+    projector = projector_from_weights(weights, recipe.projector, *parts.widths, parts.where)
+    before = TrainedWeights(projector, rounded(parts.llm) if parts.adapter else parts.llm)
+    try:
+        if to == "llm":
+            return _compare_merged_loss(folder, parts, before)
+        if parts.encoder:
+            _require_encoder(folder / ENCODER, parts)
+        return _compare_written_loss(str(folder), parts, before, _read_back(folder, parts, to))
+    except BaseException:
+        # Without this file, nothing loads the folder as a model. For `huggingface` and `llm`, it is
+        # transformers' own config.json, which has the same name as ours.
+        (folder / (FILE if to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
+        raise
+
+
+def _compare_written_loss(where: str, parts: Parts, before: TrainedWeights, written: TrainedWeights) -> str:
+    """Require that the written weights, and the loss that they give, equal the checkpoint's bit for bit.
+
+    Args:
+        where: the written folder, for error messages.
+        parts: gives the recipe and the widths.
+        before: the checkpoint's weights. Those of the projector and of an adapter are already rounded to the
+            precision of the written file; those of a fully trained LLM are rounded here.
+        written: the written weights.
+
+    Raises:
         ModelError: weights or losses differ.
     """
-    written = after()
+
     # A fully trained LLM is written in the training's precision, with each tied weight once. The checkpoint's
     # weights are in fp32, and a tied weight is there under each of its names.
+    def as_written(name: str) -> torch.Tensor:
+        return before.llm[name].to(written.llm[name].dtype)
+
     llm = before.llm
-    if recipe.llm.tuning != "lora":
-        names = [name for name in before.llm if name in written.llm]
-        llm = LazyTensors({name: partial(_as_written, before.llm, written.llm, name) for name in names})
+    if parts.recipe.llm.tuning != "lora":
+        llm = LazyTensors({name: partial(as_written, name) for name in llm if name in written.llm})
     _require_equal(before.projector.state_dict(), written.projector.state_dict(), where)
     _require_equal(llm, written.llm, where)
+    llm_folder = locate_model(parts.recipe.llm.name)
     if not _fits_into_memory(llm_folder):
         return (
             "same weights before and after; no loss was compared, because the LLM does not fit in this "
             "machine's memory"
         )
-    expected, actual = _probe_losses(
-        recipe, llm_folder, encoder_width, [TrainedWeights(before.projector, llm), written]
-    )
+    models = [TrainedWeights(before.projector, llm), written]
+    (expected, actual), tokens = _probe_losses(parts.recipe, llm_folder, parts.widths[0], models)
     # The sums are compared, not the means: a division could round two different losses to the same number.
-    if expected.total != actual.total:
-        raise ModelError(_difference(where, expected, actual))
-    return f"loss {expected.mean:.4f} per token {ON_PROBE}, the same before and after"
+    if expected != actual:
+        raise ModelError(_difference(where, expected / tokens, actual / tokens))
+    return f"loss {expected / tokens:.4f} per token {ON_PROBE}, the same before and after"
 
 
-def compare_merged_loss(
-    recipe: Recipe, llm_folder: Path, encoder_width: int, before: TrainedWeights, folder: Path
-) -> str:
+def _compare_merged_loss(folder: Path, parts: Parts, before: TrainedWeights) -> str:
     """Compare the loss of a written LLM with that of the base LLM that has the checkpoint's weights in it.
 
     Args:
-        recipe: the training's recipe.
-        llm_folder: the base LLM's folder.
-        encoder_width: values per frame.
-        before: the checkpoint's weights.
         folder: folder of the written LLM, with the LoRA adapter, if any, merged into it.
-
-    Returns:
-        A clause for the stage's summary that states what was compared.
+        parts: gives the recipe and the widths.
+        before: the checkpoint's weights.
 
     Raises:
         ModelError: the losses differ by more than rounding to the written precision can explain.
     """
+    recipe, width, llm_folder = parts.recipe, parts.widths[0], locate_model(parts.recipe.llm.name)
     if not _fits_into_memory(llm_folder):
         return "no loss was compared, because the LLM does not fit in this machine's memory"
-    [expected] = _probe_losses(recipe, llm_folder, encoder_width, [before])
+    [expected], tokens = _probe_losses(recipe, llm_folder, width, [before])
     frozen = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
-    [actual] = _probe_losses(frozen, folder, encoder_width, [TrainedWeights(before.projector, {})])
-    tolerance = max(
-        MERGED_TOLERANCE[recipe.training.precision],
-        0 if _weight_bytes(llm_folder) < FP32_LLM_BYTES else MERGED_TOLERANCE["bf16"],
-    )
-    if abs(actual.total - expected.total) > tolerance * abs(expected.total):
-        raise ModelError(_difference(str(folder), expected, actual))
-    return f"loss {expected.mean:.4f} per token before and {actual.mean:.4f} after, {ON_PROBE}"
+    [actual], _ = _probe_losses(frozen, folder, width, [TrainedWeights(before.projector, {})])
+    # bf16 has the largest tolerance of all precisions.
+    precision = recipe.training.precision if _weight_bytes(llm_folder) < FP32_LLM_BYTES else "bf16"
+    if abs(actual - expected) > MERGED_TOLERANCE[precision] * abs(expected):
+        raise ModelError(_difference(str(folder), expected / tokens, actual / tokens))
+    return f"loss {expected / tokens:.4f} per token before and {actual / tokens:.4f} after, {ON_PROBE}"
 
 
-def _as_written(
-    before: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor], name: str
-) -> torch.Tensor:
-    return before[name].to(written[name].dtype)
-
-
-def _difference(where: str, expected: ProbeLoss, actual: ProbeLoss) -> str:
+def _difference(where: str, expected: float, actual: float) -> str:
     return (
         f"{where} is not what the checkpoint holds: the loss on {len(UTTERANCES)} utterances is "
-        f"{actual.mean:.9g} per token, not {expected.mean:.9g}. Nothing is published; please report this."
+        f"{actual:.9g} per token, not {expected:.9g}. Nothing is published; please report this."
     )
 
 
 @torch.inference_mode()
 def _probe_losses(
     recipe: Recipe, llm_folder: Path, encoder_width: int, models: list[TrainedWeights]
-) -> list[ProbeLoss]:
+) -> tuple[list[float], int]:
     """Compute the loss on the probe with each model's weights, one after the other in the same LLM.
 
     Args:
@@ -186,9 +184,10 @@ def _probe_losses(
         models: the trained weights.
 
     Returns:
-        One loss for each of `models`, in the same order.
+        For each of `models`, the cross-entropy summed over all target tokens, in nats; and the number of
+        target tokens.
     """
-    from slam_asr.models.answer_loss import score_answers
+    from slam_asr.models.answer_loss import IGNORED, score_answers
     from slam_asr.models.batch import Row, collate
     from slam_asr.models.llm import add_lora, load_llm, load_tokenizer
     from slam_asr.models.prompt import Prompt
@@ -217,13 +216,13 @@ def _probe_losses(
         _overwrite(llm, model.llm)
         # `eval` is needed, because an adapter's dropout would change the loss at random.
         scores = score_answers(Slam(model.projector.to(llm.dtype), llm).eval()(batch), batch.labels)
-        losses.append(ProbeLoss(float(scores.loss), int(scores.sums[2])))
+        losses.append(float(scores.loss))
         # `to` converted the caller's projector in place.
         model.projector.float()
-    return losses
+    return losses, int((batch.labels != IGNORED).sum())
 
 
-def _overwrite(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> None:
+def _overwrite(llm: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
     """Replace some of the LLM's weights in place."""
     # The tensors of `state_dict` share their memory with the LLM's weights.
     llm_weights = llm.state_dict()
@@ -237,58 +236,35 @@ def _overwrite(llm: "PreTrainedModel", weights: Mapping[str, torch.Tensor]) -> N
         llm_weights[name].copy_(tensor)
 
 
-def read_back(folder: Path, recipe: Recipe, widths: tuple[int, int], to: str) -> TrainedWeights:
+def _read_back(folder: Path, parts: Parts, to: str) -> TrainedWeights:
     """Read the trained weights from the files that a conversion wrote.
-
-    Args:
-        folder: folder of the model, or of SLAM-LLM's model.pt.
-        recipe: the training's recipe.
-        widths: width of an encoder frame and of an LLM position, in values.
-        to: the format: `model`, `slam-llm` or `huggingface`.
 
     Raises:
         ModelError: the result cannot be read.
     """
-    if to == "slam-llm":
-        weights = from_slam_llm(read_pickle(folder / FILE), str(folder / FILE))
-        projector, llm = (
-            {n.removeprefix(part): t for n, t in weights.items() if n.startswith(part)}
-            for part in ("projector.", "llm.")
-        )
-        return TrainedWeights(
-            projector_from_weights(projector, recipe.projector, *widths, str(folder / FILE)), llm
-        )
-    if to == "huggingface":
-        trained, llm_weights = read_trained(folder, recipe.llm.tuning)
-        return TrainedWeights(
-            projector_from_weights(trained, recipe.projector, *widths, str(folder)), llm_weights
-        )
-    # Without an adapter, `llm/` holds a fully trained LLM. If it does not exist, the LLM is frozen.
-    return TrainedWeights(
-        read_projector(folder, read_config(folder)),
-        read_adapter(folder) or lazy_tensors(sorted((folder / LLM).glob("*.safetensors"))),
+    recipe = parts.recipe
+    tuned = lazy_tensors(sorted((folder / LLM).glob("*.safetensors")))
+    if to == "model":
+        return TrainedWeights(read_projector(folder, read_config(folder)), read_adapter(folder) or tuned)
+    where = str(folder / FILE if to == "slam-llm" else folder)
+    weights = by_part(
+        from_slam_llm(read_pickle(folder / FILE), where) if to == "slam-llm" else read_trained(folder)
     )
+    projector = projector_from_weights(weights["projector"], recipe.projector, *parts.widths, where)
+    # In a folder for transformers, `llm/` may also be a copy of the base LLM.
+    return TrainedWeights(projector, tuned if recipe.llm.tuning == "full" else weights["llm"])
 
 
-def require_encoder(folder: Path, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
+def _require_encoder(folder: Path, parts: Parts) -> None:
     """Require that the written encoder has the checkpoint's weights, rounded to the training's precision.
-
-    Args:
-        folder: the written model's folder.
-        weights: the checkpoint's weights of the encoder, keyed by name in `SpeechEncoder`.
-        recipe: the training's recipe.
 
     Raises:
         ModelError: a weight differs, or is missing in one of the two.
     """
-    from slam_asr.models.encoders.registry import describe_encoder
-
-    spec = describe_encoder(replace(recipe.encoder, name=str(folder / ENCODER)))
-    dtype = DTYPES[recipe.training.precision]
-    model = load_weights(AutoModel, spec.folder, dtype, "encoder")
-    written = dict(spec.encoder_of(model).named_parameters())
-    expected = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
-    _require_equal(expected, written, str(folder / ENCODER))
+    spec = describe_encoder(replace(parts.recipe.encoder, name=str(folder)))
+    dtype = DTYPES[parts.recipe.training.precision]
+    written = dict(spec.encoder_of(load_weights(AutoModel, folder, dtype, "encoder")).named_parameters())
+    _require_equal({name: t.to(dtype) for name, t in parts.encoder.items()}, written, str(folder))
 
 
 def _require_equal(

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import (
-    AutoModel,
     PreTrainedModel,
     VoxtralConfig,
     VoxtralForConditionalGeneration,
@@ -28,16 +27,16 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.artifacts.model_folder import CONFIG, projector_from_weights, replace_weights
+from slam_asr.artifacts.model_folder import CONFIG
 from slam_asr.config.recipe import Recipe
 from slam_asr.conversion.huggingface_folder import add_audio_token
 from slam_asr.conversion.model_card import CARD, Report, model_card
 from slam_asr.conversion.parts import Parts
-from slam_asr.conversion.tuned import load_merged_llm
+from slam_asr.conversion.tuned import load_trained_encoder, load_trained_llm
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.encoders.whisper import WhisperSpec
-from slam_asr.models.llm import describe_llm, load_llm, load_tokenizer
+from slam_asr.models.llm import describe_llm, load_tokenizer
 from slam_asr.models.projector import LinearProjector
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.searcher import generation_of
@@ -50,7 +49,6 @@ TOLERANCE = 1e-4
 """Difference of the logits that rounding may cause, as a share of the largest logit."""
 SMALLEST_CONSTANT = 1e-3
 """Share of Σ |βᵢ / γᵢ| below which c would be lost in rounding."""
-_TOWER, _LLM = "model.audio_tower.", "model.language_model."
 
 
 def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
@@ -73,14 +71,12 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     prompt = Prompt(tokenizer := load_tokenizer(locate_model(recipe.llm.name)), recipe.llm)
     positions = spec.window_frames // recipe.projector.downsampling
     ids, audio_id = _prepare_tokenizer(tokenizer, prompt, recipe, positions)
-    encoder, llm = _load_encoder(spec, parts), _load_llm(parts)
-    projector = projector_from_weights(parts.projector, recipe.projector, *parts.widths, parts.where)
+    encoder = load_trained_encoder(spec, parts, torch.float32)[1]  # the decoder is not needed
+    llm = load_trained_llm(parts, torch.float32)
+    projector = parts.projector
     assert isinstance(projector, LinearProjector), "_require_conditions has checked it"
-    weights = (
-        {_TOWER + name: tensor for name, tensor in _pad_tower(encoder, recipe).items()}
-        | _rewrite_projector(projector, encoder.layer_norm, parts)
-        | _llm_weights(llm)
-    )
+    weights = _pad_tower(encoder, recipe) | _rewrite_projector(projector, encoder.layer_norm, parts)
+    weights |= _llm_weights(llm)
     config = _config(encoder, llm, recipe, audio_id)
     _require_same_shapes(weights, config, recipe)
     expected = _logits(encoder, projector, llm, ids, audio_id)
@@ -101,7 +97,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
         )
         generation.repetition_penalty = 1.0
     generation.save_pretrained(folder)
-    write_atomically(folder / CARD, model_card(parts.content, _usage(recipe), report).encode())
+    write_atomically(folder / CARD, model_card(parts.content, _usage(recipe), report))
     config.save_pretrained(folder)
     return _compare(folder, encoder.config, ids, expected)
 
@@ -181,34 +177,14 @@ def _prepare_tokenizer(
     return ids, audio_id
 
 
-def _load_encoder(spec: WhisperSpec, parts: Parts) -> Any:
-    """Load Whisper's encoder in fp32, with its trained weights if it was trained."""
-    encoder = spec.encoder_of(load_weights(AutoModel, spec.folder, torch.float32, "encoder"))
-    if parts.encoder:
-        trained = {name.removeprefix("model."): tensor for name, tensor in parts.encoder.items()}
-        replace_weights(encoder, trained, parts.where, [name for name, _ in encoder.named_parameters()])
-    return encoder
-
-
-def _load_llm(parts: Parts) -> PreTrainedModel:
-    """Load the LLM in fp32, with its trained weights or its adapter merged into it."""
-    recipe = parts.recipe
-    if parts.adapter:
-        return load_merged_llm(parts.adapter, recipe)
-    llm = load_llm(locate_model(recipe.llm.name), torch.float32)
-    if parts.llm:
-        replace_weights(llm, parts.llm, parts.where, [name for name, _ in llm.named_parameters()])
-    return llm
-
-
 def _pad_tower(encoder: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Return the encoder's weights with its feed-forward layers padded with zeros to k times the width."""
+    """Return Voxtral's weights of the encoder: its feed-forward layers get k times the width, with zeros."""
     missing = recipe.projector.downsampling * encoder.config.d_model - encoder.config.encoder_ffn_dim
     paddings = {".fc1.weight": (0, 0, 0, missing), ".fc1.bias": (0, missing), ".fc2.weight": (0, missing)}
     weights = {}
     for name, tensor in encoder.state_dict().items():
         padding = next((p for end, p in paddings.items() if name.endswith(end)), (0, 0))
-        weights[name] = functional.pad(tensor, padding)
+        weights[f"model.audio_tower.{name}"] = functional.pad(tensor, padding)
     return weights
 
 
@@ -253,7 +229,7 @@ def _rewrite_projector(
 def _llm_weights(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the LLM's weights under the names that they have in Voxtral."""
     base = getattr(llm, llm.base_model_prefix)
-    weights = {_LLM + name: tensor for name, tensor in base.state_dict().items()}
+    weights = {f"model.language_model.{name}": tensor for name, tensor in base.state_dict().items()}
     head = llm.get_output_embeddings()
     return weights | {f"lm_head.{name}": tensor for name, tensor in head.state_dict().items()}
 

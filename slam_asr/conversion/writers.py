@@ -1,20 +1,10 @@
 """Writes a checkpoint in one of the formats of `convert_checkpoint`, and verifies what was written."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from slam_asr.artifacts.model_folder import (
-    CONFIG,
-    LLM,
-    ModelConfig,
-    projector_from_weights,
-    write_adapter,
-    write_model,
-)
+from slam_asr.artifacts.model_folder import ENCODER, LLM, ModelConfig, write_adapter, write_model
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.config.recipe import dump_recipe
 from slam_asr.conversion.huggingface_folder import write_huggingface
@@ -22,19 +12,12 @@ from slam_asr.conversion.model_card import Report, require_own_report
 from slam_asr.conversion.parts import Parts, divide
 from slam_asr.conversion.slam_llm import FILE, write_slam_llm
 from slam_asr.conversion.sources import Content
-from slam_asr.conversion.tuned import write_merged_llm, write_tuned_encoder, write_tuned_llm
-from slam_asr.conversion.verification import (
-    TrainedWeights,
-    compare_merged_loss,
-    compare_written_loss,
-    read_back,
-    require_encoder,
-)
+from slam_asr.conversion.tuned import write_trained_encoder, write_trained_llm
+from slam_asr.conversion.verification import verify
 from slam_asr.conversion.voxtral import write_voxtral
 from slam_asr.errors import ConfigurationError
-from slam_asr.pretrained.locate import locate_model
 from slam_asr.progress import log_line
-from slam_asr.storage import allow_readers
+from slam_asr.storage import allow_readers, sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,7 @@ class TargetFormat:
             **({"half": True} if self.half else {}),
             **({} if self.verify else {"verified": False}),
             **({"complete": True} if self.complete else {}),
-            **({"report": self.report.sha256} if self.report else {}),
+            **({"report": sha256_of_file(self.report.file)} if self.report else {}),
         }
 
 
@@ -85,20 +68,23 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
         require_own_report(target.report, content.facts, content.where)
     # A projector or LoRA adapter that does not fit is refused here, before anything is written.
     parts = divide(content)
-    writers = {
-        "llm": _write_llm,
-        "slam-llm": _write_for_slam_llm,
-        "model": _write_model,
-        "huggingface": _write_huggingface,
-    }
-    if target.to == "voxtral":
-        checked = write_voxtral(folder, parts, target.report)
-    else:
-        writers[target.to](folder, parts, target)
-        checked = _verify(folder, parts, target) if target.verify else "not compared with the checkpoint"
+    checked = "not compared with the checkpoint"
+    match target.to:
+        case "model":
+            _write_model(folder, parts, target.half)
+        case "huggingface":
+            write_huggingface(folder, parts, target.complete, target.report)
+        case "slam-llm":
+            _write_for_slam_llm(folder, parts)
+        case "llm":
+            _write_llm(folder, parts)
+        case "voxtral":
+            checked = write_voxtral(folder, parts, target.report)
+    if target.verify and target.to != "voxtral":
+        checked = verify(folder, parts, target.to, target.half)
     allow_readers(folder)
     llm = "adapter" if parts.adapter else "llm"
-    trained = {"projector": parts.projector, llm: parts.llm, "encoder": parts.encoder}
+    trained = {"projector": parts.projector.state_dict(), llm: parts.llm, "encoder": parts.encoder}
     written = {llm: parts.llm} if target.to == "llm" else trained
     counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in written.items() if tensors}
     summary = " and ".join(f"{part} of {count:,} parameters" for part, count in counts.items())
@@ -106,21 +92,18 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
     return Outcome(f"{summary}, {megabytes:.1f} MB, {checked}", {"parameters": sum(counts.values())})
 
 
-def _write_llm(folder: Path, parts: Parts, target: TargetFormat) -> None:
+def _write_llm(folder: Path, parts: Parts) -> None:
     """Write the trained LLM as transformers does, with LoRA merged into it."""
     if not parts.llm:
         raise ConfigurationError(
             f"{parts.where} leaves the LLM {parts.recipe.llm.name} unchanged, so it has no trained LLM to "
             "write: leave out --to."
         )
-    if parts.adapter:
-        write_merged_llm(folder, parts.adapter, parts.recipe)
-    else:
-        write_tuned_llm(folder, parts.llm, parts.recipe, parts.where)
+    write_trained_llm(folder, parts)
     log_line(f"{folder}: use it as llm.name, or in any program that loads transformers' models")
 
 
-def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> None:
+def _write_for_slam_llm(folder: Path, parts: Parts) -> None:
     """Write SLAM-LLM's model.pt."""
     if parts.encoder or (parts.llm and not parts.adapter):
         raise ConfigurationError(
@@ -132,19 +115,18 @@ def _write_for_slam_llm(folder: Path, parts: Parts, target: TargetFormat) -> Non
             f"{parts.where} was trained with projector.drop_blanks, so its LLM expects no blanks, and "
             "SLAM-LLM drops none: leave out --to, or train with projector.drop_blanks 0."
         )
-    projector = projector_from_weights(parts.projector, parts.recipe.projector, *parts.widths, parts.where)
-    write_slam_llm(folder, projector.state_dict(), parts.adapter)
+    write_slam_llm(folder, parts.projector.state_dict(), parts.adapter)
     log_line(f"{folder / FILE}: pass it to SLAM-LLM as ckpt_path")
 
 
-def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
+def _write_model(folder: Path, parts: Parts, half: bool) -> None:
     """Write a model folder; its config.json, which makes it one, comes last."""
     if parts.adapter:
-        write_adapter(folder, parts.adapter, parts.recipe, target.half)
+        write_adapter(folder, parts.adapter, parts.recipe, half)
     elif parts.llm:
-        write_tuned_llm(folder / LLM, parts.llm, parts.recipe, parts.where)
+        write_trained_llm(folder / LLM, parts)
     if parts.encoder:
-        write_tuned_encoder(folder, parts.encoder, parts.recipe, parts.where)
+        write_trained_encoder(folder / ENCODER, parts)
     config = ModelConfig(
         dump_recipe(parts.recipe),
         **parts.content.bases,
@@ -152,48 +134,4 @@ def _write_model(folder: Path, parts: Parts, target: TargetFormat) -> None:
         llm_width=parts.widths[1],
         training=parts.content.facts,
     )
-    write_model(folder, parts.projector, config, target.half)
-
-
-def _write_huggingface(folder: Path, parts: Parts, target: TargetFormat) -> None:
-    """Write a folder that transformers loads by itself."""
-    write_huggingface(folder, parts, target.complete, target.report)
-    log_line(f"{folder}: load it with AutoModelForSpeechSeq2Seq and trust_remote_code=True")
-
-
-def _verify(folder: Path, parts: Parts, target: TargetFormat) -> str:
-    """Compare the written files with the weights that were read; if they differ, invalidate the result.
-
-    Returns:
-        A clause for the summary that states what was compared.
-
-    Raises:
-        ModelError: a weight or a loss differs.
-    """
-    recipe, widths = parts.recipe, parts.widths
-
-    def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # The weights are rounded as in the written file, so that the comparison can be exact.
-        return {name: t.half().float() if target.half else t.float() for name, t in weights.items()}
-
-    projector = projector_from_weights(rounded(parts.projector), recipe.projector, *widths, parts.where)
-    before = TrainedWeights(projector, rounded(parts.llm) if parts.adapter else parts.llm)
-    llm_folder = locate_model(recipe.llm.name)
-    try:
-        if target.to == "llm":
-            return compare_merged_loss(recipe, llm_folder, widths[0], before, folder)
-        if parts.encoder:
-            require_encoder(folder, parts.encoder, recipe)
-        return compare_written_loss(
-            recipe,
-            llm_folder,
-            widths[0],
-            before,
-            lambda: read_back(folder, recipe, widths, target.to),
-            str(folder),
-        )
-    except BaseException:
-        # Without this file, nothing loads the folder as a model. For `huggingface` and `llm`, it is
-        # transformers' own config.json, which has the same name as ours.
-        (folder / (FILE if target.to == "slam-llm" else CONFIG)).unlink(missing_ok=True)
-        raise
+    write_model(folder, parts.projector.state_dict(), config, half)

@@ -19,7 +19,7 @@ when it is accessed.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def fp32_weights(folder: Path) -> LazyTensors:
         raise ModelError(
             f"{folder} has no DeepSpeed checkpoint (no *model_states.pt): give the folder of a training run."
         )
-    model = load_pickle(models[0])
+    model = read_pickle(models[0], _ALLOWED)
     try:
         return _weights_of(folder, model)
     # Files that DeepSpeed did not write lack keys, or have values of other types.
@@ -84,8 +84,17 @@ def _weights_of(folder: Path, model: dict[str, Any]) -> LazyTensors:
     _require_agreement(optimisers, states)
     shapes = [{name: _sizes(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     if "fp32_flat_groups" in states[0]:
-        return _stage_3(shapes, states)
-    return _stages_1_and_2(shapes, states)
+        # Stage 3: a rank's slices of all parameter groups are concatenated in order, as if of one group.
+        shapes = [dict(item for group in shapes for item in group.items())]
+        slices = [[_tensors_in(state["fp32_flat_groups"]) for state in states]]
+    else:
+        # Stages 1 and 2: all ranks' slices of a group are concatenated, as if they were of one rank.
+        parts = [state["single_partition_of_fp32_groups"] for state in states]
+        slices = [[[part[group] for part in parts]] for group in range(len(shapes))]
+    makers: dict[str, Callable[[], torch.Tensor]] = {}
+    for names, per_rank in zip(shapes, slices, strict=True):
+        makers |= _makers(names, per_rank)
+    return LazyTensors(makers)
 
 
 def find_zero_folder(folder: Path) -> Path | None:
@@ -123,7 +132,7 @@ def find_zero_folder(folder: Path) -> Path | None:
 
 def _optimiser_of(path: Path) -> dict[str, Any]:
     """Read the optimiser's state from one rank's file; refuse a file that contains none."""
-    content = load_pickle(path)
+    content = read_pickle(path, _ALLOWED)
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or _slices_of(state) not in state:
         raise ModelError(
@@ -166,11 +175,8 @@ def _require_agreement(paths: list[Path], states: list[dict[str, Any]]) -> None:
         parts = _tensors_in(state[kind])
         # In stages 1 and 2 the last ranks' slices are written without padding, so their sizes may differ.
         sizes = [part.numel() for part in parts] if kind == "fp32_flat_groups" else len(parts)
-        return {
-            "ZeRO stage": kind,
-            "sizes": sizes,
-            "step": sorted(_steps_in(state.get("base_optimizer_state"))),
-        }
+        steps = sorted(_steps_in(state.get("base_optimizer_state")))
+        return {"ZeRO stage": kind, "sizes": sizes, "step": steps}
 
     first = traits(states[0])
     for path, state in zip(paths[1:], states[1:], strict=True):
@@ -188,15 +194,6 @@ def _steps_in(state: Any) -> set[float]:
         own = {float(state["step"])} if isinstance(state.get("step"), int | float | torch.Tensor) else set()
         return own.union(*(_steps_in(value) for key, value in state.items() if key != "step"))
     return set().union(*(_steps_in(value) for value in state)) if isinstance(state, list | tuple) else set()
-
-
-def load_pickle(path: Path) -> dict[str, Any]:
-    """Read a `.pt` file without running any code from it.
-
-    Raises:
-        ModelError: the file is damaged, or names a class that is not allowed.
-    """
-    return read_pickle(path, allowed=_ALLOWED)
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -232,52 +229,38 @@ def _stage_0(model: dict[str, Any]) -> LazyTensors:
     return LazyTensors({name: tensor.float for name, tensor in zip(names, flat, strict=True)})
 
 
-def _stages_1_and_2(shapes: list[dict], states: list[dict]) -> LazyTensors:
-    makers = {}
-    for group, names in enumerate(shapes):
-        slices = [state["single_partition_of_fp32_groups"][group] for state in states]
-        _require_values(sum(part.numel() for part in slices), sum(map(math.prod, names.values())))
-        offset = 0
-        for name, shape in names.items():
-            makers[name] = partial(_of_slices, slices, offset, shape)
-            offset += math.prod(shape)
-    return LazyTensors(makers)
+def _makers(
+    shapes: dict[str, tuple[int, ...]], ranks: list[list[torch.Tensor]]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return a function for each weight that assembles it, keyed by the weight's name.
 
-
-def _of_slices(slices: list[torch.Tensor], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Assemble a weight that begins at `offset` in the concatenated slices; it may extend over several."""
-    return torch.cat(_pieces(slices, offset, math.prod(shape))).view(shape)
-
-
-def _stage_3(shapes: list[dict], states: list[dict]) -> LazyTensors:
-    # A rank's slices of all parameter groups are concatenated in order. Each weight takes the same number of
-    # values on every rank: its size divided by the number of ranks, rounded up (`-(-a // b)` rounds up).
-    per_rank = [_tensors_in(state["fp32_flat_groups"]) for state in states]
-    makers, offset = {}, 0
-    for name, shape in (item for group in shapes for item in group.items()):
-        makers[name] = partial(_of_ranks, per_rank, offset, shape)
-        offset += -(-math.prod(shape) // len(states))
-    _require_values(min(sum(part.numel() for part in parts) for parts in per_rank), offset)
-    return LazyTensors(makers)
-
-
-def _require_values(found: int, needed: int) -> None:
-    # The numbers are those of a parameter group (stages 1 and 2) or of a rank (stage 3). Padding may add
-    # values, but a complete checkpoint never has fewer than its weights need.
-    if found < needed:
+    Args:
+        shapes: the weights' shapes, keyed by name, in the order of the values.
+        ranks: for each rank, the tensors whose concatenation has the rank's slices of all weights. Each
+            weight takes the same number of values on every rank: its size divided by the number of ranks,
+            rounded up.
+    """
+    makers: dict[str, Callable[[], torch.Tensor]] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        makers[name] = partial(_assemble, ranks, offset, shape)
+        offset += -(-math.prod(shape) // len(ranks))  # `-(-a // b)` rounds up
+    found = min(sum(part.numel() for part in parts) for parts in ranks)
+    # Padding may add values, but a complete checkpoint never has fewer than its weights need.
+    if found < offset:
         raise ModelError(
-            f"A part of the checkpoint holds {found:,} values instead of at least {needed:,}: the checkpoint "
+            f"A part of the checkpoint holds {found:,} values instead of at least {offset:,}: the checkpoint "
             "is incomplete; copy it again."
         )
+    return makers
 
 
-def _of_ranks(per_rank: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _assemble(ranks: list[list[torch.Tensor]], offset: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Assemble a weight whose slices begin at `offset` on each rank, and remove the padding at its end."""
     size = math.prod(shape)
-    slice_size = -(-size // len(per_rank))  # rounded up
-    return torch.cat([piece for slices in per_rank for piece in _pieces(slices, offset, slice_size)])[
-        :size
-    ].view(shape)
+    slice_size = -(-size // len(ranks))  # rounded up
+    pieces = [piece for parts in ranks for piece in _pieces(parts, offset, slice_size)]
+    return torch.cat(pieces)[:size].view(shape)
 
 
 def _pieces(slices: Sequence[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:

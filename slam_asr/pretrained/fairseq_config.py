@@ -21,6 +21,10 @@ _NORMS = {"default": "group", "layer_norm": "layer"}
 """fairseq's `extractor_mode` → transformers' `feat_extract_norm`."""
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
 """fairseq's `activation_fn` → transformers' `hidden_act`: the activation of the feed-forward layers."""
+_WRONG_VALUES = (LookupError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
+"""Exceptions for sizes that are missing, of another type, or impossible."""
+_WRONG_TEXTS = (SyntaxError, MemoryError, RecursionError)
+"""Exceptions of Python's parser for a text that is not Python, or is nested too deeply."""
 _MAX_CONVOLUTIONS, _MAX_LAYOUT_LENGTH = 100, 1000
 """Limits for the text that describes the convolutions: a malicious file could otherwise exhaust memory."""
 
@@ -111,16 +115,7 @@ def waveform_config(encoder: TensorDict, has_targets: bool, options: FairseqOpti
         # distinguishes HuBERT from wav2vec 2.0.
         names = str([s.get("_name", s.get("arch", "")) for s in options.sections]).lower()
         return (HubertConfig if has_targets or "hubert" in names else Wav2Vec2Config)(**sizes)
-    except (
-        LookupError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        ZeroDivisionError,
-        MemoryError,
-        RecursionError,
-        StrictDataclassError,
-    ) as error:
+    except (*_WRONG_VALUES, *_WRONG_TEXTS) as error:
         raise ModelError(
             f"{options.where} lacks a part of an encoder, or describes one wrongly; fetch it again: "
             f"{one_sentence(error)}"
@@ -152,32 +147,26 @@ def _sizes(tensors: TensorDict, options: FairseqOptions) -> dict[str, Any]:
     width = position[0]
     # WavLM's grep_a has the shape [1, heads, 1, 1]. No tensor of the other kinds shows the number of heads.
     grep = tensors.get("encoder.layers.0.self_attn.grep_a")
-    mode = options.get(
-        "extractor_mode",
-        "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default",
-    )
-    layers = options.get(
-        "encoder_layers", len({n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")})
-    )
+    heads = None if grep is None else grep.shape[1]
+    mode = "layer_norm" if "feature_extractor.conv_layers.0.2.1.weight" in tensors else "default"
+    inner_width = len(tensors["encoder.layers.0.fc1.weight"])
+    found_layers = {n.split(".")[2] for n in tensors if n.startswith("encoder.layers.")}
+    layers = options.get("encoder_layers", len(found_layers))
     # A huge number of layers would exhaust memory when the model is built, even without values.
     if layers > len(tensors):
         raise ValueError(f"encoder_layers is {layers}, but there are only {len(tensors)} tensors")
     return {
         "hidden_size": options.get("encoder_embed_dim", width),
         "num_hidden_layers": layers,
-        "num_attention_heads": options.get(
-            "encoder_attention_heads", grep.shape[1] if grep is not None else None
-        ),
-        "intermediate_size": options.get(
-            "encoder_ffn_embed_dim", tensors["encoder.layers.0.fc1.weight"].shape[0]
-        ),
+        "num_attention_heads": options.get("encoder_attention_heads", heads),
+        "intermediate_size": options.get("encoder_ffn_embed_dim", inner_width),
         "hidden_act": _ACTIVATIONS[options.get("activation_fn", "gelu")],
         "conv_dim": [dim for dim, _, _ in layout],
         "conv_kernel": [kernel for _, kernel, _ in layout],
         "conv_stride": [stride for _, _, stride in layout],
         "num_feat_extract_layers": len(layout),
         "conv_bias": options.get("conv_bias", "feature_extractor.conv_layers.0.0.bias" in tensors),
-        "feat_extract_norm": _NORMS[mode],
+        "feat_extract_norm": _NORMS[options.get("extractor_mode", mode)],
         # The place of the norms changes no tensor, so this option has no default.
         "do_stable_layer_norm": bool(options.get("layer_norm_first")),
         "num_conv_pos_embeddings": options.get("conv_pos", position[2]),

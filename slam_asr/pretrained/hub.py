@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from slam_asr.pretrained.model_files import needed_files
+from slam_asr.pretrained.model_files import is_complete, needed_files
 from slam_asr.progress import log_line
 
 HUB_TIMEOUT = 3.0
@@ -26,18 +26,15 @@ class Unavailable(Exception):
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, or None without one.
-
-    None is also returned if `huggingface_hub` has a list of the model's files and the snapshot lacks some of
-    them. Without such a list, the snapshot is returned even if it is incomplete.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
+    from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, HFValidationError):
+        snapshot = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, errors.HFValidationError):
         return None
+    # `huggingface_hub` itself can only check it if it has a list of the model's files.
+    return snapshot if is_complete(snapshot) else None
 
 
 def from_hub(name: str, folder: Path, weights: bool = True) -> None:
@@ -52,16 +49,7 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
     Raises:
         Unavailable: the hub cannot be reached, does not have the model, or refuses access to it.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         info = _repeated(lambda: HfApi().model_info(name, timeout=HUB_TIMEOUT), name, FIRST_PAUSES)
@@ -73,27 +61,26 @@ def from_hub(name: str, folder: Path, weights: bool = True) -> None:
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=needed)
             # If the hub does not answer, `snapshot_download` returns the incomplete folder without an error.
             if not all((folder / file).is_file() for file in needed):
-                raise LocalEntryNotFoundError(name)
+                raise errors.LocalEntryNotFoundError(name)
 
         _repeated(fetch, name, PAUSES)
     # The order matters, because each of these is a subclass of the next: GatedRepoError,
     # RepositoryNotFoundError, HfHubHTTPError, HTTPError.
-    except OfflineModeIsEnabled:
-        raise Unavailable("the hub is switched off (HF_HUB_OFFLINE)") from None
-    except GatedRepoError:
-        raise Unavailable(
-            "the hub requires that its licence is accepted first (log in and open the model's page)"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise Unavailable(
-            "the hub has no model of that name (check the spelling, or log in if it is private)"
-        ) from None
-    except HfHubHTTPError as error:
-        raise Unavailable(f"the hub answers {error.response.status_code}") from None
+    except errors.OfflineModeIsEnabled:
+        reason = "the hub is switched off (HF_HUB_OFFLINE)"
+    except errors.GatedRepoError:
+        reason = "the hub requires that its licence is accepted first (log in and open the model's page)"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = "the hub has no model of that name (check the spelling, or log in if it is private)"
+    except errors.HfHubHTTPError as error:
+        reason = f"the hub answers {error.response.status_code}"
     # huggingface_hub's HTTPError is the HTTP library's own class, which covers every failed connection.
-    except (HTTPError, LocalEntryNotFoundError) as error:
-        raise Unavailable(f"the hub cannot be reached ({type(error).__name__})") from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+        reason = f"the hub cannot be reached ({type(error).__name__})"
+    else:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        return
+    raise Unavailable(reason)
 
 
 def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[float]) -> T:
@@ -106,24 +93,18 @@ def _repeated(call: Callable[[], T], name: str, pauses_if_unreachable: Sequence[
         name: the model's name on the hub, for the log.
         pauses_if_unreachable: seconds before each further attempt if the hub cannot be reached.
     """
+    from huggingface_hub import errors
+
     attempts = 0
     while True:
         try:
             return call()
-        except Exception as error:
-            pauses = _pauses_after(error, pauses_if_unreachable)
+        except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+            pauses, failure = pauses_if_unreachable, type(error).__name__
+            if isinstance(error, errors.HfHubHTTPError):
+                pauses = PAUSES if error.response.status_code in _TEMPORARY else ()
             if attempts >= len(pauses):
                 raise
-            failure = type(error).__name__
         log_line(f"{name}: the hub fails ({failure}); another attempt in {pauses[attempts]:g} s")
         time.sleep(pauses[attempts])
         attempts += 1
-
-
-def _pauses_after(error: Exception, pauses_if_unreachable: Sequence[float]) -> Sequence[float]:
-    """Return the seconds before each further attempt after an error; empty if no attempt would help."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, HfHubHTTPError):
-        return PAUSES if error.response.status_code in _TEMPORARY else ()
-    return pauses_if_unreachable if isinstance(error, HTTPError | LocalEntryNotFoundError) else ()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -62,6 +62,11 @@ def rename_tensors(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
     return LazyTensors({new: partial(tensors.__getitem__, old) for new, old in names.items()})
 
 
+def join_tensors(*mappings: Mapping[str, torch.Tensor]) -> LazyTensors:
+    """Join mappings without reading their tensors; the last mapping that has a name supplies its tensor."""
+    return LazyTensors({name: partial(tensors.__getitem__, name) for tensors in mappings for name in tensors})
+
+
 def lazy_tensors(files: Iterable[str | Path]) -> LazyTensors:
     """Open safetensors files without reading their tensors; the files are memory-mapped.
 
@@ -109,7 +114,7 @@ def write_one_by_one(
     for name in names:
         start, end = end, end + like[name].numel() * like[name].element_size()
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[like[name].dtype],
+            "dtype": SAFETENSORS_NAMES[like[name].dtype],
             "shape": list(like[name].shape),
             "data_offsets": [start, end],
         }

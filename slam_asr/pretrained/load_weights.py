@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 
 from slam_asr.config.schema import one_sentence
@@ -17,15 +16,7 @@ from slam_asr.errors import ModelError
 from slam_asr.pretrained.lazy_tensors import is_finite
 from slam_asr.pretrained.model_config import own_code_refused
 
-UNREADABLE_WEIGHTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    ImportError,
-    EOFError,
-    SafetensorError,
-    UnpicklingError,
-)
+_UNREADABLE = (OSError, ValueError, LookupError, ImportError, EOFError, SafetensorError, UnpicklingError)
 """Exceptions that transformers, safetensors and torch raise for weights that are damaged or unsuitable."""
 
 
@@ -56,13 +47,10 @@ def load_weights(
         ModelError: weights are missing, damaged, of another shape, or not finite; or the folder's code would
             have to run but is not trusted.
     """
-    device = {}
     if not values:
         # transformers needs accelerate for a device map. Importing it here puts it into the steps' images,
         # which contain only packages that their code imports.
         import accelerate  # noqa: F401
-
-        device = {"device_map": "meta"}
     with _quiet(), load_errors_as_model_errors(folder, part):
         # With ignore_mismatched_sizes, weights of another shape are listed in the report. Without it,
         # transformers raises an exception whose text is a table of many lines.
@@ -72,7 +60,7 @@ def load_weights(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
-            **device,
+            device_map=None if values else "meta",
         )
     wrong = {str(key[0]) for key in report["mismatched_keys"]}
     # Only pretraining uses the embedding of masked frames, so checkpoints that lack it are accepted.
@@ -82,23 +70,9 @@ def load_weights(
             f"The weights of the {part} in {folder} do not fit its config.json ({len(wrong)} are missing or "
             f"have another shape, such as {min(wrong)}): fetch or convert the model again."
         )
-    if values:
-        require_finite(model, f"The {part} in {folder}")
+    for name, weight in model.named_parameters() if values else ():
+        require_finite_weight(name, weight.detach(), f"The {part} in {folder}")
     return model.eval().requires_grad_(False)
-
-
-def require_finite(model: nn.Module, what: str) -> None:
-    """Refuse a model in which a weight contains NaN or infinity.
-
-    Args:
-        model: any module; its buffers are not checked.
-        what: the beginning of the error message, such as `The LLM in /models/llm`.
-
-    Raises:
-        ModelError: a weight is not finite; the message names the first.
-    """
-    for name, weight in model.named_parameters():
-        require_finite_weight(name, weight.detach(), what)
 
 
 def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
@@ -107,7 +81,7 @@ def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
     Args:
         name: the weight's name, for the error message.
         weight: the weight or some of its rows, of any shape and floating-point dtype.
-        what: the beginning of the error message, as for `require_finite`.
+        what: the beginning of the error message, such as `The LLM in /models/llm`.
 
     Raises:
         ModelError: the weight is not finite.
@@ -129,7 +103,7 @@ def load_errors_as_model_errors(folder: Path, part: str) -> Iterator[None]:
     """
     try:
         yield
-    except UNREADABLE_WEIGHTS as error:
+    except _UNREADABLE as error:
         raise own_code_refused(folder, part, error) or ModelError(
             f"The {part} in {folder} cannot be loaded: {one_sentence(error)}"
         ) from error

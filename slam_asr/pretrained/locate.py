@@ -87,7 +87,7 @@ def locate_model(name: str) -> Path:
     cached = _cached_model(name)
     if is_complete(cached):
         return cached
-    return _in_hub_cache(name) or _make_once(cached, name, lambda: _fetch(name, cached))
+    return cached_snapshot(name) or _make_once(cached, name, lambda: _fetch(name, cached))
 
 
 def locate_base_model(name: str, key: str, model: str) -> Path:
@@ -125,16 +125,12 @@ def locate_config(name: str) -> Path:
         ModelError: no source has the model.
         StorageError: object storage cannot be read.
     """
-    if is_s3(name):
-        return locate_model(name)
-    folder = local_path(name)
     # Original files contain no configuration that could be fetched alone. A wrong name goes to
     # `locate_model` too, which reports it.
-    if folder.exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
+    if is_s3(name) or local_path(name).exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
         return locate_model(name)
-    in_hub_cache = _in_hub_cache(name)
-    if in_hub_cache is not None:
-        return in_hub_cache
+    if snapshot := cached_snapshot(name):
+        return snapshot
     config_folder = cache_folder() / "configs" / name.replace("/", "--")
     if not (config_folder / "config.json").is_file():
         try:
@@ -150,12 +146,6 @@ def locate_config(name: str) -> Path:
 def _cached_model(name: str) -> Path:
     """Return the folder in which a model from the hub, or from a source added by `add_source`, is cached."""
     return cache_folder() / "models" / name.replace("/", "--")
-
-
-def _in_hub_cache(name: str) -> Path | None:
-    """Return the model's snapshot in `huggingface_hub`'s cache, or None if it is missing or incomplete."""
-    snapshot = cached_snapshot(name)
-    return snapshot if snapshot and is_complete(snapshot) else None
 
 
 def _is_hub_name(name: str) -> bool:
@@ -310,16 +300,12 @@ def _not_found(name: str, reasons: list[str]) -> ModelError:
     close = difflib.get_close_matches(name, DEMO_MODELS, n=1, cutoff=0.8)
     hint = f" (did you mean {close[0]}?): it" if close and close[0] != name else ": it"
     clauses = [f"is not in the cache {_cached_model(name).parent}", *reasons]
-    remedies = [
-        "give a folder with its files",
-        "set SLAM_ASR_CACHE to a cache that has it",
-        "connect to the hub",
-    ]
+    remedy = "or connect to the hub"
     if name in DEMO_MODELS and not _further_sources:
-        remedies.append(f"run python -m demo.models {name} in a checkout of slam-asr")
+        remedy = f"connect to the hub, or run python -m demo.models {name} in a checkout of slam-asr"
     return ModelError(
-        f"No model {name}{hint} {', '.join(clauses[:-1])} and {clauses[-1]}; "
-        f"{', '.join(remedies[:-1])}, or {remedies[-1]}."
+        f"No model {name}{hint} {', '.join(clauses[:-1])} and {clauses[-1]}; give a folder with its files, "
+        f"set SLAM_ASR_CACHE to a cache that has it, {remedy}."
     )
 
 
@@ -333,12 +319,8 @@ def main(program: str = "slam_asr.pretrained.locate", without_hub: str = "") -> 
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description="Fetch pretrained models ahead of time."
     )
-    parser.add_argument(
-        "names",
-        nargs="+",
-        metavar="NAME",
-        help="a name on the model hub" + (without_hub and f"; without a hub: {without_hub}"),
-    )
+    meaning = "a name on the model hub" + (without_hub and f"; without a hub: {without_hub}")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=meaning)
     names = parser.parse_args().names
     with exit_on_user_error():
         for name in names:

@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slam_asr.pretrained.load_weights import load_errors_as_model_errors, load_weights, require_finite_weight
-from slam_asr.pretrained.model_files import read_index
+from slam_asr.pretrained.model_files import weight_names
 
 
 class NotLazilyLoadable(Exception):
@@ -117,7 +116,9 @@ def describe_lazy_llm(
         ModelError: the folder holds no causal LM that transformers can load, or weights are missing or
             damaged.
     """
-    files = _safetensors_files(folder)
+    files = list(weight_names(folder))
+    if not files or files[0].suffix != ".safetensors":
+        raise NotLazilyLoadable("it is not saved as safetensors")
     llm = load_weights(
         AutoModelForCausalLM, folder, dtype, "LLM", values=False, trust_remote_code=trust_remote_code
     )
@@ -137,21 +138,6 @@ def describe_lazy_llm(
     return llm, [weight for weight in lazy if isinstance(state[weight.name], nn.Parameter)]
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """List the safetensors files that transformers would load: the single file, or else those of the index.
-
-    Raises:
-        NotLazilyLoadable: the folder has neither.
-        ModelError: the index is damaged.
-    """
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        raise NotLazilyLoadable("it is not saved as safetensors")
-    return [folder / name for name in sorted(set(read_index(index).values()))]
-
-
 def _match_files(
     llm: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path, files: list[Path]
 ) -> list[LazyWeight]:
@@ -161,7 +147,7 @@ def _match_files(
         llm: on the meta device.
         state: the LLM's parameters and persistent buffers, keyed by name.
         folder: the files' folder, for error messages.
-        files: from `_safetensors_files`.
+        files: the LLM's safetensors files.
 
     Returns:
         One entry per tensor; a tied weight has a single entry.
@@ -206,19 +192,19 @@ def _fill_buffers(llm: PreTrainedModel, lazy: dict[str, LazyWeight]) -> None:
         NotLazilyLoadable: the model does not compute one of its buffers.
         ModelError: a buffer cannot be read, or is not finite.
     """
-    names = {name for name, _ in llm.named_buffers(remove_duplicate=False)}
+    buffers = dict(llm.named_buffers(remove_duplicate=False))
     from_files = {
         name: lazy[name].read_into(torch.empty_like(buffer, device="cpu"))
-        for name, buffer in llm.named_buffers(remove_duplicate=False)
+        for name, buffer in buffers.items()
         if name in lazy
     }
-    first, second = (_computed_buffers(llm, names, from_files, fill) for fill in (0, 1))
-    if not all(torch.equal(first[name], second[name]) for name in names):
+    first, second = (_computed_buffers(llm, sorted(buffers), from_files, fill) for fill in (0, 1))
+    if not all(torch.equal(first[name], second[name]) for name in buffers):
         raise NotLazilyLoadable("it does not define how its buffers are computed")
 
 
 def _computed_buffers(
-    llm: PreTrainedModel, names: set[str], from_files: dict[str, torch.Tensor], fill: int
+    llm: PreTrainedModel, names: list[str], from_files: dict[str, torch.Tensor], fill: int
 ) -> dict[str, torch.Tensor]:
     """Put buffers on the CPU into the LLM and let transformers compute those that are in no file.
 
@@ -233,7 +219,7 @@ def _computed_buffers(
     """
     # A shared buffer gets one replacement, so that its aliases in several modules stay aliases.
     replacements: dict[int, torch.Tensor] = {}
-    for name in sorted(names):
+    for name in names:
         path, _, leaf = name.rpartition(".")
         module = llm.get_submodule(path)
         buffer = module._buffers[leaf]
@@ -270,10 +256,8 @@ def zero_placeholders(model: nn.Module) -> Iterator[None]:
         if parameter.is_meta
     ]
     for module, name, parameter in on_meta:
-        zero = torch.zeros((), dtype=parameter.dtype)
-        setattr(
-            module, name, nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
-        )
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
     try:
         yield
     finally:

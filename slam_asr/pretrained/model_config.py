@@ -5,6 +5,7 @@ unless its argument `trust_remote_code` is True or False. Here it is always one 
 user has allowed the code by `llm.trust_remote_code`, else False. So transformers never asks.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ def read_model_config(folder: Path, part: str, trust_remote_code: bool = False) 
             an adapter.
     """
     folder = Path(folder)
-    _require_own_weights(folder, part)
+    # transformers would load the base model that the adapter names.
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"The {part} in {folder} is a LoRA adapter (adapter_config.json): merge it into its base model, "
+            "and give the folder of the merged model."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Configurations raise many kinds of errors for bad values (ValueError, KeyError, TypeError, …), and code
@@ -76,25 +82,14 @@ def _code_refusal(folder: Path, part: str, code: str) -> ModelError:
     return ModelError(f"The {part} in {folder} needs {code}, which is not run: {remedy}.")
 
 
-def _require_own_weights(folder: Path, part: str) -> None:
-    """Refuse a folder with a LoRA adapter: transformers would instead load the model that the adapter names.
-
-    Raises:
-        ModelError: the folder holds adapter_config.json.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"The {part} in {folder} is a LoRA adapter (adapter_config.json): merge it into its base model, "
-            "and give the folder of the merged model."
-        )
-
-
 def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
     """Return the name of the method by which a model is quantised, or None if it is not."""
     # Older quantisers write a file of their own instead of a key of config.json.
     for name in ("quantize_config.json", "quant_config.json"):
         if (folder / name).is_file():
-            return _method(_read_json(folder / name)) or name
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                return _method(json.loads((folder / name).read_text(encoding="utf-8"))) or name
+            return name
     for section in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             found = getattr(section, key, None)
@@ -108,10 +103,3 @@ def _method(found: Any) -> str | None:
     values = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     method = values.get("quant_method")
     return str(getattr(method, "value", method)) if method else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -34,18 +34,12 @@ def needed_files(files: list[str], weights: bool = True) -> list[str]:
 
 def is_complete(folder: Path) -> bool:
     """Return whether a folder has a configuration, all weights, and a tokenizer or preprocessor."""
+    inputs = ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     try:
         has_weights = bool(weight_files(folder))
     except ModelError:
-        has_weights = False
-    return (
-        has_weights
-        and (folder / "config.json").is_file()
-        and any(
-            (folder / f).is_file()
-            for f in ("preprocessor_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-        )
-    )
+        return False
+    return has_weights and (folder / "config.json").is_file() and any((folder / f).is_file() for f in inputs)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -75,7 +69,7 @@ def weight_names(folder: Path) -> dict[Path, list[str] | None]:
         if (folder / single).is_file():
             return {folder / single: None}
         if index.is_file():
-            weights = read_index(index)
+            weights = _read_index(index)
             return {
                 folder / file: [name for name, its_file in weights.items() if its_file == file]
                 for file in sorted(set(weights.values()))
@@ -83,7 +77,25 @@ def weight_names(folder: Path) -> dict[Path, list[str] | None]:
     return {}
 
 
-def read_index(index: Path) -> dict[str, str]:
+def require_weight_files(folder: Path, what: str) -> dict[Path, list[str] | None]:
+    """List the files with a model's weights as `weight_names` does, and require that all of them exist.
+
+    Args:
+        folder: the model's folder.
+        what: the beginning of the error message, such as `The LLM in /models/llm`.
+
+    Raises:
+        ModelError: the folder lacks weights, or their index is damaged.
+    """
+    files = weight_names(folder)
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        lacks = f"{missing[0].name}, which its index names" if missing else "no model.safetensors or index"
+        raise ModelError(f"{what} lacks weights ({lacks}): fetch the model again.")
+    return files
+
+
+def _read_index(index: Path) -> dict[str, str]:
     """Read which file holds each weight of a model that is saved in several files.
 
     Returns:
@@ -113,11 +125,7 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         ModelError: the folder lacks weights, or their index is damaged.
     """
-    files = list(weight_names(folder))
-    missing = [f for f in files if not f.is_file()]
-    if missing or not files:
-        lacks = f"{missing[0].name}, which its index names" if missing else "model.safetensors or an index"
-        raise ModelError(f"{folder} lacks weights ({lacks}): fetch the model again.")
+    files = require_weight_files(folder, str(folder))
     stats = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     digest_file = folder / DIGESTS
     try:

@@ -19,17 +19,16 @@ from transformers import AutoModel, PretrainedConfig, WhisperConfig
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
 from slam_asr.pretrained.fairseq_config import FairseqOptions, TensorDict, waveform_config
-from slam_asr.pretrained.lazy_tensors import is_finite, write_one_by_one
+from slam_asr.pretrained.lazy_tensors import write_one_by_one
+from slam_asr.pretrained.load_weights import require_finite_weight
 from slam_asr.pretrained.unpickle import plain, read_pickle
 from slam_asr.storage import write_json
 
 _WHISPER = [
     (r"positional_embedding", "embed_positions.weight"),
     (r"token_embedding", "embed_tokens"),
-    (
-        r"ln_post|decoder\.ln(?=\.)",
-        lambda m: m[0].replace("ln_post", "layer_norm").replace("decoder.ln", "decoder.layer_norm"),
-    ),
+    (r"ln_post", "layer_norm"),
+    (r"decoder\.ln\.", "decoder.layer_norm."),
     (r"blocks\.", "layers."),
     (r"\.attn_ln\.", ".self_attn_layer_norm."),
     (r"cross_attn_ln", "encoder_attn_layer_norm"),
@@ -108,11 +107,7 @@ def convert_original(source: Path, folder: Path) -> str:
     original = recognise(read_pickle(source), str(source))
     weights = map_tensors(original, str(source))
     for name, tensor in weights.items():
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{source} holds values that are not finite (NaN or infinite) in the tensor that becomes "
-                f"{name}: fetch it again."
-            )
+        require_finite_weight(f"the tensor that becomes {name}", tensor, str(source))
     folder.mkdir(parents=True, exist_ok=True)
     # An earlier config.json must not vouch for the new weights if the conversion is interrupted.
     (folder / "config.json").unlink(missing_ok=True)
@@ -203,11 +198,7 @@ def map_tensors(original: Original, where: str) -> TensorDict:
 
 def _require_tensors(tensors: dict[Any, Any], where: str) -> None:
     for name, tensor in tensors.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(tensor, torch.Tensor)
-            or not tensor.is_floating_point()
-        ):
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
             raise ModelError(
                 f"{where} holds {name!r} among its weights, which is not a tensor of floats: "
                 "it cannot be converted."
@@ -239,10 +230,7 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
             decoder_attention_heads=dims["n_text_head"],
             decoder_ffn_dim=4 * width,
             # Only the decoder uses these ids. transformers requires that they are below vocab_size.
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            decoder_start_token_id=0,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
         )
     except KeyError as error:
         raise ModelError(
@@ -270,13 +258,9 @@ def _without_decoder(
     dropped = [name for name in tensors if name.startswith("decoder.")]
     encoder = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     dtype = next(iter(encoder.values())).dtype if encoder else torch.float32
-    shapes = {
-        "token_embedding.weight": (1, width),
-        "positional_embedding": (1, width),
-        "ln.weight": (width,),
-        "ln.bias": (width,),
-    }
-    empty = {f"decoder.{name}": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    # The shapes are [1, width] and, in the norm, [width].
+    rows = {"token_embedding.weight": (1,), "positional_embedding": (1,), "ln.weight": (), "ln.bias": ()}
+    empty = {f"decoder.{name}": torch.zeros(*first, width, dtype=dtype) for name, first in rows.items()}
     sizes = {"n_vocab": 1, "n_text_ctx": 1, "n_text_layer": 0, "n_text_head": dims["n_audio_head"]}
     return dims | sizes, encoder | empty, dropped
 

@@ -47,20 +47,10 @@ _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 4
 """Number of pickles that are read from a file in torch's format before 1.6: magic number, protocol, sizes of
 types, object."""
-_DAMAGED = (
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,  # a damaged length
-    struct.error,
-    zipfile.BadZipFile,
-)
+_DAMAGED_FILE = (UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError, AssertionError)
+"""Exceptions of zipfile, pickletools and torch for content that is not in their formats."""
+_DAMAGED_VALUE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError)
+"""Exceptions for single values of a damaged pickle; a damaged length causes a MemoryError."""
 _NUMBER = re.compile(r"[<>=|]?[biuf]\d{1,2}")
 
 
@@ -77,9 +67,6 @@ class StandIn:
         stand_in = super().__new__(cls)
         stand_in.arguments, stand_in.state = arguments, None
         return stand_in
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -107,7 +94,8 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         with open(path, "rb") as file:
             is_zip = file.read(len(_ZIP)) == _ZIP
             file.seek(0)
-            foreign = sorted(name for name in _globals_of(file, is_zip) if not _TORCHS_OWN.fullmatch(name))
+            names = {name for pickled in _pickles_of(file, is_zip) for name in _globals_of(pickled)}
+        foreign = sorted(name for name in names if not _TORCHS_OWN.fullmatch(name))
         # All names are checked before torch builds the first object.
         for name in foreign:
             if not any(re.fullmatch(pattern, name) for pattern in patterns):
@@ -121,20 +109,17 @@ def read_pickle(path: Path, allowed: tuple[str, ...] | None = None) -> Any:
         if any(tensor.nbytes > path.stat().st_size for tensor in _tensors_in(content)):
             raise ValueError("a tensor is larger than the file")
         return content
-    except _DAMAGED as error:
-        # torch names the class that it refuses only in the message of its UnpicklingError.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise _refusal(path, refused[1]) from error
-        raise _damaged(path) from error
-    except OSError as error:
-        # zipfile seeks where a damaged entry points to, which may be before the file's beginning.
-        if error.errno != errno.EINVAL:
+    except (*_DAMAGED_FILE, *_DAMAGED_VALUE, OSError) as error:
+        # zipfile seeks where a damaged entry points to, which may be before the file's beginning (EINVAL).
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise _damaged(path) from error
+        # torch names the class that it refuses only in the message of its UnpicklingError.
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _refusal(path, refused[1]) from error
+        raise ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.") from error
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, within: tuple[int, ...] = ()) -> Any:
     """Convert a configuration of any classes to dicts, lists, strings and numbers.
 
     Namespaces and omegaconf's containers become dicts and lists; omegaconf's nodes become their values;
@@ -142,8 +127,22 @@ def plain(value: Any) -> Any:
     become numbers; classes become their full names. Other objects become dicts of their attributes or, if
     none are pickled, their arguments. Tensors remain unchanged. An object's reference to an object that
     contains it, such as its parent, becomes None.
+
+    Args:
+        value: a value of any type.
+        within: ids of the objects that contain the value. omegaconf's nodes refer to their parents, and
+            without these ids the recursion would not end.
     """
-    return _plain(value, ())
+    if id(value) in within:
+        return None
+    within = (*within, id(value))
+    if isinstance(value, dict):
+        return {plain(k, within): plain(v, within) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v, within) for v in value]
+    if isinstance(value, type) and issubclass(value, StandIn):
+        return value.full_name
+    return _plain_object(value, within) if isinstance(value, StandIn) else value
 
 
 def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
@@ -161,10 +160,6 @@ def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
                 waiting += [*value.arguments, value.state] if isinstance(value, StandIn) else value
 
 
-def _damaged(path: Path) -> ModelError:
-    return ModelError(f"{path} is damaged or not a checkpoint: copy it again or use another.")
-
-
 def _refusal(path: Path, name: str) -> ModelError:
     return ModelError(f"{path} holds {name}, which no checkpoint needs: it is refused.")
 
@@ -172,64 +167,35 @@ def _refusal(path: Path, name: str) -> ModelError:
 def _stand_in_for(name: str) -> Any:
     if name == "collections.defaultdict":
         # torch's unpickler adds items only to real dicts, not to stand-ins.
-        return _empty_dict
+        return lambda *_: {}
     return type(name.rpartition(".")[2], (StandIn,), {"full_name": name})
 
 
-def _empty_dict(*_: Any) -> dict:
-    return {}
+def _globals_of(pickled: IO[bytes]) -> Iterator[str]:
+    """Yield the full names, as in Python 3, of all classes and functions in a pickle."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        # torch's unpickler refuses all other opcodes that name a class, such as STACK_GLOBAL, so a name that
+        # this loop misses is never looked up.
+        if opcode.name == "GLOBAL":
+            assert argument is not None  # GLOBAL always has "module name"
+            module, name = argument.split(" ", 1)
+            # Protocol 2 uses Python 2's names. torch translates them in the same way.
+            python_3 = (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+            yield ".".join(_compat_pickle.NAME_MAPPING.get((module, name), python_3))
 
 
-def _globals_of(file: IO[bytes], is_zip: bool) -> set[str]:
-    """Collect the full names, as in Python 3, of all classes and functions in a file's pickles."""
-    names = set()
-    with contextlib.ExitStack() as stack:
-        for pickled in _pickles_of(file, stack) if is_zip else [file] * _LEGACY_PICKLES:
-            for opcode, argument, _ in pickletools.genops(pickled):
-                # torch's unpickler refuses all other opcodes that name a class, such as STACK_GLOBAL, so a
-                # name that this loop misses is never looked up.
-                if opcode.name == "GLOBAL":
-                    assert argument is not None  # GLOBAL always has "module name"
-                    module, name = argument.split(" ", 1)
-                    # Protocol 2 uses Python 2's names. torch translates them in the same way.
-                    if (module, name) in _compat_pickle.NAME_MAPPING:
-                        module, name = _compat_pickle.NAME_MAPPING[module, name]
-                    else:
-                        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-                    names.add(f"{module}.{name}")
-    return names
-
-
-def _pickles_of(file: IO[bytes], stack: contextlib.ExitStack) -> Iterator[IO[bytes]]:
-    archive = stack.enter_context(zipfile.ZipFile(file))
-    # torch never compresses. A member that unpacks to more than the file's size is there to exhaust memory.
-    if sum(member.file_size for member in archive.infolist()) > file.seek(0, io.SEEK_END):
-        raise zipfile.BadZipFile("its members are larger than the file")
-    for member in archive.namelist():
-        if member.rpartition("/")[2] == "data.pkl":
-            yield io.BytesIO(archive.read(member))
-
-
-def _plain(value: Any, within: tuple[int, ...]) -> Any:
-    """Convert as `plain` does.
-
-    Args:
-        value: a value of any type.
-        within: ids of the objects that contain the value. omegaconf's nodes refer to their parents, and
-            without these ids the recursion would not end.
-    """
-    if id(value) in within:
-        return None
-    within = (*within, id(value))
-    if isinstance(value, dict):
-        return {_plain(k, within): _plain(v, within) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(v, within) for v in value]
-    if isinstance(value, type) and issubclass(value, StandIn):
-        return value.full_name
-    if isinstance(value, StandIn):
-        return _plain_object(value, within)
-    return value
+def _pickles_of(file: IO[bytes], is_zip: bool) -> Iterator[IO[bytes]]:
+    if not is_zip:
+        yield from [file] * _LEGACY_PICKLES
+        return
+    with zipfile.ZipFile(file) as archive:
+        # torch never compresses. A member that unpacks to more than the file's size is there to exhaust
+        # memory.
+        if sum(member.file_size for member in archive.infolist()) > file.seek(0, io.SEEK_END):
+            raise zipfile.BadZipFile("its members are larger than the file")
+        for member in archive.namelist():
+            if member.rpartition("/")[2] == "data.pkl":
+                yield io.BytesIO(archive.read(member))
 
 
 def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
@@ -238,15 +204,15 @@ def _plain_object(value: StandIn, within: tuple[int, ...]) -> Any:
         return _number(value)
     if value.full_name.startswith("omegaconf.") and isinstance(state, dict):
         # Containers have `_content` and nodes `_val`. The rest of the state describes parents and types.
-        return _plain(state.get("_content", state.get("_val")), within)
+        return plain(state.get("_content", state.get("_val")), within)
     # A member of an enumeration is pickled as getattr(class, name).
     if value.full_name == "builtins.getattr":
-        return _plain(arguments[-1], within)
+        return plain(arguments[-1], within)
     if isinstance(state, dict):
-        return _plain(state, within)
+        return plain(state, within)
     if len(arguments) == 1:
-        return _plain(arguments[0], within)
-    return [_plain(a, within) for a in arguments] or value.full_name
+        return plain(arguments[0], within)
+    return [plain(a, within) for a in arguments] or value.full_name
 
 
 def _number(value: StandIn) -> Any:

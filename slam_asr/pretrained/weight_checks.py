@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from slam_asr.config.schema import one_sentence
 from slam_asr.errors import ModelError
+from slam_asr.pretrained.lazy_tensors import SAFETENSORS_NAMES
 from slam_asr.pretrained.load_weights import load_weights
-from slam_asr.pretrained.model_files import weight_names
+from slam_asr.pretrained.model_files import require_weight_files, weight_names
 from slam_asr.pretrained.unpickle import read_pickle
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -49,14 +50,9 @@ def require_sound_files(folder: Path, part: str, may_be_absent: bool = False) ->
     Raises:
         ModelError: a file is missing, damaged or quantised, or contradicts the index.
     """
-    files = weight_names(folder)
-    missing = [file for file in files if not file.is_file()]
-    if may_be_absent and len(missing) == len(files):
+    if may_be_absent and not any(file.is_file() for file in weight_names(folder)):
         return
-    if missing or not files:
-        lacks = f"{missing[0].name}, which its index names" if missing else "no model.safetensors"
-        raise ModelError(f"The {part} in {folder} lacks weights ({lacks}): fetch the model again.")
-    for file, expected in files.items():
+    for file, expected in require_weight_files(folder, f"The {part} in {folder}").items():
         dtypes = tensor_dtypes(file)
         if dtypes is None:
             continue
@@ -79,17 +75,18 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
     """Return the dtype of each tensor in a safetensors file or a pickle, keyed by name.
 
     Returns:
-        safetensors' names of the dtypes, such as `BF16`. In a pickle, dtypes other than F64, F32, F16 and
-        BF16 have torch's names, such as `int64`. None for a pickle in the format before torch 1.6, which
-        cannot be memory-mapped and is not read here.
+        safetensors' names of the dtypes, such as `BF16`; in a pickle, dtypes that are not in
+        `SAFETENSORS_NAMES` have torch's names, such as `torch.int16`. None for a pickle in the format before
+        torch 1.6, which cannot be memory-mapped and is not read here.
 
     Raises:
         ModelError: the file is damaged, is no file of weights, or holds something other than tensors.
         PermissionError: it may not be read.
     """
+    # This raises if the file may not be read; safetensors would report a missing file.
+    with open(file, "rb") as content:
+        first = content.read(2)
     if file.suffix == ".safetensors":
-        with open(file, "rb"):
-            pass  # without permission, safetensors would report a missing file
         try:
             # Opening compares the header with the file's size, so it finds every file that is cut off.
             with safe_open(file, framework="pt") as tensors:
@@ -98,8 +95,6 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
             raise ModelError(
                 f"{file} is damaged or cut off: fetch the model again ({one_sentence(error).rstrip('.')})."
             ) from error
-    with open(file, "rb") as content:
-        first = content.read(2)
     # Only the format since torch 1.6, a zip file, is memory-mapped instead of read.
     if first != b"PK" and not zipfile.is_zipfile(file):
         # A pickle begins with its protocol. A pointer of Git LFS, or a web page, does not.
@@ -109,5 +104,4 @@ def tensor_dtypes(file: Path) -> dict[str, str] | None:
     tensors = read_pickle(file, allowed=())
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"{file} holds something other than weights: fetch the model again.")
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return {name: names.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    return {name: SAFETENSORS_NAMES.get(t.dtype, str(t.dtype)) for name, t in tensors.items()}

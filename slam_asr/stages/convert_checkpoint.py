@@ -66,13 +66,13 @@ def convert_checkpoint(
     """
     _check(to, half, complete, report, verify)
     from slam_asr.conversion.model_card import read_report  # imported here, as torch takes seconds to load
-    from slam_asr.conversion.sources import OriginalEncoder, find_source
+    from slam_asr.conversion.sources import find_source
     from slam_asr.conversion.writers import TargetFormat, write
 
     target = TargetFormat(to, half, verify, complete, read_report(report) if report else None)
     source = find_source(checkpoint, which, recipe, adapter)
-    if isinstance(source, OriginalEncoder):
-        return _convert_encoder(source.file, output, target.inputs, overwrite)
+    if isinstance(source, Path):
+        return _convert_encoder(source, output, target.inputs, overwrite)
 
     inputs = {**source.inputs, **target.inputs}
     return run_stage(STAGE, output, inputs, lambda folder: write(folder, source.read(), target), overwrite)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,11 +266,11 @@ def test_an_adapter_in_its_own_folder_gives_the_same_model_as_one_in_the_file(ti
 
 def test_an_llm_merged_wrongly_is_not_published(tiny_recipe, tmp_path, monkeypatch):
     recipe, _, file, _ = with_lora(tiny_recipe, tmp_path, "fp32")
-    write = writers.write_merged_llm
+    write = writers.write_trained_llm
     monkeypatch.setattr(
         writers,
-        "write_merged_llm",
-        lambda folder, adapter, recipe: write(folder, {n: 0 * t for n, t in adapter.items()}, recipe),
+        "write_trained_llm",
+        lambda folder, parts: write(folder, replace(parts, llm={n: 0 * t for n, t in parts.llm.items()})),
     )
     with pytest.raises(UserError, match="is not what the checkpoint holds: the loss"):
         convert_checkpoint(str(file), str(tmp_path / "llm"), to="llm", recipe=recipe)

@@ -102,10 +102,9 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     name or place, **where, **options, **more, trust_remote_code=False
                 )
             except OSError as error:
+                what = f"{part} {name}" if name else part
                 raise OSError(
-                    f"The {part} {name or ''}".rstrip()
-                    + f" of {place} cannot be loaded: if it is elsewhere, give "
-                    f"{part}_name=…"
+                    f"The {what} of {place} cannot be loaded: if it is elsewhere, give {part}_name=…"
                 ) from error
 
         encoder = load(AutoModel, config.encoder_name, "encoder", dtype=_as_dtype(config.encoder_dtype))
@@ -151,12 +150,9 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         weights = kwargs.get("state_dict") or self.state_dict()
-        trained = {n: t for n, t in weights.items() if n.startswith("projector.") or ".lora_" in n}
-        save_file(
-            {n: t.float().contiguous().cpu() for n, t in trained.items()},
-            Path(save_directory) / SAFE_WEIGHTS_NAME,
-            {"format": "pt"},
-        )
+        names = [n for n in weights if n.startswith("projector.") or ".lora_" in n]
+        trained = {n: weights[n].float().contiguous().cpu() for n in names}
+        save_file(trained, Path(save_directory) / SAFE_WEIGHTS_NAME, {"format": "pt"})
         self.config.save_pretrained(save_directory)
         self.generation_config.save_pretrained(save_directory)
 

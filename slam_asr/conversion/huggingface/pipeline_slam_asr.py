@@ -44,10 +44,7 @@ class SlamAsrPipeline(Pipeline):
             raise ValueError("This model gives no time stamps: leave out return_timestamps.")
         if unknown := options.keys() - {"max_new_tokens", "num_beams"}:
             raise ValueError(f"Unknown option {min(unknown)}: options of `generate` go into generate_kwargs.")
-        forward: dict[str, Any] = {
-            "generate_kwargs": {**(generate_kwargs or {}), **options},
-            "prompt": prompt,
-        }
+        forward: dict[str, Any] = {"generate_kwargs": (generate_kwargs or {}) | options, "prompt": prompt}
         # An empty prompt is passed on too; the model's own prompt is used only if none is given.
         return {}, {name: value for name, value in forward.items() if value or value == ""}, {}
 

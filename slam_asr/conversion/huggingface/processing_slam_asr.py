@@ -47,11 +47,8 @@ class SlamAsrProcessor(ProcessorMixin):
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.default_transcription_prompt = default_transcription_prompt
-        self.add_special_tokens, self.positions, self.normalize = (
-            add_special_tokens,
-            positions or {},
-            normalize,
-        )
+        self.add_special_tokens, self.normalize = add_special_tokens, normalize
+        self.positions = positions or {}
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @property
