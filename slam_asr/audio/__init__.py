@@ -20,17 +20,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault
-from slam_asr.audio.faults import (
-    BEYOND_END,
-    CANCELLED,
-    EMPTY,
-    MISSING,
-    NO_CHANNEL,
-    NO_SEGMENTS,
-    TOO_LONG,
-    AudioError,
-    StructureError,
-)
+from slam_asr.audio.faults import AudioError, Fault, StructureError
 from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mixdown import SAMPLE_RATE, Mixdown
 from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
@@ -169,7 +159,7 @@ def read_clip(
         raise AudioError(
             f"The {clip.channels} channels of {path} cancel each other when they are mixed, because one is "
             "the inverse of another: write one of them to a file of its own.",
-            CANCELLED,
+            Fault.CANCELLED,
         )
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
     return clip
@@ -237,7 +227,7 @@ def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
         raise AudioError(
             f"There is no audio file {path}: "
             "check the path, or build the manifest again if the corpus moved.",
-            MISSING,
+            Fault.MISSING,
         ) from error
 
 
@@ -284,13 +274,13 @@ def _clip(
             raise AudioError(
                 f"{path} has {channels} channel{'s' * (channels > 1)}, but the corpus or manifest names "
                 f"channel {channel}, counted from 0: correct that.",
-                NO_CHANNEL,
+                Fault.NO_CHANNEL,
             )
         if start is not None and not sound.has_segments:
             raise AudioError(
                 f"{path} has a format in which no segment can be read without decoding everything before it: "
                 "convert it to flac, and name that file.",
-                NO_SEGMENTS,
+                Fault.NO_SEGMENTS,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
         # The announced length is checked before anything is decoded, because an hour of audio takes 230 MB at
@@ -298,7 +288,7 @@ def _clip(
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
-                f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
+                f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", Fault.TOO_LONG
             )
         mixdown = Mixdown(path, sample_rate, channel)
         try:
@@ -315,7 +305,7 @@ def _clip(
         )
     samples = mixdown.finish()
     if len(samples) == 0:
-        raise AudioError(f"{path} has no samples.", EMPTY)
+        raise AudioError(f"{path} has no samples.", Fault.EMPTY)
     return Clip(samples, sample_rate, channels, silent=mixdown.silent, cancelled=mixdown.cancelled)
 
 
@@ -329,6 +319,6 @@ def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: floa
         end = "its end" if duration is None else f"{start + duration:.2f} s"
         raise AudioError(
             f"{path} lasts {available / rate:.2f} s, but a segment ranges from {start:.2f} s to {end}.",
-            BEYOND_END,
+            Fault.BEYOND_END,
         )
     return first, min(count, available - first)

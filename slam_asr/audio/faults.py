@@ -1,25 +1,30 @@
 """Faults of audio files: the errors, and the reasons under which the statistics count them."""
 
+from enum import StrEnum
+
 from slam_asr.errors import InputError
 
-# The values of `AudioError.reason`.
-MISSING = "missing audio"
-UNREADABLE = "unreadable audio"
-EMPTY = "empty audio"
-NOT_FINITE = "non-finite samples"
-TOO_LONG = "too long"
-BEYOND_END = "segment beyond the file's end"
-TOO_LOUD = "samples far above full scale"
-SILENT = "digital silence"
-CANCELLED = "channels that cancel each other"
-NO_CHANNEL = "no such channel"
-NO_SEGMENTS = "segment of a file that allows no seeking"
+
+class Fault(StrEnum):
+    """The kinds of faults."""
+
+    MISSING = "missing audio"
+    UNREADABLE = "unreadable audio"
+    EMPTY = "empty audio"
+    NOT_FINITE = "non-finite samples"
+    TOO_LONG = "too long"
+    BEYOND_END = "segment beyond the file's end"
+    TOO_LOUD = "samples far above full scale"
+    SILENT = "digital silence"
+    CANCELLED = "channels that cancel each other"
+    NO_CHANNEL = "no such channel"
+    NO_SEGMENTS = "segment of a file that allows no seeking"
 
 
 class AudioError(InputError):
     """An audio file that cannot be used. `reason` is the kind of fault, for statistics."""
 
-    def __init__(self, sentence: str, reason: str = UNREADABLE) -> None:
+    def __init__(self, sentence: str, reason: Fault = Fault.UNREADABLE) -> None:
         super().__init__(sentence)
         self.reason = reason
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from slam_asr.audio.containers import ContainerFault
-from slam_asr.audio.faults import EMPTY, AudioError, more_than_announced
+from slam_asr.audio.faults import AudioError, Fault, more_than_announced
 from slam_asr.audio.media_lengths import check_media
 from slam_asr.errors import ConfigurationError
 
@@ -128,7 +128,7 @@ class _Track:
                 end = max(end, packet.pts + duration)
             tick = packet.time_base
         if first is None:
-            raise AudioError(f"{self.path} has no samples.", EMPTY)
+            raise AudioError(f"{self.path} has no samples.", Fault.EMPTY)
         span = end - begin if begin is not None else total
         # If a packet has no duration, the sum is not a lower bound.
         self.shortest = float(total * tick) if complete else 0.0
@@ -193,7 +193,7 @@ class _Track:
 
     def _packets_of(self, container: Any) -> Iterator[Any]:
         if not container.streams.audio:
-            raise AudioError(f"{self.path} has no audio track: there is nothing to transcribe.", EMPTY)
+            raise AudioError(f"{self.path} has no audio track: there is nothing to transcribe.", Fault.EMPTY)
         track = container.streams.audio[0]
         codec = track.codec_context
         if codec is None or codec.name not in DECODERS:

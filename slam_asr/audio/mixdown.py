@@ -5,7 +5,7 @@ import os
 import numpy as np
 import soxr
 
-from slam_asr.audio.faults import NOT_FINITE, TOO_LOUD, AudioError
+from slam_asr.audio.faults import AudioError, Fault
 
 SAMPLE_RATE = 16_000
 """Hz. Every supported encoder was trained at this rate."""
@@ -96,10 +96,10 @@ def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
     # NumPy's minimum and maximum are NaN if any sample is, so `peak` is too.
     peak = max(-low, high)
     if not np.isfinite(peak):
-        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
+        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", Fault.NOT_FINITE)
     if peak > _FULL_SCALE_LIMIT:
         raise AudioError(
             f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
             "as floats, divide them by 32768 and write the file again.",
-            TOO_LOUD,
+            Fault.TOO_LOUD,
         )

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import EMPTY, NOT_AUDIO_TEXT, AudioError, StructureError, more_than_announced
+from slam_asr.audio.faults import NOT_AUDIO_TEXT, AudioError, Fault, StructureError, more_than_announced
 from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.media import open_media
 from slam_asr.audio.media_lengths import kind_of
@@ -92,7 +92,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             _Content(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
         )
         if stream.seek(0, os.SEEK_END) == 0:
-            raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
+            raise AudioError(f"{path} is empty (0 bytes).", Fault.EMPTY)
         try:
             announced = check_length(stream)
             sounds = _opened(stream, file, path, stack)

@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.audio import MISSING, AudioError, Clip, audio_sha256, channel_count, read_clip
-from slam_asr.audio.faults import SILENT, UNREADABLE
+from slam_asr.audio import AudioError, Clip, Fault, audio_sha256, channel_count, read_clip
 from slam_asr.config.recipe import Data
 from slam_asr.cores import usable_cores
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
+from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Reason, Rejection
 from slam_asr.progress import Meter
 from slam_asr.storage import name_of
 
@@ -102,25 +101,25 @@ def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Chec
         # A clip has no SHA-256 if its file was not read completely, as for a segment.
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
-        missing = error.reason == MISSING
+        missing = error.reason == Fault.MISSING
         return Rejection(
             key,
             source,
-            NO_AUDIO if missing else error.reason,
+            Reason.NO_AUDIO if missing else error.reason,
             f"There is no audio file {source}." if missing else str(error),
         )
     # A file that the disk cannot read must not end the check of the other files.
     except OSError as error:
-        return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
+        return Rejection(key, source, Fault.UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:
         detail = (
             f"The length of {_named(item)} is {clip.duration:.3f} s, below data.min_duration "
             f"({data.min_duration:g} s)."
         )
-        return Rejection(key, source, TOO_SHORT, detail)
+        return Rejection(key, source, Reason.TOO_SHORT, detail)
     if clip.silent:
         detail = f"All samples of {_named(item)} have the same value: it was recorded without a signal."
-        return Rejection(key, source, SILENT, detail)
+        return Rejection(key, source, Fault.SILENT, detail)
     manifest_source = item.manifest_source or source
     if item.content is not None:
         assert folder is not None, "audio embedded in a table needs a folder to be written to"

@@ -15,15 +15,7 @@ from itertools import groupby, islice
 import soundfile
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    Candidate,
-    CorpusReader,
-    Rejection,
-    Stamp,
-)
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
 from slam_asr.corpora.places import (
     files_in,
     is_file,
@@ -103,10 +95,10 @@ class Folder(CorpusReader):
         )
         text = next((s for s in suffixes if s.lower() == _TEXT), None)
         if audio is None:
-            return Rejection(key, "", NO_AUDIO, f"{path}{text} has no audio file next to it.")
+            return Rejection(key, "", Reason.NO_AUDIO, f"{path}{text} has no audio file next to it.")
         if text is None:
             detail = f"{path}{audio} has no {_TEXT} file next to it."
-            return Rejection(key, path + audio, NO_TRANSCRIPT, detail)
+            return Rejection(key, path + audio, Reason.NO_TRANSCRIPT, detail)
         transcript = read_text(path + text)
         if self.has_sample_numbers:
             transcript = _without_sample_numbers(transcript, path + audio, path + text)

@@ -24,7 +24,7 @@ from typing import Any
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
+from slam_asr.corpora import Candidate, Reason, Rejection
 from slam_asr.corpora.places import (
     IN_ARCHIVE,
     WRITE_TO_FILES,
@@ -205,18 +205,20 @@ def _joined(
     source, start, duration, channel = values["audio"][0] if values["audio"] else ("", None, None, None)
     if not values["text"]:
         if values["audio"]:
-            yield Rejection(key, source, NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}.")
+            yield Rejection(
+                key, source, Reason.NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}."
+            )
         return
     if segmented and not values["audio"]:
-        yield Rejection(key, "", NO_AUDIO, f"{key} has no line in {join(folder, 'segments')}.")
+        yield Rejection(key, "", Reason.NO_AUDIO, f"{key} has no line in {join(folder, 'segments')}.")
         return
     if not source:
-        yield Rejection(key, "", NO_AUDIO, f"{key} has no recording in {join(folder, 'wav.scp')}.")
+        yield Rejection(key, "", Reason.NO_AUDIO, f"{key} has no recording in {join(folder, 'wav.scp')}.")
         return
     for name in ("audio", "text"):
         for _ in values[name][1:]:
             yield Rejection(
-                key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
+                key, source, Reason.DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
             )
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
     # reco2file_and_channel gives the channel in the original file. The channel may have been extracted since,

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection
+from slam_asr.corpora import Candidate, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.errors import InputError
 from slam_asr.storage import open_stream
@@ -76,16 +76,18 @@ class Lhotse(ListedCorpus):
     def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Candidate | Rejection]:
         """Yield an utterance for each supervision of a cut; a rejection if the cut cannot be used."""
         if problem := _unsupported(cut):
-            yield Rejection(str(cut["id"]), "", UNSUPPORTED, f"The cut {cut['id']} {problem}.")
+            yield Rejection(str(cut["id"]), "", Reason.UNSUPPORTED, f"The cut {cut['id']} {problem}.")
             return
         recording = cut.get("recording")
         if not recording or not recording["sources"]:
-            yield Rejection(str(cut["id"]), "", NO_AUDIO, f"The cut {cut['id']} has no recording.")
+            yield Rejection(str(cut["id"]), "", Reason.NO_AUDIO, f"The cut {cut['id']} has no recording.")
             return
         source = audio_path(recording["sources"][0]["source"], file, self.data.audio_root)
         supervisions = cut.get("supervisions") or []
         if not supervisions:
-            yield Rejection(str(cut["id"]), source, NO_TRANSCRIPT, f"The cut {cut['id']} has no supervision.")
+            yield Rejection(
+                str(cut["id"]), source, Reason.NO_TRANSCRIPT, f"The cut {cut['id']} has no supervision."
+            )
         for supervision in supervisions:
             only = len(supervisions) == 1
             key = str(cut["id"] if only else supervision["id"])

@@ -13,16 +13,7 @@ from itertools import groupby, islice
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    DUPLICATE,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    Candidate,
-    CorpusReader,
-    Rejection,
-    Stamp,
-)
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
 from slam_asr.corpora.places import is_folder, name_of, read_text, visible_files, visible_folders
 from slam_asr.storage import Info, join
 
@@ -81,10 +72,10 @@ class LibriSpeech(CorpusReader):
                     source = audio.get(key, "")
                     if key in with_transcript:
                         detail = f"{path}, line {number}: {key} already has a line."
-                        yield Rejection(key, source, DUPLICATE, detail)
+                        yield Rejection(key, source, Reason.DUPLICATE, detail)
                     elif not source:
                         detail = f"{path}, line {number}: no audio file {key} next to it."
-                        yield Rejection(key, source, NO_AUDIO, detail)
+                        yield Rejection(key, source, Reason.NO_AUDIO, detail)
                     else:
                         yield Candidate(
                             key, source, text, {"subset": subset, "speaker": speaker, "chapter": chapter}
@@ -92,7 +83,7 @@ class LibriSpeech(CorpusReader):
                     with_transcript.add(key)
             for key in sorted(audio.keys() - with_transcript):
                 detail = f"{audio[key]} has no line in a {TRANSCRIPTS} file next to it."
-                yield Rejection(key, audio[key], NO_TRANSCRIPT, detail)
+                yield Rejection(key, audio[key], Reason.NO_TRANSCRIPT, detail)
 
     def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
         """Yield each chapter as (speaker, chapter, its transcript and audio files), all sorted by name."""

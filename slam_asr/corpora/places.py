@@ -5,7 +5,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 
-from slam_asr.corpora import NO_AUDIO, Candidate, CorpusReader, Rejection, Stamp
+from slam_asr.corpora import Candidate, CorpusReader, Reason, Rejection, Stamp
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import (
     Info,
@@ -147,7 +147,7 @@ def _if_present(item: Candidate | Rejection) -> Candidate | Rejection:
     source = item.source
     if isinstance(item, Rejection) or item.content is not None or is_s3(source) or os.path.isfile(source):
         return item
-    return Rejection(item.key, source, NO_AUDIO, f"There is no audio file {source}.")
+    return Rejection(item.key, source, Reason.NO_AUDIO, f"There is no audio file {source}.")
 
 
 def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:

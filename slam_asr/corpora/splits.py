@@ -13,17 +13,7 @@ import numpy as np
 
 from slam_asr.artifacts.writing_systems import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    BLANK,
-    DUPLICATE,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    SPLIT_NAMES,
-    SPLITS,
-    Candidate,
-    CorpusReader,
-    Rejection,
-)
+from slam_asr.corpora import SPLIT_NAMES, SPLITS, Candidate, CorpusReader, Reason, Rejection
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import log_line
 
@@ -207,11 +197,13 @@ def read_splits(
             if hash(identity) in repeated:
                 if identity in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
-                    item = Rejection(item.key, item.source, DUPLICATE, detail)
+                    item = Rejection(item.key, item.source, Reason.DUPLICATE, detail)
                 else:
                     seen.add(identity)
         if isinstance(item, Candidate) and not item.text:
-            item = Rejection(item.key, item.source, BLANK, f"{item.key} has no words in its transcript.")
+            item = Rejection(
+                item.key, item.source, Reason.BLANK, f"{item.key} has no words in its transcript."
+            )
         yield item
 
 
@@ -261,14 +253,14 @@ def _require_english(item: Candidate) -> None:
 
 def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:
     """Raise if the reasons for rejections show that a corpus has no audio, or no transcripts."""
-    if set(reasons) == {NO_AUDIO}:
+    if set(reasons) == {Reason.NO_AUDIO}:
         raise InputError(
-            f"{reader.root} holds transcripts but no audio (missing files: {reasons[NO_AUDIO]}, first that "
-            f"of {first.key}): check that it was unpacked completely and that its paths are valid."
+            f"{reader.root} holds transcripts but no audio (missing files: {reasons[Reason.NO_AUDIO]}, first "
+            f"that of {first.key}): check that it was unpacked completely and that its paths are valid."
         )
-    if set(reasons) == {NO_TRANSCRIPT}:
+    if set(reasons) == {Reason.NO_TRANSCRIPT}:
         raise InputError(
-            f"{reader.root} holds audio but no transcripts (files: {reasons[NO_TRANSCRIPT]}, first "
+            f"{reader.root} holds audio but no transcripts (files: {reasons[Reason.NO_TRANSCRIPT]}, first "
             f"{first.source}): put the transcripts next to the audio, as in the archive."
         )
 

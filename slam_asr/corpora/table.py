@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slam_asr.config.recipe import Columns, Data
-from slam_asr.corpora import NO_AUDIO, Candidate, Rejection
+from slam_asr.corpora import Candidate, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
 from slam_asr.corpora.splits import requested_splits
@@ -29,17 +29,8 @@ from slam_asr.storage import name_of
 
 _USUAL = {
     "audio": (
-        "audio",
-        "path",
-        "file",
-        "wav",
-        "audio_path",
-        "audio_file",
-        "audio_filepath",
-        "file_name",
-        "filename",
-        "filepath",
-        "source",
+        *("audio", "path", "file", "wav", "audio_path", "audio_file"),
+        *("audio_filepath", "file_name", "filename", "filepath", "source"),
     ),
     "text": ("text", "sentence", "transcript", "transcription", "target"),
     "key": ("id", "key", "utt_id", "utterance_id", "utt", "segment_id"),
@@ -173,7 +164,7 @@ class Table(ListedCorpus):
             key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
         text = _text(_cell(cells, columns.text), where, columns.text)
         if content is None and not path:
-            return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
+            return Rejection(key, "", Reason.NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
         # A key from a column that the recipe names identifies the utterance, so another row with that key is
         # a duplicate. Otherwise the hash distinguishes embedded audio with the same name. Hashes of bytes
@@ -182,16 +173,7 @@ class Table(ListedCorpus):
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
         if own and not uses_column and columns.key not in _MANIFEST_FIELDS:
             extra[columns.key] = cells[columns.key]
-        return Candidate(
-            key,
-            source,
-            text,
-            extra,
-            start,
-            duration,
-            content,
-            identity=identity,
-        )
+        return Candidate(key, source, text, extra, start, duration, content, identity=identity)
 
     def refine_keys(self) -> str:
         if self._key_form == _ROW:
