@@ -21,9 +21,10 @@ import soundfile
 
 from slam_asr.audio.containers import ContainerFault
 from slam_asr.audio.faults import AudioError, Fault, StructureError
+from slam_asr.audio.formats import open_sound
 from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mixdown import SAMPLE_RATE, Mixdown
-from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
+from slam_asr.audio.sound import ESTIMATE_ERROR, Sound
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
@@ -39,7 +40,7 @@ def audio_sha256(path: str | os.PathLike) -> str:
         AudioError: the file is missing.
     """
     if not is_s3(path):
-        return _sha256_of_local(_local_copy(path))
+        return _sha256_of(_local_copy(path))
     with _missing_as_audio_error(path), open_stream(path) as stream:
         # typeshed asks for `readinto`, which BinaryIO does not declare and every stream here has.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -110,15 +111,8 @@ def load_checked(
             its format allows no segments; or its samples are NaN, infinite or far above full scale.
         ConfigurationError: as for `load_audio`.
     """
-    if start is None:
-        content = _content(path)
-        found = sha256_of_bytes(content) if sha256 else None
-        file: Path | bytes = content
-    else:
-        file = _local_copy(path)
-        found = _sha256_of_local(file) if sha256 else None
-    # If no digest is expected, none was computed, and both are None.
-    if found != sha256:
+    file = _content(path) if start is None else _local_copy(path)
+    if sha256 is not None and _sha256_of(file) != sha256:
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
         )
@@ -186,21 +180,15 @@ def count_samples(path: str | os.PathLike) -> int:
     except ContainerFault:
         return 0
     except StructureError:
-        if _is_media(file):
-            return 0
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+            if kind_of(stream.read(16)):
+                return 0
         try:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError):
             return 0  # only ffmpeg reads the file, such as AAC in CAF
         # The formula is the same as above, so that a later message about the damage names the same length.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
-
-
-def _is_media(file: Path | bytes) -> bool:
-    if isinstance(file, bytes):
-        return kind_of(file[:16]) is not None
-    with open(file, "rb") as stream:
-        return kind_of(stream.read(16)) is not None
 
 
 def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
@@ -246,7 +234,9 @@ def _local_copy(path: str | os.PathLike) -> Path:
         return file
 
 
-def _sha256_of_local(file: Path) -> str:
+def _sha256_of(file: Path | bytes) -> str:
+    if isinstance(file, bytes):
+        return sha256_of_bytes(file)
     status = file.stat()
     return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 

@@ -71,7 +71,7 @@ def check_media(stream: BinaryIO, kind: str) -> None:
     Raises:
         ContainerFault: the file ends too early, is encrypted, or holds something other than its format.
     """
-    _CHECKS[kind](stream, stream.seek(0, os.SEEK_END))
+    FORMATS[kind][1](stream, stream.seek(0, os.SEEK_END))
 
 
 def _at(stream: BinaryIO, position: int, count: int) -> bytes:
@@ -202,16 +202,12 @@ def _is_adts(head: bytes) -> bool:
     return len(head) >= 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
 
 
-def _check_caf(stream: BinaryIO, size: int) -> None:
-    check_length(stream)
-
-
-_CHECKS: dict[str, Callable[[BinaryIO, int], None]] = {
-    "mov": _check_mp4,
-    "matroska": _check_matroska,
-    "asf": _check_asf,
-    "amr": _check_amr,
-    "aac": _check_adts,
-    "caf": _check_caf,
+FORMATS: dict[str, tuple[str, Callable[[BinaryIO, int], object]]] = {
+    "mov": ("MP4 or QuickTime", _check_mp4),
+    "matroska": ("WebM or Matroska", _check_matroska),
+    "asf": ("Windows Media", _check_asf),
+    "amr": ("AMR", _check_amr),
+    "aac": ("AAC", _check_adts),
+    "caf": ("CAF", lambda stream, size: check_length(stream)),
 }
-"""The check of each format, by ffmpeg's name of the format."""
+"""The name of each format in messages, and the check of its structure, by ffmpeg's name of the format."""
