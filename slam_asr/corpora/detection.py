@@ -9,10 +9,10 @@ from slam_asr.corpora.jsonlines import JsonLines
 from slam_asr.corpora.kaldi import Kaldi
 from slam_asr.corpora.lhotse import Lhotse
 from slam_asr.corpora.librispeech import LibriSpeech
-from slam_asr.corpora.places import absolute, is_file, is_folder, visible_files
+from slam_asr.corpora.places import absolute, is_folder, visible_files
 from slam_asr.corpora.table import Table
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.storage import name_of
+from slam_asr.storage import exists, name_of
 
 READERS: dict[str, tuple[type[CorpusReader], ...]] = {
     "librispeech": (LibriSpeech, Archives),
@@ -47,7 +47,7 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
             missing or ambiguous.
     """
     root = absolute(corpus)
-    if not is_file(root) and not is_folder(root):
+    if not exists(root) and not is_folder(root):
         raise InputError(f"There is no corpus {root}: check --corpus.")
     for reader_class in _ORDER if data.kind == "auto" else READERS[data.kind]:
         if reader := reader_class.find(root, data):
@@ -65,7 +65,7 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
 def _unrecognised(root: str) -> InputError:
     """Make the error for a corpus of unknown kind. Its message depends on the files at the path."""
     known = f"known layouts are {'; '.join(_LAYOUTS.values())}"
-    if is_file(root):
+    if exists(root):
         if root.lower().endswith(_UNSUPPORTED_ARCHIVES):
             return InputError(
                 f"The corpus {root} is an archive of an unsupported kind: unpack it, and give the folder."

@@ -16,18 +16,10 @@ import soundfile
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
-from slam_asr.corpora.places import (
-    files_in,
-    is_file,
-    is_folder,
-    read_text,
-    readable,
-    visible_files,
-    visible_folders,
-)
+from slam_asr.corpora.places import files_in, is_folder, read_text, readable, visible_files, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import fetch, join, name_of
+from slam_asr.storage import exists, fetch, join, name_of
 
 _TEXT = ".txt"
 _SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
@@ -66,7 +58,7 @@ class Folder(CorpusReader):
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
         stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
         texts = (
-            stem + suffix for stem in stems for suffix in (_TEXT, _TEXT.upper()) if is_file(stem + suffix)
+            stem + suffix for stem in stems for suffix in (_TEXT, _TEXT.upper()) if exists(stem + suffix)
         )
         if not (first := next(texts, None)):
             return None

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from slam_asr.artifacts.manifest import iterate_manifest
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import SPLITS, Candidate
-from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, name_of, stem_of
+from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.errors import InputError
+from slam_asr.storage import name_of
 
 SUFFIX = ".jsonl"
 _REJECTIONS = "rejected.jsonl"
@@ -46,9 +47,6 @@ class JsonLines(ListedCorpus):
         """
         files = [file for file in files_at(root, (SUFFIX,)) if file == root or name_of(file) != _REJECTIONS]
         return cls(root, files) if files else None
-
-    def lists(self, subset: str) -> list[str]:
-        return self.by_subset[subset]
 
     def items(self, subset: str) -> Iterator[Candidate]:
         for file in self.by_subset[subset]:

@@ -59,9 +59,6 @@ class Lhotse(ListedCorpus):
                 _refuse_parts_of_cuts(file, line)
         return cls(root, files, data) if files else None
 
-    def lists(self, subset: str) -> list[str]:
-        return self.by_subset[subset]
-
     def items(self, subset: str) -> Iterator[Candidate | Rejection]:
         for file in self.by_subset[subset]:
             for number, cut in _cuts(file):

@@ -14,8 +14,8 @@ from itertools import groupby, islice
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
-from slam_asr.corpora.places import is_folder, name_of, read_text, visible_files, visible_folders
-from slam_asr.storage import Info, join
+from slam_asr.corpora.places import is_folder, read_text, visible_files, visible_folders
+from slam_asr.storage import Info, join, name_of
 
 TRANSCRIPTS = ".trans.txt"
 OUTER = "LibriSpeech"

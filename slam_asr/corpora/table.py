@@ -106,9 +106,6 @@ class Table(ListedCorpus):
         files = {file: split_of(file) or stem_of(file) for file in files_at(root, SUFFIXES)}
         return cls(root, files, data) if files else None
 
-    def lists(self, subset: str) -> Iterable[str]:
-        return self.by_subset[subset]
-
     def sources(self, subset: str) -> Iterator[str]:
         # Embedded audio is covered by its table's stamp, so such a table is not read here.
         files = [file for file in self.by_subset[subset] if not self._has_embedded_audio(file)]
