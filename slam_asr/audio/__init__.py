@@ -126,6 +126,7 @@ def read_clip(
     duration: float | None = None,
     content: bytes | None = None,
     channel: int | None = None,
+    channel_of_several: bool = False,
 ) -> Clip:
     """Decode a file or a segment, and return its samples with the file's own sample rate and channels.
 
@@ -137,6 +138,7 @@ def read_clip(
         duration: length of the segment in seconds; None if it ends with the file.
         content: the file's bytes, if they are already in memory; `path` is then used only in messages.
         channel: number of the channel to use, counted from 0; None for the mean of all.
+        channel_of_several: whether `channel` is ignored if the file has only one channel.
 
     Raises:
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
@@ -148,7 +150,7 @@ def read_clip(
         # A complete object is read into memory. For segments, it is copied to disk, so that one copy is
         # enough for all segments.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
-    clip = _clip(file, path, start, duration, channel, max_duration)
+    clip = _clip(file, path, start, duration, channel, max_duration, channel_of_several)
     if clip.cancelled:
         raise AudioError(
             f"The {clip.channels} channels of {path} cancel each other when they are mixed, because one is "
@@ -189,18 +191,6 @@ def count_samples(path: str | os.PathLike) -> int:
             return 0  # only ffmpeg reads the file, such as AAC in CAF
         # The formula is the same as above, so that a later message about the damage names the same length.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
-
-
-def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
-    """Return the number of a file's channels; `content` is the file's bytes, if they are already in memory.
-
-    Raises:
-        AudioError: as for `count_samples`; also if the file holds less or more than its header announces.
-        ConfigurationError: as for `count_samples`.
-    """
-    file = content if content is not None else _local_copy(path)
-    with open_sound(file, path) as sound:
-        return sound.channels
 
 
 @contextlib.contextmanager
@@ -256,10 +246,13 @@ def _clip(
     duration: float | None,
     channel: int | None,
     max_duration: float | None = None,
+    channel_of_several: bool = False,
 ) -> Clip:
     """Decode a file, or the bytes of one; `path` is used only in messages. All times are in seconds."""
     with open_sound(file, path) as sound:
         sample_rate, channels = sound.sample_rate, sound.channels
+        if channel_of_several and channels == 1:
+            channel = None
         if channel is not None and channel >= channels:
             raise AudioError(
                 f"{path} has {channels} channel{'s' * (channels > 1)}, but the corpus or manifest names "

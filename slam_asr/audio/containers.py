@@ -217,8 +217,7 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
     if size - end <= _MAX_REST:
         return
     stream.seek(end)
-    first = stream.read(16)
-    if first.startswith(_TAGS):
+    if stream.read(16).startswith(_TAGS):
         return
     stream.seek(end)
     while block := stream.read(2**20):

@@ -43,6 +43,9 @@ _AMR_SIZES = {
 """Size in bytes of each type of frame, keyed by the first bytes of a file (RFC 4867, section 5)."""
 _ADTS_HEADER = 7
 
+_MAGICS = {b"\x1a\x45\xdf\xa3": "matroska", _ASF_HEADER: "asf", **dict.fromkeys(_AMR_SIZES, "amr")}
+"""ffmpeg's names of formats, keyed by the first bytes of a file."""
+
 
 def kind_of(head: bytes) -> str | None:
     """Recognise a format that only ffmpeg reads, by the first 16 bytes of a file.
@@ -52,13 +55,8 @@ def kind_of(head: bytes) -> str | None:
     """
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
         return "mov"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if head.startswith(_ASF_HEADER):
-        return "asf"
-    if head.startswith(tuple(_AMR_SIZES)):
-        return "amr"
-    return "aac" if _is_adts(head) else None
+    by_magic = next((kind for magic, kind in _MAGICS.items() if head.startswith(magic)), None)
+    return by_magic or ("aac" if _is_adts(head) else None)
 
 
 def check_media(stream: BinaryIO, kind: str) -> None:

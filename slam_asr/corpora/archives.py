@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, CorpusReader, Rejection, Stamp
-from slam_asr.corpora.librispeech import OUTER, TRANSCRIPTS, LibriSpeech
+from slam_asr.corpora import AUDIO_FOLDER, Candidate, CorpusReader, Rejection, Stamp
+from slam_asr.corpora.librispeech import OUTER, TREE_SUFFIXES, LibriSpeech
 from slam_asr.corpora.places import files_at
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter
@@ -67,8 +67,7 @@ class Archives(CorpusReader):
         return cls(root, files) if files else None
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        archive = info(self.by_subset[subset])
-        if archive:
+        if archive := info(self.by_subset[subset]):
             yield archive.name, archive.bytes, archive.stamp
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
@@ -204,10 +203,7 @@ def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
     # `..` and hidden files begin with a dot. The first part of an absolute path is a slash.
-    if (
-        len(parts) != 4
-        or not member.isreg()
-        or any(part.startswith((".", "/")) or "\0" in part for part in parts)
-    ):
+    if any(part.startswith((".", "/")) or "\0" in part for part in parts):
         return None
-    return PurePosixPath(OUTER, *parts) if parts[3].lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES)) else None
+    is_in_chapter = len(parts) == 4 and member.isreg() and parts[3].lower().endswith(TREE_SUFFIXES)
+    return PurePosixPath(OUTER, *parts) if is_in_chapter else None

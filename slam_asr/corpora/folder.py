@@ -80,11 +80,7 @@ class Folder(CorpusReader):
     def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
         """Return the utterance whose files have this stem (relative to the root) and these suffixes."""
         key, path = readable(stem), join(self.root, stem)
-        audio = min(
-            (s for s in suffixes if s.lower() in AUDIO_SUFFIXES),
-            key=lambda s: AUDIO_SUFFIXES.index(s.lower()),
-            default=None,
-        )
+        audio = next((s for preferred in AUDIO_SUFFIXES for s in suffixes if s.lower() == preferred), None)
         text = next((s for s in suffixes if s.lower() == _TEXT), None)
         if audio is None:
             return Rejection(key, "", Reason.NO_AUDIO, f"{path}{text} has no audio file next to it.")

@@ -30,12 +30,10 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 def _saved(root: str) -> dict[str, str]:
     """Find the arrow files of layout 1, or of the `datasets` library's cache; return the split of each."""
     if exists(join(root, _STATE)):
-        return _saved_split(root, name_of(root))
+        return dict.fromkeys(_saved_files(root), name_of(root))
     if exists(join(root, "dataset_dict.json")):
         splits = [name for name in visible_folders(root) if exists(join(root, name, _STATE))]
-        return {
-            file: split for name in splits for file, split in _saved_split(join(root, name), name).items()
-        }
+        return {file: split for split in splits for file in _saved_files(join(root, split))}
     if exists(join(root, "dataset_info.json")):
         # In the cache, files named cache-… hold the results of `map` and `filter`, not the dataset itself.
         return {
@@ -46,8 +44,8 @@ def _saved(root: str) -> dict[str, str]:
     return {}
 
 
-def _saved_split(folder: str, split: str) -> dict[str, str]:
-    """Find the arrow files that a split's state.json lists; return the split of each."""
+def _saved_files(folder: str) -> list[str]:
+    """Return the arrow files that the state.json of a split lists."""
     path = join(folder, _STATE)
     try:
         state = json.loads(read_bytes(path))
@@ -66,7 +64,7 @@ def _saved_split(folder: str, split: str) -> dict[str, str]:
         # A name that contains a folder could refer to a file outside the dataset.
         if name != os.path.basename(name) or not exists(join(folder, name)):
             raise InputError(f"{folder} lacks {name}, which its {_STATE} names: copy the complete folder.")
-    return {join(folder, name): split for name in names}
+    return [join(folder, name) for name in names]
 
 
 def _split_in_cache(file: str) -> str:
@@ -78,11 +76,8 @@ def _split_in_cache(file: str) -> str:
 def _described(root: str) -> dict[str, str]:
     """Find the metadata files of layout 3; return the split of each, which is the name of its folder."""
     files: dict[str, str] = {}
-    for folder in (
-        root,
-        *(join(root, name) for name in visible_folders(root)),
-        *(join(root, "data", n) for n in visible_folders(join(root, "data"))),
-    ):
+    parents = (root, join(root, "data"))
+    for folder in (root, *(join(parent, name) for parent in parents for name in visible_folders(parent))):
         # At most one file per folder is read. With both, the rows would be read twice.
         path = next((p for name in _METADATA if exists(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):

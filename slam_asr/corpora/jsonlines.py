@@ -63,16 +63,9 @@ class JsonLines(ListedCorpus):
             if own is not None and not (isinstance(own, str) and own):
                 raise InputError(f"{file}, line {number}: subset must be text, not {own!r}.")
             subset = stem if file_is_split else own or stem
+            source, channel = audio_path(utterance.source, file, ""), utterance.audio_channel
+            extra = utterance.extra | {"subset": own or subset}
             # Only a segment's duration is used. A complete file is measured again when its audio is checked.
-            yield (
-                subset,
-                Candidate(
-                    utterance.key,
-                    audio_path(utterance.source, file, ""),
-                    utterance.target,
-                    utterance.extra | {"subset": own or subset},
-                    utterance.start,
-                    None if utterance.start is None else utterance.duration,
-                    channel=utterance.audio_channel,
-                ),
-            )
+            start, duration = utterance.start, None if utterance.start is None else utterance.duration
+            text = utterance.target
+            yield subset, Candidate(utterance.key, source, text, extra, start, duration, channel=channel)

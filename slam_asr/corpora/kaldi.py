@@ -223,9 +223,9 @@ def _joined(
     of_several = channel is None and bool(values["recorded"])
     if of_several:
         channel = values["recorded"][0][0]
-    text = values["text"][0][0]
-    span = start, duration
-    yield Candidate(key, source, text, extra, *span, channel=channel, channel_of_several=of_several)
+    candidate = Candidate(key, source, values["text"][0][0], extra, start, duration, channel=channel)
+    candidate.channel_of_several = of_several
+    yield candidate
 
 
 def audio_file(entry: str, where: str) -> str:

@@ -18,6 +18,8 @@ from slam_asr.corpora.places import is_folder, read_text, visible_files, visible
 from slam_asr.storage import Info, join, name_of
 
 TRANSCRIPTS = ".trans.txt"
+TREE_SUFFIXES = (TRANSCRIPTS, *AUDIO_SUFFIXES)
+"""Suffixes of the files of a tree."""
 OUTER = "LibriSpeech"
 _MAX_CHECKED = 5000
 """Maximum number of files, about a hundred chapters, that are checked to recognise a subset's folder."""
@@ -47,9 +49,7 @@ class LibriSpeech(CorpusReader):
         ]
         for tree in (*trees, {name_of(root): root}):
             folders = {
-                name: folder
-                for name, folder in tree.items()
-                if _has_chapter_files(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
+                name: folder for name, folder in tree.items() if _has_chapter_files(folder, TREE_SUFFIXES)
             }
             # One subset with transcripts identifies the layout. Subsets with only audio are included too, so
             # that `read` reports the missing transcripts.
@@ -87,27 +87,21 @@ class LibriSpeech(CorpusReader):
 
     def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
         """Yield each chapter as (speaker, chapter, its transcript and audio files), all sorted by name."""
-        relevant = (
-            f
-            for f in _chapter_files(self.by_subset[subset])
-            if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
-        )
+        files = _chapter_files(self.by_subset[subset])
+        relevant = (f for f in files if f.name.lower().endswith(TREE_SUFFIXES))
         # `walk` lists files sorted by name, so all files of a chapter are adjacent.
-        for folder, files in groupby(relevant, key=lambda f: f.name.rpartition("/")[0]):
+        for folder, group in groupby(relevant, key=lambda f: f.name.rpartition("/")[0]):
             speaker, chapter = folder.split("/")
-            yield speaker, chapter, list(files)
+            yield speaker, chapter, list(group)
 
     def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
         """Return the audio file of each key. If a key has several, the preferred suffix decides."""
-        preferred: dict[str, tuple[int, str]] = {}
-        for file in files:
-            key, suffix = os.path.splitext(name_of(file.name))
-            if suffix.lower() in AUDIO_SUFFIXES:
-                candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.by_subset[subset], file.name)
-                key = comparable(key)  # macOS writes names of files in another Unicode form
-                # The rank of the suffix is compared first.
-                preferred[key] = min(preferred.get(key, candidate), candidate)
-        return {key: path for key, (_, path) in preferred.items()}
+        audio = [os.path.splitext(f.name) for f in files if f.name.lower().endswith(AUDIO_SUFFIXES)]
+        # The preferred file of a key comes last, and replaces the others.
+        audio.sort(key=lambda parts: (AUDIO_SUFFIXES.index(parts[1].lower()), parts), reverse=True)
+        folder = self.by_subset[subset]
+        # macOS writes names of files in another Unicode form.
+        return {comparable(name_of(stem)): join(folder, stem + suffix) for stem, suffix in audio}
 
 
 def _chapter_files(subset: str) -> Iterator[Info]:

@@ -8,20 +8,8 @@ from itertools import groupby
 
 from slam_asr.corpora import Candidate, CorpusReader, Reason, Rejection, Stamp
 from slam_asr.errors import InputError, UserError
-from slam_asr.storage import (
-    Info,
-    exists,
-    info,
-    is_s3,
-    join,
-    local_path,
-    name_of,
-    parent_of,
-    read_bytes,
-    resolve,
-    walk,
-)
-from slam_asr.storage.paths import folders_in, names_in
+from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, read_bytes, resolve
+from slam_asr.storage.paths import folders_in, names_in, walk
 
 IN_ARCHIVE = re.compile(r"\.ark:\d+(\[[^\]]*\])?$")
 """Matches the end of a place in a Kaldi archive, such as wav.ark:17."""
@@ -52,7 +40,7 @@ def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
 
 def files_at(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the file at a path, if it has one of the suffixes, or else all such files in the folder."""
-    return [path] if path.lower().endswith(suffixes) and exists(path) else files_in(path, suffixes)
+    return [path] if path.lower().endswith(suffixes) and info(path) else files_in(path, suffixes)
 
 
 def visible_folders(folder: str) -> list[str]:

@@ -1,11 +1,10 @@
 """Assigns utterances to train, dev and test by subset. Dev may be held out of train, by the keys' hashes."""
 
-import functools
 import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -161,12 +160,7 @@ def _count(
     counts.candidates = len(keys)
     if not keys and first is not None:
         _refuse_missing_half(reader, counts.rejected, first)
-    return (
-        counts,
-        np.frombuffer(keys, np.int64),
-        np.frombuffer(identities, np.int64),
-        np.frombuffer(splits, np.int8),
-    )
+    return counts, np.asarray(keys), np.asarray(identities), np.asarray(splits)
 
 
 def read_splits(
@@ -184,14 +178,13 @@ def read_splits(
     Raises:
         ConfigurationError: `data.text` is for English, and a transcript is not.
     """
-    normaliser = transcript_normaliser(data.text)
     is_for_english = data.text == "whisper"
     seen: set[str] = set()
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
             if is_for_english:
                 _require_english(item)
-            item.split, item.text = split, normaliser(without_tags(item.text, data.tags))
+            item.split, item.text = split, normalise(without_tags(item.text, data.tags), data.text)
             identity = item.identity or item.key
             # Only identities that may repeat are remembered, because memory may not hold those of all.
             if hash(identity) in repeated:
@@ -201,9 +194,8 @@ def read_splits(
                 else:
                     seen.add(identity)
         if isinstance(item, Candidate) and not item.text:
-            item = Rejection(
-                item.key, item.source, Reason.BLANK, f"{item.key} has no words in its transcript."
-            )
+            detail = f"{item.key} has no words in its transcript."
+            item = Rejection(item.key, item.source, Reason.BLANK, detail)
         yield item
 
 
@@ -225,15 +217,11 @@ def without_tags(text: str, tags: str) -> str:
     return _TAG.sub(" ", text)
 
 
-def transcript_normaliser(text: str) -> Callable[[str], str]:
-    """Return the function that converts a transcript to the form of `data.text`, with single spaces."""
-    return normalise_english if text == "whisper" else functools.partial(normalise, case=text)
-
-
-def normalise(text: str, case: str) -> str:
-    """Convert a transcript to a case (`lower`, `upper` or `as-is`), in Unicode's NFC with single spaces."""
-    text = text.lower() if case == "lower" else text.upper() if case == "upper" else text
-    return comparable(text)
+def normalise(text: str, form: str) -> str:
+    """Convert a transcript to the form of `data.text`, in Unicode's NFC with single spaces."""
+    if form == "whisper":
+        return normalise_english(text)
+    return comparable(text.lower() if form == "lower" else text.upper() if form == "upper" else text)
 
 
 def _require_english(item: Candidate) -> None:
@@ -325,14 +313,13 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
     removed.
     """
     selected: set[str] = set()
-    lowest: tuple[float, str] | None = None
+    lowest = 1.0, ""
     for key in keys:
         rank = _rank(key)
+        lowest = min(lowest, (rank, key))
         if rank < fraction:
             selected.add(key)
-        if lowest is None or rank < lowest[0]:
-            lowest = rank, key
-    return selected or ({lowest[1]} if lowest else set())
+    return selected or {lowest[1]} - {""}
 
 
 def _rank(key: str) -> float:

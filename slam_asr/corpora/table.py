@@ -129,11 +129,8 @@ class Table(ListedCorpus):
     def _has_embedded_audio(self, file: str) -> bool:
         """Return whether the first row of a table contains audio itself instead of a file's path."""
         column = self._columns[file].audio
-        first = next(rows(file), None)
-        return (
-            first is not None
-            and _audio(_cell(first[1], column), f"{file}: the column {column}")[1] is not None
-        )
+        _, cells = next(rows(file), (0, {}))
+        return _audio(_cell(cells, column), f"{file}: the column {column}")[1] is not None
 
     def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
         for file in files:
@@ -159,7 +156,7 @@ class Table(ListedCorpus):
             # Rows with the same path are segments of one file, which their starts distinguish.
             key = os.path.splitext(path)[0] + ("" if start is None else f"-{start:.2f}")
             key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
-        text = _text(_cell(cells, columns.text), where, columns.text)
+        text = _text(_cell(cells, columns.text), where, columns.text, "text")
         if content is None and not path:
             return Rejection(key, "", Reason.NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
@@ -271,11 +268,12 @@ def _cell(cells: dict[str, Any], column: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _text(cell: Any, where: str, column: str) -> str:
+def _text(cell: Any, where: str, column: str, role: str) -> str:
+    """Return the text in a cell; empty if it is missing."""
     if not isinstance(cell, str | None):
         raise InputError(
-            f"{where}: the column {column} holds {type(cell).__name__}, not text: "
-            "name the column of transcripts with --data.columns.text."
+            f"{where}: the column {column} holds {type(cell).__name__}, not text: name another column with "
+            f"--data.columns.{role}."
         )
     return cell or ""
 
@@ -287,12 +285,9 @@ def _name(cell: Any, where: str, column: str, role: str) -> str:
     """
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    if not isinstance(cell, str | int | float | None):
-        raise InputError(
-            f"{where}: the column {column} holds {type(cell).__name__}, not a name: name another column with "
-            f"--data.columns.{role}."
-        )
-    return "" if cell is None else str(cell).strip()
+    if isinstance(cell, int | float):
+        cell = str(cell)
+    return _text(cell, where, column, role).strip()
 
 
 def _speaker(cell: Any) -> dict[str, str]:
@@ -323,8 +318,7 @@ def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
         for name, value in cells.items()
         if name not in excluded
         and not _UNNAMED.fullmatch(name)
-        and value not in (None, "")
         and isinstance(value, str | int | float)
         and value == value  # not NaN
-        and value not in (math.inf, -math.inf)
+        and value not in ("", math.inf, -math.inf)
     }
