@@ -170,11 +170,9 @@ def _check_asf(stream: BinaryIO, size: int) -> None:
 
 
 def _check_amr(stream: BinaryIO, size: int) -> None:
-    head = _at(stream, 0, 9)
-    magic = next(magic for magic in _AMR_SIZES if head.startswith(magic))
+    content = _at(stream, 0, size)
+    magic = next(magic for magic in _AMR_SIZES if content.startswith(magic))
     sizes, position = _AMR_SIZES[magic], len(magic)
-    stream.seek(0)
-    content = stream.read()
     while position < size:
         # A frame's first byte has the frame's type in the 4 bits after its first bit.
         position += sizes[content[position] >> 3 & 15]

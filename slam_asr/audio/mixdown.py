@@ -35,11 +35,9 @@ class Mixdown:
         self._low, self._high, self._energy, self._mono_energy = np.inf, -np.inf, 0.0, 0.0
         self._parts: list[np.ndarray] = []
         # Resampling in blocks gives exactly the same samples as resampling the complete recording.
-        self._resampler = (
-            None
-            if sample_rate == SAMPLE_RATE
-            else soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        )
+        self._resampler: soxr.ResampleStream | None = None
+        if sample_rate != SAMPLE_RATE:
+            self._resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
 
     def add(self, block: np.ndarray) -> None:
         """Add the next block, float32 [samples, channels].

@@ -85,6 +85,12 @@ class Rejection:
     """A sentence for the user."""
 
 
+Item = Candidate | Rejection
+"""What a reader yields."""
+
+Subsets = dict[str, list[str]]
+"""The names of the subsets of each split."""
+
 Stamp = tuple[str, int, str]
 """A file's name, its size in bytes, and its modification time in ns or its etag.
 
@@ -140,5 +146,5 @@ class CorpusReader(ABC):
         return ""
 
     @abstractmethod
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         """Yield a subset's utterances in a fixed order, with a rejection for each incomplete one."""

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_FOLDER, Candidate, CorpusReader, Rejection, Stamp
+from slam_asr.corpora import AUDIO_FOLDER, Candidate, CorpusReader, Item, Stamp
 from slam_asr.corpora.librispeech import OUTER, TREE_SUFFIXES, LibriSpeech
 from slam_asr.corpora.places import files_at
 from slam_asr.errors import InputError
@@ -89,7 +89,7 @@ class Archives(CorpusReader):
                     "download it again."
                 )
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         assert self._tree is not None, "prepare() unpacks the archives before read()"
         for item in self._tree.read(subset):
             if isinstance(item, Candidate):

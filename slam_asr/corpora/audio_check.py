@@ -12,7 +12,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.audio import AudioError, Fault, audio_sha256, read_clip
 from slam_asr.config.recipe import Data
 from slam_asr.cores import usable_cores
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Reason, Rejection
+from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Item, Reason, Rejection
 from slam_asr.progress import Meter
 from slam_asr.storage import name_of
 from slam_asr.storage.local import temporary_path
@@ -38,7 +38,7 @@ class Checked:
 
 
 def check_all(
-    items: Iterable[Candidate | Rejection],
+    items: Iterable[Item],
     data: Data,
     label: str,
     folder: Path | None = None,
@@ -63,7 +63,7 @@ def check_all(
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[list[Checked | Rejection]]] = deque()
 
-    def check_chunk(chunk: list[Candidate | Rejection]) -> list[Checked | Rejection]:
+    def check_chunk(chunk: list[Item]) -> list[Checked | Rejection]:
         return [_check(item, data, folder) for item in chunk]
 
     try:
@@ -81,7 +81,7 @@ def check_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Checked | Rejection:
+def _check(item: Item, data: Data, folder: Path | None) -> Checked | Rejection:
     """Decode a candidate's audio, and measure its duration."""
     if isinstance(item, Rejection):
         return item

@@ -15,7 +15,7 @@ from itertools import groupby, islice
 import soundfile
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Item, Reason, Rejection, Stamp
 from slam_asr.corpora.places import files_in, is_folder, read_text, readable, visible_files, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
@@ -68,7 +68,7 @@ class Folder(CorpusReader):
         )
         return corpus
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         with ExternalSort() as files:
             # An utterance's files need not be adjacent in the listing: `a.flac`, `a.m.flac`, `a.txt`.
             for name, _, _ in self.stamps(subset):
@@ -77,7 +77,7 @@ class Folder(CorpusReader):
             for stem, group in groupby(files, key=lambda record: record[0]):
                 yield self._utterance(os.fsdecode(stem), [suffix.decode() for _, suffix in group], subset)
 
-    def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
+    def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Item:
         """Return the utterance whose files have this stem (relative to the root) and these suffixes."""
         key, path = readable(stem), join(self.root, stem)
         audio = next((s for preferred in AUDIO_SUFFIXES for s in suffixes if s.lower() == preferred), None)

@@ -25,7 +25,7 @@ from typing import Any
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import Candidate, Reason, Rejection
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
 from slam_asr.corpora.places import IN_ARCHIVE, WRITE_TO_FILES, ListedCorpus, audio_path, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
@@ -64,7 +64,7 @@ class Kaldi(ListedCorpus):
     def sources(self, subset: str) -> Iterator[str]:
         return (source for _, source in self._sources(self.by_subset[subset]))
 
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         folder = self.by_subset[subset]
         segmented = exists(join(folder, "segments"))
         for key, fields in _grouped(self._fields(folder, segmented)):
@@ -155,43 +155,33 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _segments_in(path: str) -> Iterator[tuple[str, _Field]]:
-    """Yield each line of `segments`: recording, and ["segment", utterance, start, duration, channel]."""
-    for number, utterance, rest in _lines(path):
-        recording, *segment = _segment(rest, f"{path}, line {number}")
-        yield recording, ["segment", utterance, *segment]
+    """Yield each line of `segments`: recording, and ["segment", utterance, start, duration, channel].
 
-
-def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | None]:
-    """Parse a line of `segments` without its first word.
-
-    Returns:
-        The recording, the segment's start and duration in seconds, and the channel, counted from 0. The
-        duration is None if the end is -1, which means the recording's end. The channel is None if the line
-        has none, or -1.
+    The duration is None if the end is -1, which means the recording's end. The channel is None if the line
+    has none, or -1.
 
     Raises:
-        InputError: the line has another form, or its times are invalid.
+        InputError: a line has another form, or its times are invalid.
     """
-    try:
-        recording, begin, end, *rest_of_line = rest.split()
-        start, stop = float(begin), float(end)
-        channel = int(rest_of_line[0]) if rest_of_line else -1
-        valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1) and channel >= -1
-    except ValueError:
-        valid = False
-    if not valid:
-        raise InputError(
-            f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
-            "a channel, counted from 0, may follow."
-        )
-    # Rounded to microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
-    duration = None if stop == -1 else round(stop - start, 6)
-    return comparable(recording), start, duration, None if channel < 0 else channel
+    for number, utterance, rest in _lines(path):
+        try:
+            recording, begin, end, *rest_of_line = rest.split()
+            start, stop = float(begin), float(end)
+            channel = int(rest_of_line[0]) if rest_of_line else -1
+            valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1) and channel >= -1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise InputError(
+                f"{path}, line {number} must be `utterance recording begin end` with 0 <= begin < end, in "
+                "seconds; a channel, counted from 0, may follow."
+            )
+        # Rounded to microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
+        duration = None if stop == -1 else round(stop - start, 6)
+        yield comparable(recording), ["segment", utterance, start, duration, None if channel < 0 else channel]
 
 
-def _joined(
-    key: str, fields: Iterable[_Field], subset: str, folder: str, segmented: bool
-) -> Iterator[Candidate | Rejection]:
+def _joined(key: str, fields: Iterable[_Field], subset: str, folder: str, segmented: bool) -> Iterator[Item]:
     """Build an utterance from its fields, or a rejection if its audio or text is missing.
 
     Each line that repeats the utterance's audio or text gives a further rejection.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import Candidate, Reason, Rejection
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import json_rows
 from slam_asr.errors import InputError
@@ -51,7 +51,7 @@ class Lhotse(ListedCorpus):
                 _refuse_parts_of_cuts(file, line)
         return cls(root, files, data) if files else None
 
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         for file in self.by_subset[subset]:
             for number, cut in json_rows(file):
                 try:
@@ -62,7 +62,7 @@ class Lhotse(ListedCorpus):
                         "export the cuts again."
                     ) from error
 
-    def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Candidate | Rejection]:
+    def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Item]:
         """Yield an utterance for each supervision of a cut; a rejection if the cut cannot be used."""
         if problem := _unsupported(cut):
             yield Rejection(str(cut["id"]), "", Reason.UNSUPPORTED, f"The cut {cut['id']} {problem}.")

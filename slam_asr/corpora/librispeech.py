@@ -13,7 +13,7 @@ from itertools import groupby, islice
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Reason, Rejection, Stamp
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Item, Reason, Rejection, Stamp
 from slam_asr.corpora.places import is_folder, read_text, visible_files, visible_folders
 from slam_asr.storage import Info, join, name_of
 
@@ -62,7 +62,7 @@ class LibriSpeech(CorpusReader):
             for file in files:
                 yield f"{subset}/{file.name}", file.bytes, file.stamp
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         for speaker, chapter, files in self._chapters(subset):
             audio = self._preferred_audio(subset, files)
             with_transcript = set()

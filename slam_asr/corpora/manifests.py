@@ -18,7 +18,7 @@ from slam_asr.artifacts.manifest import Utterance, manifest_line, parse_line
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Data, Recipe, dump_recipe
-from slam_asr.corpora import SPLITS, CorpusReader, Rejection
+from slam_asr.corpora import SPLITS, CorpusReader, Rejection, Subsets
 from slam_asr.corpora.audio_check import check_all
 from slam_asr.corpora.splits import Survey, held_out, read_splits, required_splits, survey
 from slam_asr.corpora.statistics import CorpusStatistics
@@ -33,9 +33,7 @@ REJECTED = "rejected.jsonl"
 STATISTICS_PAGE = "statistics.html"
 
 
-def write_manifests(
-    folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], recipe: Recipe
-) -> Outcome:
+def write_manifests(folder: Path, reader: CorpusReader, subsets: Subsets, recipe: Recipe) -> Outcome:
     """Check the utterances of the subsets, and write manifests, statistics and rejections.
 
     Args:
@@ -107,7 +105,7 @@ def _clear(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
+def _log_subsets(reader: CorpusReader, subsets: Subsets) -> None:
     used = [f"{split} from {', '.join(names)}" for split, names in subsets.items() if names]
     log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
     matched = {name for names in subsets.values() for name in names}
@@ -209,8 +207,7 @@ class _SharedAudio:
         """Add an utterance. All train utterances must be added before those of other splits."""
         # Hashes of text differ between Python processes, but these are used only in this one. The duration is
         # part of a segment's hash, but not of a complete file's, whose SHA-256 already determines it.
-        is_segment = utterance.start is not None
-        duration = utterance.duration if is_segment else None
+        duration = None if utterance.start is None else utterance.duration
         audio = hash((utterance.sha256, utterance.start, duration, utterance.audio_channel))
         if split == "train":
             self._train.append(audio)

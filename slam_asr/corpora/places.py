@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from slam_asr.corpora import Candidate, CorpusReader, Reason, Rejection, Stamp
+from slam_asr.corpora import Candidate, CorpusReader, Item, Reason, Rejection, Stamp
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, read_bytes, resolve
 from slam_asr.storage.paths import folders_in, names_in, walk
@@ -97,10 +97,8 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
         raise InputError(f"{list_file}: {source[:80]} is in a Kaldi archive: {WRITE_TO_FILES}.")
     folder = parent_of(list_file)
     resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
-    if is_s3(resolved):
-        return resolved
     try:
-        return os.path.abspath(local_path(resolved))
+        return absolute(resolved)
     except UserError as error:
         raise InputError(f"{list_file}: {error}") from error
 
@@ -113,7 +111,7 @@ class ListedCorpus(CorpusReader):
         return self.by_subset[subset]
 
     @abstractmethod
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         """Yield a subset's utterances as the lists give them, whether or not their audio files exist."""
 
     def sources(self, subset: str) -> Iterator[str]:
@@ -143,11 +141,11 @@ class ListedCorpus(CorpusReader):
                 continue
             yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         return map(_if_present, self.items(subset))
 
 
-def _if_present(item: Candidate | Rejection) -> Candidate | Rejection:
+def _if_present(item: Item) -> Item:
     """Return the utterance, or a rejection if its local file is missing. Objects are not checked."""
     source = item.source
     if isinstance(item, Rejection) or item.content is not None or is_s3(source) or os.path.isfile(source):

@@ -160,8 +160,8 @@ def json_rows(path: str) -> Iterator[Row]:
                 yield number, cells
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{path}, line {number} cannot be read as JSON ({error}): each line must be one JSON object, and "
-            "the file must be complete."
+            f"{path}, line {number} cannot be read as JSON ({error}): check that each line is one JSON "
+            "object, and that the file was copied completely."
         ) from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from slam_asr.artifacts.writing_systems import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import SPLIT_NAMES, SPLITS, Candidate, CorpusReader, Reason, Rejection
+from slam_asr.corpora import SPLIT_NAMES, SPLITS, Candidate, CorpusReader, Item, Reason, Rejection, Subsets
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import log_line
 
@@ -27,7 +27,7 @@ _PUNCTUATION = {"comma": ",", "period": ".", "questionmark": "?", "exclamationpo
 _PUNCTUATION_TAG = re.compile(rf"\s*<({'|'.join(_PUNCTUATION)})>", re.IGNORECASE)
 
 
-def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
+def choose_subsets(reader: CorpusReader, data: Data) -> Subsets:
     """Match subsets against the recipe's patterns, and return their names by split.
 
     A subset named train, dev (or validation, valid or val) or test, in lower or upper case, belongs to that
@@ -37,7 +37,7 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
         ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
     """
     available = reader.subsets()
-    subsets: dict[str, list[str]] = {split: [] for split in SPLITS}
+    subsets: Subsets = {split: [] for split in SPLITS}
     required = required_splits(data)
     for subset in available:
         splits = requested_splits(subset, data)
@@ -98,7 +98,7 @@ class Survey:
     """Number of occurrences of each tag."""
 
 
-def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
+def survey(reader: CorpusReader, subsets: Subsets) -> Survey:
     """Count the candidates and find repeated utterances, with a few bytes of memory per candidate.
 
     Raises:
@@ -132,9 +132,7 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
     return counts
 
 
-def _count(
-    reader: CorpusReader, subsets: dict[str, list[str]]
-) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
+def _count(reader: CorpusReader, subsets: Subsets) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
     """Return the counts, and for each candidate the hashes of key and identity, and the split's number.
 
     Returns:
@@ -163,9 +161,7 @@ def _count(
     return counts, np.asarray(keys), np.asarray(identities), np.asarray(splits)
 
 
-def read_splits(
-    reader: CorpusReader, subsets: dict[str, list[str]], data: Data, repeated: set[int]
-) -> Iterator[Candidate | Rejection]:
+def read_splits(reader: CorpusReader, subsets: Subsets, data: Data, repeated: set[int]) -> Iterator[Item]:
     """Yield rejections, and candidates with their splits and normalised transcripts.
 
     Args:
@@ -199,9 +195,7 @@ def read_splits(
         yield item
 
 
-def _items(
-    reader: CorpusReader, subsets: dict[str, list[str]]
-) -> Iterator[tuple[str, Candidate | Rejection]]:
+def _items(reader: CorpusReader, subsets: Subsets) -> Iterator[tuple[str, Item]]:
     for split, names in subsets.items():
         for name in names:
             for item in reader.read(name):
@@ -274,7 +268,7 @@ def _refuse_unwritable(item: Candidate) -> None:
             ) from None
 
 
-def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repeated: set[int]) -> None:
+def _refuse_ambiguous(reader: CorpusReader, subsets: Subsets, repeated: set[int]) -> None:
     """Raise for the first key that two different utterances have. `repeated` has the hashes of such keys."""
     first: dict[str, str] = {}
     for _, item in _items(reader, subsets):
@@ -288,7 +282,7 @@ def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repea
             )
 
 
-def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
+def _refuse_two_splits(reader: CorpusReader, subsets: Subsets, across: set[int]) -> None:
     """Raise for the first utterance that is in two splits.
 
     `across` has the hashes of the identities in question. In rare cases, two different identities have the

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slam_asr.config.recipe import Columns, Data
-from slam_asr.corpora import Candidate, Reason, Rejection
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
 from slam_asr.corpora.splits import requested_splits
@@ -113,7 +113,7 @@ class Table(ListedCorpus):
             if isinstance(item, Candidate) and item.content is None:
                 yield item.source
 
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         return self._rows(subset, self.by_subset[subset])
 
     def _subsets_of(self, file: str) -> set[str]:
@@ -132,13 +132,13 @@ class Table(ListedCorpus):
         _, cells = next(rows(file), (0, {}))
         return _audio(_cell(cells, column), f"{file}: the column {column}")[1] is not None
 
-    def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
+    def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Item]:
         for file in files:
             for number, cells in rows(file):
                 if self._subset(file, number, cells) == subset:
                     yield self._candidate(file, number, cells, subset)
 
-    def _candidate(self, file: str, number: int, cells: dict[str, Any], subset: str) -> Candidate | Rejection:
+    def _candidate(self, file: str, number: int, cells: dict[str, Any], subset: str) -> Item:
         columns, where = self._columns[file], f"{file}, row {number}"
         path, content = _audio(_cell(cells, columns.audio), f"{where}: the column {columns.audio}")
         start = _seconds(cells, columns.start, where)
