@@ -38,10 +38,10 @@ class StructureError(AudioError):
 
 
 # Ends of messages, which begin with the file's name.
-NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
-"""The fault of a file of an unknown format."""
 TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied"
 """The fault of a file that holds less than its header announces."""
+CHANGED_TEXT = "changes its sample rate or number of channels: write it again as one stream"
+"""The fault of a file whose format changes, as when different files were joined."""
 
 
 def more_than_announced(extra: str) -> str:

@@ -12,13 +12,14 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import NOT_AUDIO_TEXT, AudioError, Fault, StructureError, more_than_announced
+from slam_asr.audio.faults import CHANGED_TEXT, AudioError, Fault, StructureError, more_than_announced
 from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.media import open_media
 from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mp3 import Mp3, Part, find_frames, may_be_mp3
 from slam_asr.audio.sound import Sound, joined
 
+_NOT_AUDIO = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
 _MIN_SAMPLE_RATE = 4000
 """Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
 _SAMPLE_BYTES = {
@@ -55,10 +56,9 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: the file's name in messages.
 
     Raises:
-        StructureError: the file holds less or more than its header announces, is damaged in its structure, or
-            is encrypted.
-        AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
-            sample rate or number of channels changes.
+        StructureError: the file holds less or more than its header announces, is damaged in its structure,
+            changes its sample rate or number of channels, or is encrypted.
+        AudioError: the file is empty or not audio, or its header has no length or too low a sample rate.
         ConfigurationError: the file needs PyAV, and that is not installed.
     """
     with contextlib.ExitStack() as stack:
@@ -70,13 +70,15 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         try:
             announced = check_length(stream)
             sounds = _opened(stream, file, path, stack)
-            if announced is not None and len(sounds) == 1:
+            if announced is not None and len(sounds) == 1 and sounds[0].sample_bytes:
                 _limit_frames(sounds[0], announced)
+            if len({(sound.sample_rate, sound.channels) for sound in sounds}) > 1:
+                raise ContainerFault(CHANGED_TEXT)
         except ContainerFault as fault:
             raise StructureError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # libsndfile's message is not quoted: it is global to all threads and may be about another file.
-            raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
+            raise AudioError(f"{path} {_NOT_AUDIO}.") from error
         first = sounds[0]
         if first.frames >= _NO_LENGTH:
             raise AudioError(
@@ -84,10 +86,6 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             )
         if first.sample_rate < _MIN_SAMPLE_RATE:
             raise AudioError(f"{path} has a sample rate of {first.sample_rate} Hz: its header is damaged.")
-        if any((s.sample_rate, s.channels) != (first.sample_rate, first.channels) for s in sounds):
-            raise AudioError(
-                f"{path} changes its sample rate or number of channels: write it again as one stream."
-            )
         yield first if len(sounds) == 1 else joined(sounds)
 
 
@@ -99,8 +97,6 @@ def _limit_frames(sound: Sound, announced: int) -> None:
     Raises:
         ContainerFault: another number in the header says that there are fewer samples.
     """
-    if not sound.sample_bytes:
-        return
     frames = announced // (sound.sample_bytes * sound.channels)
     if sound.frames < frames:
         raise ContainerFault(more_than_announced(f"{frames} samples instead of {sound.frames}"))
@@ -121,9 +117,8 @@ def _opened(
     try:
         # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
         # bytes, because soundfile cannot encode a str with a name that is not UTF-8.
-        sound = stack.enter_context(
-            soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file))
-        )
+        source = stream if isinstance(file, bytes) else os.fsencode(file)
+        sound = stack.enter_context(soundfile.SoundFile(source))
     except soundfile.LibsndfileError:
         if head.startswith(b"caff"):  # libsndfile reads CAF with plain samples, but only some with ALAC
             return [open_media(stream, "caf", path)]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from slam_asr.audio.containers import ContainerFault
-from slam_asr.audio.faults import AudioError, Fault, more_than_announced
+from slam_asr.audio.faults import CHANGED_TEXT, AudioError, Fault, more_than_announced
 from slam_asr.audio.media_lengths import FORMATS, check_media
 from slam_asr.audio.sound import Sound
 from slam_asr.errors import ConfigurationError
@@ -130,9 +130,7 @@ class _Track:
         for packet in self._packets():
             for frame in _decoded(packet):
                 if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
-                    raise ContainerFault(
-                        "changes its sample rate or number of channels: write it again as one stream"
-                    )
+                    raise ContainerFault(CHANGED_TEXT)
                 # The last frame is held back, because its end may not belong to the recording.
                 if waiting >= rate:
                     yield np.concatenate(pending)

@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, end_of_tags
-from slam_asr.audio.faults import TRUNCATED_TEXT
+from slam_asr.audio.faults import CHANGED_TEXT, TRUNCATED_TEXT
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 """Sample rates in Hz by the two bits of a header that give the MPEG version."""
@@ -227,9 +227,7 @@ def find_frames(content: bytes) -> Mp3 | None:
     parts: list[Part] = []
     while position is not None:
         if not _same_format(content[position : position + 4], header):
-            raise ContainerFault(
-                "changes its sample rate or number of channels: write it again as one stream"
-            )
+            raise ContainerFault(CHANGED_TEXT)
         offsets = _run_of_frames(content, position, header)
         position = _after_tags(content, offsets[-1])
         parts += _split_at_headers(content, offsets, Mp3((), header))
@@ -270,10 +268,9 @@ def _first_frame(content: bytes, start: int) -> int | None:
     for match in re.finditer(rb"\xff[\xe0-\xff](?=..)", content[start:], re.DOTALL):
         position = start + match.start()
         size = _SIZES[int.from_bytes(content[position + 1 : position + 3])]
-        after = content[position + size : position + size + 4]
-        if size and len(after) == 4 and _same_format(content[position : position + 4], after):
-            return position
-        if size and position + size == len(content):
+        header, after = content[position : position + 4], content[position + size : position + size + 4]
+        is_followed = len(after) == 4 and _same_format(header, after)
+        if size and (is_followed or position + size == len(content)):
             return position
     return None
 

@@ -14,7 +14,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_FOLDER, Candidate, CorpusReader, Item, Stamp
@@ -187,15 +186,14 @@ def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPat
     # Mode `r|*` never seeks, so an archive in object storage needs no local copy. But a member can be read
     # only before the iterator advances to the next one.
     try:
-        with open_stream(file) as stream, _open(stream) as archive:
+        with (
+            open_stream(file) as stream,
+            tarfile.open(None, "r|*", stream, tarinfo=_BoundedTarInfo) as archive,
+        ):
             yield ((archive, path, member) for member in archive if (path := _path_of(member)))
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"The archive {file} cannot be unpacked ({reason}): download it again.") from error
-
-
-def _open(stream: BinaryIO) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo)
 
 
 def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:

@@ -36,11 +36,8 @@ def _saved(root: str) -> dict[str, str]:
         return {file: split for split in splits for file in _saved_files(join(root, split))}
     if exists(join(root, "dataset_info.json")):
         # In the cache, files named cache-… hold the results of `map` and `filter`, not the dataset itself.
-        return {
-            file: _split_in_cache(file)
-            for file in files_in(root, (".arrow",))
-            if not name_of(file).startswith("cache-")
-        }
+        files = [file for file in files_in(root, (".arrow",)) if not name_of(file).startswith("cache-")]
+        return {file: _split_in_cache(file) for file in files}
     return {}
 
 

@@ -227,15 +227,14 @@ def audio_file(entry: str, where: str) -> str:
     """
     if not entry:
         raise InputError(f"{where} has no file.")
-    if not entry.endswith("|"):
-        if entry == "-" or IN_ARCHIVE.search(entry):
-            place = "standard input" if entry == "-" else f"{entry[:80]}, in a Kaldi archive"
-            raise InputError(f"{where} is {place}: {WRITE_TO_FILES}.")
-        return entry
-    file = _decoded_file(entry)
-    if file is None:
+    if entry.endswith("|"):
+        if file := _decoded_file(entry):
+            return file
         raise InputError(f"{where} is a command ({entry[:80]}), and commands are not run: {WRITE_TO_FILES}.")
-    return file
+    if entry == "-" or IN_ARCHIVE.search(entry):
+        place = "standard input" if entry == "-" else f"{entry[:80]}, in a Kaldi archive"
+        raise InputError(f"{where} is {place}: {WRITE_TO_FILES}.")
+    return entry
 
 
 _FLAC_OPTIONS = {"-c", "-d", "-s", "-cd", "-dc", "-cds", "-dcs", "-scd", "--stdout", "--decode", "--silent"}

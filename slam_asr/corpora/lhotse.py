@@ -35,7 +35,9 @@ class Lhotse(ListedCorpus):
         self.root, self.data = root, data
         self.by_subset: dict[str, list[str]] = {}
         for file in files:
-            self.by_subset.setdefault(_subset(file), []).append(file)
+            stem = stem_of(file)
+            subset = re.split(r"(?:^|[_-])cuts[_-]", stem, maxsplit=1)[-1] or stem
+            self.by_subset.setdefault(subset, []).append(file)
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Lhotse | None":
@@ -113,11 +115,6 @@ def _unsupported(cut: dict[str, Any]) -> str:
     if sources and sources[0].get("type") not in ("file", "url"):
         return f"has audio of type {sources[0].get('type')}, which is not supported"
     return ""
-
-
-def _subset(file: str) -> str:
-    stem = stem_of(file)
-    return re.split(r"(?:^|[_-])cuts[_-]", stem, maxsplit=1)[-1] or stem
 
 
 def _first_line(file: str) -> dict[str, Any]:

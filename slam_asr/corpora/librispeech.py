@@ -44,16 +44,13 @@ class LibriSpeech(CorpusReader):
         """Open the tree in a folder; return None if the folder has another layout."""
         if not is_folder(root):
             return None
-        trees = [
-            {name: join(base, name) for name in visible_folders(base)} for base in (root, join(root, OUTER))
-        ]
+        bases = (root, join(root, OUTER))
+        trees = [{name: join(base, name) for name in visible_folders(base)} for base in bases]
         for tree in (*trees, {name_of(root): root}):
-            folders = {
-                name: folder for name, folder in tree.items() if _has_chapter_files(folder, TREE_SUFFIXES)
-            }
+            folders = {name: folder for name, folder in tree.items() if _has_files(folder, TREE_SUFFIXES)}
             # One subset with transcripts identifies the layout. Subsets with only audio are included too, so
             # that `read` reports the missing transcripts.
-            if any(_has_chapter_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
+            if any(_has_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
 
@@ -109,7 +106,8 @@ def _chapter_files(subset: str) -> Iterator[Info]:
     return (f for f in visible_files(subset) if f.name.count("/") == 2)
 
 
-def _has_chapter_files(subset: str, suffixes: tuple[str, ...]) -> bool:
+def _has_files(subset: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether one of the first chapters has a file with one of the suffixes."""
     return any(f.name.lower().endswith(suffixes) for f in islice(_chapter_files(subset), _MAX_CHECKED))
 
 

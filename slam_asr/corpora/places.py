@@ -30,12 +30,11 @@ def is_folder(path: str) -> bool:
     return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
-def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+def files_in(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the sorted paths of the files directly in a folder with one of the suffixes, without hidden
     files."""
-    return [
-        join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
-    ]
+    names = [name for name in names_in(folder) if not name.startswith(".")]
+    return [join(folder, name) for name in names if name.lower().endswith(suffixes)]
 
 
 def files_at(path: str, suffixes: tuple[str, ...]) -> list[str]:

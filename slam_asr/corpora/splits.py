@@ -309,14 +309,9 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
     selected: set[str] = set()
     lowest = 1.0, ""
     for key in keys:
-        rank = _rank(key)
+        # A pseudo-random number in [0, 1). It has 48 bits, which a float of 53 bits represents exactly.
+        rank = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
         lowest = min(lowest, (rank, key))
         if rank < fraction:
             selected.add(key)
     return selected or {lowest[1]} - {""}
-
-
-def _rank(key: str) -> float:
-    """Return a pseudo-random number in [0, 1) that depends only on the key."""
-    # 48 bits, because a float of 53 bits represents them exactly.
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
