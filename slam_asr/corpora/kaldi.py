@@ -82,7 +82,7 @@ class Kaldi(ListedCorpus):
     def _segments(self, folder: str) -> Iterator[tuple[str, _Field]]:
         """Join `segments` with the lists of recordings; yield "audio" and "recorded" fields of utterances."""
         segments = _segments_in(join(folder, "segments"))
-        # A recording's own fields come before its segments.
+        # The sort is stable, so a recording's own fields come before its segments.
         for _, fields in _grouped(chain(self._recordings(folder), segments)):
             # If the recording is unknown, its source remains empty, and `_joined` rejects the segment.
             source = ""
@@ -197,10 +197,8 @@ def _joined(key: str, fields: Iterable[_Field], subset: str, folder: str, segmen
         return
     if not source:
         unlisted = segmented and not values["audio"]
-        lacks = (
-            f"line in {join(folder, 'segments')}" if unlisted else f"recording in {join(folder, 'wav.scp')}"
-        )
-        yield Rejection(key, "", Reason.NO_AUDIO, f"{key} has no {lacks}.")
+        lacks, name = ("line", "segments") if unlisted else ("recording", "wav.scp")
+        yield Rejection(key, "", Reason.NO_AUDIO, f"{key} has no {lacks} in {join(folder, name)}.")
         return
     for name in ("audio", "text"):
         for _ in values[name][1:]:
