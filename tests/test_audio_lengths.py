@@ -124,13 +124,14 @@ def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channel
     )
     content = encoded("MP3", sound.astype(np.float32), rate, bitrate_mode=mode, compression_level=level)
     file = find_frames(content)
+    (part,) = file.parts
     complete, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     # Without an encoder's header, libsndfile only estimates the length.
-    length = file.samples_per_channel
+    length = file.samples_of(part)
     assert length >= len(complete) if mode == "CONSTANT" else length == len(complete) == 3 * rate
     stream = io.BytesIO(content)
     for first in (0, 5_000, 2 * rate, length - 2_000):
-        stretch = file.read(stream, first, 2_000)
+        stretch = file.read(part, stream, first, 2_000)
         expected = complete[first : first + 2_000]
         assert len(stretch) == 2_000
         # The last bit of the decoder's sums depends on the phase of its filter bank.
@@ -144,7 +145,7 @@ def test_a_segment_of_an_mp3_is_exact_and_needs_little_of_the_file(rate, channel
             return super().read(size)
 
     counting = Counting(content)
-    file.read(counting, 2 * rate, 2_000)
+    file.read(part, counting, 2 * rate, 2_000)
     assert 0 < counting.taken < len(content) * 0.2 + 2_000
     assert capfd.readouterr().err == "", "the decoder complains of frames without their reservoir"
 

@@ -20,20 +20,11 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault
-from slam_asr.audio.faults import (
-    BEYOND_END,
-    CANCELLED,
-    EMPTY,
-    MISSING,
-    NO_CHANNEL,
-    NO_SEGMENTS,
-    TOO_LONG,
-    AudioError,
-    StructureError,
-)
+from slam_asr.audio.faults import AudioError, Fault, StructureError
+from slam_asr.audio.formats import open_sound
 from slam_asr.audio.media_lengths import kind_of
 from slam_asr.audio.mixdown import SAMPLE_RATE, Mixdown
-from slam_asr.audio.sounds import ESTIMATE_ERROR, Sound, open_sound
+from slam_asr.audio.sound import ESTIMATE_ERROR, Sound
 from slam_asr.errors import InputError, UserError
 from slam_asr.storage import exists, fetch, is_s3, open_stream, read_bytes, sha256_of_bytes, sha256_of_file
 
@@ -49,7 +40,7 @@ def audio_sha256(path: str | os.PathLike) -> str:
         AudioError: the file is missing.
     """
     if not is_s3(path):
-        return _sha256_of_local(_local_copy(path))
+        return _sha256_of(_local_copy(path))
     with _missing_as_audio_error(path), open_stream(path) as stream:
         # typeshed asks for `readinto`, which BinaryIO does not declare and every stream here has.
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -120,15 +111,8 @@ def load_checked(
             its format allows no segments; or its samples are NaN, infinite or far above full scale.
         ConfigurationError: as for `load_audio`.
     """
-    if start is None:
-        content = _content(path)
-        found = sha256_of_bytes(content) if sha256 else None
-        file: Path | bytes = content
-    else:
-        file = _local_copy(path)
-        found = _sha256_of_local(file) if sha256 else None
-    # If no digest is expected, none was computed, and both are None.
-    if found != sha256:
+    file = _content(path) if start is None else _local_copy(path)
+    if sha256 is not None and _sha256_of(file) != sha256:
         raise InputError(
             f"{path} was changed since its manifest was built: run `slam-asr build-manifest` again."
         )
@@ -142,6 +126,7 @@ def read_clip(
     duration: float | None = None,
     content: bytes | None = None,
     channel: int | None = None,
+    channel_of_several: bool = False,
 ) -> Clip:
     """Decode a file or a segment, and return its samples with the file's own sample rate and channels.
 
@@ -153,6 +138,7 @@ def read_clip(
         duration: length of the segment in seconds; None if it ends with the file.
         content: the file's bytes, if they are already in memory; `path` is then used only in messages.
         channel: number of the channel to use, counted from 0; None for the mean of all.
+        channel_of_several: whether `channel` is ignored if the file has only one channel.
 
     Raises:
         AudioError: as for `load_audio`; also if the audio is longer than `max_duration`, the segment exceeds
@@ -164,12 +150,12 @@ def read_clip(
         # A complete object is read into memory. For segments, it is copied to disk, so that one copy is
         # enough for all segments.
         file = _content(path) if is_s3(path) and start is None else _local_copy(path)
-    clip = _clip(file, path, start, duration, channel, max_duration)
+    clip = _clip(file, path, start, duration, channel, max_duration, channel_of_several)
     if clip.cancelled:
         raise AudioError(
             f"The {clip.channels} channels of {path} cancel each other when they are mixed, because one is "
             "the inverse of another: write one of them to a file of its own.",
-            CANCELLED,
+            Fault.CANCELLED,
         )
     clip.sha256 = sha256_of_bytes(file) if isinstance(file, bytes) else None
     return clip
@@ -196,33 +182,15 @@ def count_samples(path: str | os.PathLike) -> int:
     except ContainerFault:
         return 0
     except StructureError:
-        if _is_media(file):
-            return 0
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+            if kind_of(stream.read(16)):
+                return 0
         try:
             header = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else os.fsencode(file))
         except (soundfile.LibsndfileError, TypeError):
             return 0  # only ffmpeg reads the file, such as AAC in CAF
         # The formula is the same as above, so that a later message about the damage names the same length.
         return round(header.frames * SAMPLE_RATE / header.samplerate)
-
-
-def _is_media(file: Path | bytes) -> bool:
-    if isinstance(file, bytes):
-        return kind_of(file[:16]) is not None
-    with open(file, "rb") as stream:
-        return kind_of(stream.read(16)) is not None
-
-
-def channel_count(path: str | os.PathLike, content: bytes | None = None) -> int:
-    """Return the number of a file's channels; `content` is the file's bytes, if they are already in memory.
-
-    Raises:
-        AudioError: as for `count_samples`; also if the file holds less or more than its header announces.
-        ConfigurationError: as for `count_samples`.
-    """
-    file = content if content is not None else _local_copy(path)
-    with open_sound(file, path) as sound:
-        return sound.channels
 
 
 @contextlib.contextmanager
@@ -237,7 +205,7 @@ def _missing_as_audio_error(path: str | os.PathLike) -> Iterator[None]:
         raise AudioError(
             f"There is no audio file {path}: "
             "check the path, or build the manifest again if the corpus moved.",
-            MISSING,
+            Fault.MISSING,
         ) from error
 
 
@@ -256,7 +224,9 @@ def _local_copy(path: str | os.PathLike) -> Path:
         return file
 
 
-def _sha256_of_local(file: Path) -> str:
+def _sha256_of(file: Path | bytes) -> str:
+    if isinstance(file, bytes):
+        return sha256_of_bytes(file)
     status = file.stat()
     return _cached_sha256(str(file), status.st_size, status.st_mtime_ns)
 
@@ -276,21 +246,24 @@ def _clip(
     duration: float | None,
     channel: int | None,
     max_duration: float | None = None,
+    channel_of_several: bool = False,
 ) -> Clip:
     """Decode a file, or the bytes of one; `path` is used only in messages. All times are in seconds."""
     with open_sound(file, path) as sound:
         sample_rate, channels = sound.sample_rate, sound.channels
+        if channel_of_several and channels == 1:
+            channel = None
         if channel is not None and channel >= channels:
             raise AudioError(
                 f"{path} has {channels} channel{'s' * (channels > 1)}, but the corpus or manifest names "
                 f"channel {channel}, counted from 0: correct that.",
-                NO_CHANNEL,
+                Fault.NO_CHANNEL,
             )
         if start is not None and not sound.has_segments:
             raise AudioError(
                 f"{path} has a format in which no segment can be read without decoding everything before it: "
                 "convert it to flac, and name that file.",
-                NO_SEGMENTS,
+                Fault.NO_SEGMENTS,
             )
         first, count = (0, sound.frames) if start is None else _segment(sound, path, start, duration)
         # The announced length is checked before anything is decoded, because an hour of audio takes 230 MB at
@@ -298,7 +271,7 @@ def _clip(
         if max_duration is not None and count / sample_rate > max_duration:
             what = f"{path}" if start is None else f"A segment of {path}, at {start:.2f} s,"
             raise AudioError(
-                f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", TOO_LONG
+                f"{what} lasts {count / sample_rate:.2f} s, longer than {max_duration:g} s.", Fault.TOO_LONG
             )
         mixdown = Mixdown(path, sample_rate, channel)
         try:
@@ -315,7 +288,7 @@ def _clip(
         )
     samples = mixdown.finish()
     if len(samples) == 0:
-        raise AudioError(f"{path} has no samples.", EMPTY)
+        raise AudioError(f"{path} has no samples.", Fault.EMPTY)
     return Clip(samples, sample_rate, channels, silent=mixdown.silent, cancelled=mixdown.cancelled)
 
 
@@ -329,6 +302,6 @@ def _segment(sound: Sound, path: str | os.PathLike, start: float, duration: floa
         end = "its end" if duration is None else f"{start + duration:.2f} s"
         raise AudioError(
             f"{path} lasts {available / rate:.2f} s, but a segment ranges from {start:.2f} s to {end}.",
-            BEYOND_END,
+            Fault.BEYOND_END,
         )
     return first, min(count, available - first)

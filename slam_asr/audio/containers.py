@@ -63,8 +63,9 @@ _LAYOUTS = {
     b"caff": _ChunkLayout(8, ">4sq", b"data", alignment=1, before_samples=4),
 }
 """The formats with chunks, keyed by the first four bytes of a file. IFF files are in `_FORMS`."""
-_FORMS = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}
-"""The kinds of IFF files, and the name of the chunk with their samples."""
+_AIFF, _SVX = _ChunkLayout(12, ">4sI", b"SSND", before_samples=8), _ChunkLayout(12, ">4sI", b"BODY")
+_FORMS = {b"AIFF": _AIFF, b"AIFC": _AIFF, b"8SVX": _SVX, b"16SV": _SVX}
+"""The kinds of IFF files."""
 _CHUNK_NAME = re.compile(rb"[ -~]{4}.*", re.DOTALL)
 """Matches a name that begins with four printable characters, as every chunk's does."""
 
@@ -97,9 +98,8 @@ def check_length(stream: BinaryIO) -> int | None:
 
 def _layout(head: bytes) -> _ChunkLayout | None:
     """Return the layout of the chunks in a file that begins with `head`; None if it has no chunks."""
-    if head[:4] == b"FORM" and head[8:12] in _FORMS:
-        samples = _FORMS[head[8:12]]
-        return _ChunkLayout(12, ">4sI", samples, before_samples=8 if samples == b"SSND" else 0)
+    if head[:4] == b"FORM":
+        return _FORMS.get(head[8:12])
     if head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX") and head[8:12] != b"WAVE":
         return None
     return _LAYOUTS.get(head[:4])
@@ -217,8 +217,7 @@ def check_end(stream: BinaryIO, end: int, size: int) -> None:
     if size - end <= _MAX_REST:
         return
     stream.seek(end)
-    first = stream.read(16)
-    if first.startswith(_TAGS):
+    if stream.read(16).startswith(_TAGS):
         return
     stream.seek(end)
     while block := stream.read(2**20):

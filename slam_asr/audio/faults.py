@@ -1,25 +1,30 @@
 """Faults of audio files: the errors, and the reasons under which the statistics count them."""
 
+from enum import StrEnum
+
 from slam_asr.errors import InputError
 
-# The values of `AudioError.reason`.
-MISSING = "missing audio"
-UNREADABLE = "unreadable audio"
-EMPTY = "empty audio"
-NOT_FINITE = "non-finite samples"
-TOO_LONG = "too long"
-BEYOND_END = "segment beyond the file's end"
-TOO_LOUD = "samples far above full scale"
-SILENT = "digital silence"
-CANCELLED = "channels that cancel each other"
-NO_CHANNEL = "no such channel"
-NO_SEGMENTS = "segment of a file that allows no seeking"
+
+class Fault(StrEnum):
+    """The kinds of faults."""
+
+    MISSING = "missing audio"
+    UNREADABLE = "unreadable audio"
+    EMPTY = "empty audio"
+    NOT_FINITE = "non-finite samples"
+    TOO_LONG = "too long"
+    BEYOND_END = "segment beyond the file's end"
+    TOO_LOUD = "samples far above full scale"
+    SILENT = "digital silence"
+    CANCELLED = "channels that cancel each other"
+    NO_CHANNEL = "no such channel"
+    NO_SEGMENTS = "segment of a file that allows no seeking"
 
 
 class AudioError(InputError):
     """An audio file that cannot be used. `reason` is the kind of fault, for statistics."""
 
-    def __init__(self, sentence: str, reason: str = UNREADABLE) -> None:
+    def __init__(self, sentence: str, reason: Fault = Fault.UNREADABLE) -> None:
         super().__init__(sentence)
         self.reason = reason
 
@@ -33,10 +38,10 @@ class StructureError(AudioError):
 
 
 # Ends of messages, which begin with the file's name.
-NOT_AUDIO_TEXT = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
-"""The fault of a file of an unknown format."""
 TRUNCATED_TEXT = "ends too early: it was truncated when it was written or copied"
 """The fault of a file that holds less than its header announces."""
+CHANGED_TEXT = "changes its sample rate or number of channels: write it again as one stream"
+"""The fault of a file whose format changes, as when different files were joined."""
 
 
 def more_than_announced(extra: str) -> str:

@@ -95,17 +95,14 @@ def _frame_end(head: bytes, block: int) -> int | None:
     return (number if head[1] & 1 else number * block) + samples
 
 
-def _crc16_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 8
-        for _ in range(8):
-            value = (value << 1 ^ 0x8005 if value & 0x8000 else value << 1) & 0xFFFF
-        table.append(value)
-    return table
+def _crc16_of(byte: int) -> int:
+    value = byte << 8
+    for _ in range(8):
+        value = value << 1 ^ 0x18005 if value & 0x8000 else value << 1
+    return value
 
 
-_CRC16 = _crc16_table()
+_CRC16 = [_crc16_of(byte) for byte in range(256)]
 
 
 def _crc16(frame: bytes) -> int:

@@ -13,28 +13,19 @@ container and MP4 in fragments have no such marks, so up to two frames of silenc
 import contextlib
 import importlib
 import importlib.util
-import io
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from slam_asr.audio.containers import ContainerFault
-from slam_asr.audio.faults import EMPTY, AudioError, more_than_announced
-from slam_asr.audio.media_lengths import check_media
+from slam_asr.audio.faults import CHANGED_TEXT, AudioError, Fault, more_than_announced
+from slam_asr.audio.media_lengths import FORMATS, check_media
+from slam_asr.audio.sound import Sound
 from slam_asr.errors import ConfigurationError
 
-NAMES = {
-    "mov": "MP4 or QuickTime",
-    "matroska": "WebM or Matroska",
-    "asf": "Windows Media",
-    "amr": "AMR",
-    "aac": "AAC",
-    "caf": "CAF",
-}
-"""The names of ffmpeg's formats in messages."""
 DECODERS = (
     *("aac", "alac", "mp3float", "mp3", "opus", "vorbis", "flac"),
     *("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3"),
@@ -51,25 +42,12 @@ _ROUNDING = 0.05
 """Further fraction by which it may differ, because WebM and WMA round a packet's length to milliseconds."""
 
 
-@dataclass
-class Media:
-    """The first audio track of a file."""
-
-    read: Callable[[], Iterator[np.ndarray]]
-    """Decodes the complete track; yields blocks of float32 [samples, channels], about a second each."""
-    sample_rate: int
-    """Hz."""
-    channels: int
-    frames: int
-    """Estimated samples per channel, from the times of the packets."""
-
-
-def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
-    """Open a file that only ffmpeg reads.
+def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
+    """Open the first audio track of a file that only ffmpeg reads.
 
     Args:
         stream: the file. It stays open as long as the result is used.
-        kind: ffmpeg's name of the format, a key of `NAMES`.
+        kind: ffmpeg's name of the format, a key of `FORMATS`.
         path: the file's name in messages.
 
     Raises:
@@ -79,14 +57,18 @@ def open_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Media:
     """
     if importlib.util.find_spec("av") is None:
         raise ConfigurationError(
-            f"{path} is {NAMES[kind]}, which the package av decodes, and that is not installed: run `pip "
-            "install av` (for an image, add it to the build), or convert the file to wav or flac."
+            f"{path} is {FORMATS[kind][0]}, which the package av decodes, and that is not installed: run "
+            "`pip install av` (for an image, add it to the build), or convert the file to wav or flac."
         )
     check_media(stream, kind)
     track = _Track(stream, kind, path)
-    seconds, first = track.measure()
-    rate, channels = first.sample_rate, first.layout.nb_channels
-    return Media(lambda: track.blocks(rate, channels), rate, channels, round(seconds * rate))
+    seconds, frame = track.measure()
+    rate, channels = frame.sample_rate, frame.layout.nb_channels
+
+    def read(first: int, count: int) -> Iterator[np.ndarray]:
+        return track.blocks(rate, channels)
+
+    return Sound(round(seconds * rate), rate, channels, read, estimated=True, has_segments=False)
 
 
 class _Track:
@@ -128,7 +110,7 @@ class _Track:
                 end = max(end, packet.pts + duration)
             tick = packet.time_base
         if first is None:
-            raise AudioError(f"{self.path} has no samples.", EMPTY)
+            raise AudioError(f"{self.path} has no samples.", Fault.EMPTY)
         span = end - begin if begin is not None else total
         # If a packet has no duration, the sum is not a lower bound.
         self.shortest = float(total * tick) if complete else 0.0
@@ -137,7 +119,7 @@ class _Track:
         return self.shortest or self.longest, first
 
     def blocks(self, rate: int, channels: int) -> Iterator[np.ndarray]:
-        """Decode the track; see `Media.read`.
+        """Decode the track; yield blocks of float32 [samples, channels], about a second each.
 
         Raises:
             ContainerFault: the file is damaged.
@@ -148,9 +130,7 @@ class _Track:
         for packet in self._packets():
             for frame in _decoded(packet):
                 if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
-                    raise ContainerFault(
-                        "changes its sample rate or number of channels: write it again as one stream"
-                    )
+                    raise ContainerFault(CHANGED_TEXT)
                 # The last frame is held back, because its end may not belong to the recording.
                 if waiting >= rate:
                     yield np.concatenate(pending)
@@ -178,22 +158,19 @@ class _Track:
             ContainerFault: the file is damaged.
         """
         av: Any = importlib.import_module("av")
-        self.stream.seek(0)
+        stream, options = self.stream, {"codec_whitelist": ",".join(DECODERS)}
+        stream.seek(0)
+        # PyAV would pass a file's name on to ffmpeg, so it gets a stream without a name.
+        unnamed = SimpleNamespace(read=stream.read, seek=stream.seek, tell=stream.tell)
         with (
             _errors_as_faults(),
-            # PyAV would pass a file's name on to ffmpeg, so it gets a stream without a name.
-            av.open(
-                _Unnamed(self.stream),
-                format=self.kind,
-                options={"codec_whitelist": ",".join(DECODERS)},
-                metadata_errors="replace",
-            ) as container,
+            av.open(unnamed, format=self.kind, options=options, metadata_errors="replace") as container,
         ):
             yield from self._packets_of(container)
 
     def _packets_of(self, container: Any) -> Iterator[Any]:
         if not container.streams.audio:
-            raise AudioError(f"{self.path} has no audio track: there is nothing to transcribe.", EMPTY)
+            raise AudioError(f"{self.path} has no audio track: there is nothing to transcribe.", Fault.EMPTY)
         track = container.streams.audio[0]
         codec = track.codec_context
         if codec is None or codec.name not in DECODERS:
@@ -204,37 +181,13 @@ class _Track:
             )
         if codec.channels > _MAX_CHANNELS:
             raise ContainerFault(f"is damaged: its header announces {codec.channels} channels")
-        self.announced = float(track.duration * track.time_base) if self._has_exact_end(track) else None
+        # Fragments of MP4 announce no samples, so the track's duration is not the recording's.
+        has_exact_end = self.kind in ("mov", "caf") and track.duration is not None and track.frames > 0
+        self.announced = float(track.duration * track.time_base) if has_exact_end else None
         for packet in container.demux(track):
             if packet.is_corrupt:
                 raise ContainerFault(_UNDECODABLE)
             yield packet
-
-    def _has_exact_end(self, track: Any) -> bool:
-        """Return whether the track's duration is the recording's. Fragments of MP4 announce no samples."""
-        return track.duration is not None and self.kind in ("mov", "caf") and track.frames > 0
-
-
-class _Unnamed(io.RawIOBase):
-    """A stream that hides the name of its file."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return self._stream.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,9 @@ _AMR_SIZES = {
 """Size in bytes of each type of frame, keyed by the first bytes of a file (RFC 4867, section 5)."""
 _ADTS_HEADER = 7
 
+_MAGICS = {b"\x1a\x45\xdf\xa3": "matroska", _ASF_HEADER: "asf", **dict.fromkeys(_AMR_SIZES, "amr")}
+"""ffmpeg's names of formats, keyed by the first bytes of a file."""
+
 
 def kind_of(head: bytes) -> str | None:
     """Recognise a format that only ffmpeg reads, by the first 16 bytes of a file.
@@ -52,13 +55,8 @@ def kind_of(head: bytes) -> str | None:
     """
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
         return "mov"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if head.startswith(_ASF_HEADER):
-        return "asf"
-    if head.startswith(tuple(_AMR_SIZES)):
-        return "amr"
-    return "aac" if _is_adts(head) else None
+    by_magic = next((kind for magic, kind in _MAGICS.items() if head.startswith(magic)), None)
+    return by_magic or ("aac" if _is_adts(head) else None)
 
 
 def check_media(stream: BinaryIO, kind: str) -> None:
@@ -71,7 +69,7 @@ def check_media(stream: BinaryIO, kind: str) -> None:
     Raises:
         ContainerFault: the file ends too early, is encrypted, or holds something other than its format.
     """
-    _CHECKS[kind](stream, stream.seek(0, os.SEEK_END))
+    FORMATS[kind][1](stream, stream.seek(0, os.SEEK_END))
 
 
 def _at(stream: BinaryIO, position: int, count: int) -> bytes:
@@ -172,11 +170,9 @@ def _check_asf(stream: BinaryIO, size: int) -> None:
 
 
 def _check_amr(stream: BinaryIO, size: int) -> None:
-    head = _at(stream, 0, 9)
-    magic = next(magic for magic in _AMR_SIZES if head.startswith(magic))
+    content = _at(stream, 0, size)
+    magic = next(magic for magic in _AMR_SIZES if content.startswith(magic))
     sizes, position = _AMR_SIZES[magic], len(magic)
-    stream.seek(0)
-    content = stream.read()
     while position < size:
         # A frame's first byte has the frame's type in the 4 bits after its first bit.
         position += sizes[content[position] >> 3 & 15]
@@ -202,16 +198,12 @@ def _is_adts(head: bytes) -> bool:
     return len(head) >= 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
 
 
-def _check_caf(stream: BinaryIO, size: int) -> None:
-    check_length(stream)
-
-
-_CHECKS: dict[str, Callable[[BinaryIO, int], None]] = {
-    "mov": _check_mp4,
-    "matroska": _check_matroska,
-    "asf": _check_asf,
-    "amr": _check_amr,
-    "aac": _check_adts,
-    "caf": _check_caf,
+FORMATS: dict[str, tuple[str, Callable[[BinaryIO, int], object]]] = {
+    "mov": ("MP4 or QuickTime", _check_mp4),
+    "matroska": ("WebM or Matroska", _check_matroska),
+    "asf": ("Windows Media", _check_asf),
+    "amr": ("AMR", _check_amr),
+    "aac": ("AAC", _check_adts),
+    "caf": ("CAF", lambda stream, size: check_length(stream)),
 }
-"""The check of each format, by ffmpeg's name of the format."""
+"""The name of each format in messages, and the check of its structure, by ffmpeg's name of the format."""

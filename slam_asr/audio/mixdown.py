@@ -5,7 +5,7 @@ import os
 import numpy as np
 import soxr
 
-from slam_asr.audio.faults import NOT_FINITE, TOO_LOUD, AudioError
+from slam_asr.audio.faults import AudioError, Fault
 
 SAMPLE_RATE = 16_000
 """Hz. Every supported encoder was trained at this rate."""
@@ -35,11 +35,9 @@ class Mixdown:
         self._low, self._high, self._energy, self._mono_energy = np.inf, -np.inf, 0.0, 0.0
         self._parts: list[np.ndarray] = []
         # Resampling in blocks gives exactly the same samples as resampling the complete recording.
-        self._resampler = (
-            None
-            if sample_rate == SAMPLE_RATE
-            else soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        )
+        self._resampler: soxr.ResampleStream | None = None
+        if sample_rate != SAMPLE_RATE:
+            self._resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
 
     def add(self, block: np.ndarray) -> None:
         """Add the next block, float32 [samples, channels].
@@ -52,7 +50,18 @@ class Mixdown:
         mono, energy = _mono(block, self.channel)
         self.count += len(mono)
         low, high = float(mono.min()), float(mono.max())
-        _require_in_range(self.path, low, high)
+        # NumPy's minimum and maximum are NaN if any sample is, so `peak` is too.
+        peak = max(-low, high)
+        if not np.isfinite(peak):
+            raise AudioError(
+                f"{self.path} has samples that are not finite (NaN or infinite).", Fault.NOT_FINITE
+            )
+        if peak > _FULL_SCALE_LIMIT:
+            raise AudioError(
+                f"{self.path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers "
+                "written as floats, divide them by 32768 and write the file again.",
+                Fault.TOO_LOUD,
+            )
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._energy += energy
         self._mono_energy += float(np.vdot(mono, mono)) if energy else 0.0
@@ -89,17 +98,3 @@ def _mono(samples: np.ndarray, channel: int | None) -> tuple[np.ndarray, float]:
         return samples[:, channel or 0], 0.0
     with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite raise an error later
         return samples.mean(axis=1, dtype=np.float32), float(np.vdot(samples, samples)) / channels
-
-
-def _require_in_range(path: str | os.PathLike, low: float, high: float) -> None:
-    """Raise if samples that range from `low` to `high` are not finite, or far above full scale (1)."""
-    # NumPy's minimum and maximum are NaN if any sample is, so `peak` is too.
-    peak = max(-low, high)
-    if not np.isfinite(peak):
-        raise AudioError(f"{path} has samples that are not finite (NaN or infinite).", NOT_FINITE)
-    if peak > _FULL_SCALE_LIMIT:
-        raise AudioError(
-            f"{path} has samples up to {peak:.5g}, but full scale is 1: if they are 16-bit numbers written "
-            "as floats, divide them by 32768 and write the file again.",
-            TOO_LOUD,
-        )

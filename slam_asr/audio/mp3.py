@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, end_of_tags
-from slam_asr.audio.faults import TRUNCATED_TEXT
+from slam_asr.audio.faults import CHANGED_TEXT, TRUNCATED_TEXT
 
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 """Sample rates in Hz by the two bits of a header that give the MPEG version."""
@@ -73,7 +73,7 @@ _SIZES = _frame_sizes()
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A run of frames that one encoder wrote."""
 
     offsets: np.ndarray
@@ -88,7 +88,7 @@ class _Part:
 class Mp3:
     """The places of the frames in an mp3 file, and the number of samples in them."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     header: bytes
     """The first frame's header, 4 bytes."""
 
@@ -109,44 +109,28 @@ class Mp3:
     def samples_per_frame(self) -> int:
         return 1152 if self.is_mpeg1 else 576
 
-    def _samples_of(self, part: _Part) -> int:
+    def samples_of(self, part: Part) -> int:
+        """Return the number of samples in a part, per channel."""
         return max(0, (len(part.offsets) - 1) * self.samples_per_frame - part.delay - part.padding)
-
-    @property
-    def samples_per_channel(self) -> int:
-        """Number of samples in the complete file, per channel."""
-        return sum(map(self._samples_of, self.parts))
 
     @property
     def is_plain(self) -> bool:
         """Whether the file is one recording with LAME's tag: libsndfile then knows its length."""
         return len(self.parts) == 1 and self.parts[0].delay > 0
 
-    def read(self, stream: BinaryIO, first: int, count: int) -> np.ndarray:
-        """Decode a stretch of the file.
+    def read(self, part: Part, stream: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Decode a stretch of a part.
 
         Args:
+            part: one of `parts`.
             stream: the file.
-            first: number of the first sample, from 0.
+            first: number of the part's first sample to decode, from 0.
             count: number of samples.
 
         Returns:
             float32 [samples, channels]; fewer samples if a frame is damaged.
         """
-        found = [np.zeros((0, self.channels), np.float32)]
-        for part in self.parts:
-            samples = self._samples_of(part)
-            taken = max(0, min(count, samples - first))
-            if taken:
-                found.append(self._read_part(part, stream, first + part.delay, taken))
-                if len(found[-1]) < taken:  # later samples would be at a wrong time
-                    break
-                count -= taken
-            first = max(0, first - samples)
-        return np.concatenate(found)
-
-    def _read_part(self, part: _Part, stream: BinaryIO, first: int, count: int) -> np.ndarray:
-        """Decode samples of a part. `first` is counted from the part's first frame, with its delay."""
+        first += part.delay
         size = self.samples_per_frame
         end = min(-(-(first + count) // size), len(part.offsets) - 1)
         # Frames from `exact` on are decoded as in the complete file. The frames from `begin` to `exact` only
@@ -177,13 +161,13 @@ class Mp3:
             offsets: where the frames to change begin, and where the last of them ends.
             lead: size in bytes of the frame before them.
         """
-        side = self.side_information
+        side, reservoir = self.side_information, _RESERVOIR if self.is_mpeg1 else _RESERVOIR // 2
         reserved = lead - 4 - side
         for start, end in pairwise(offsets):
             start += 4 if content[start + 1] & 1 else 6  # a checksum takes two bytes
             # mpg123 passes on only the part of the reservoir that a frame uses, so each frame claims to use
             # all of it. Zeros after main_data_begin (9 bits in MPEG 1, 8 in MPEG 2) mean no sound.
-            used = min(reserved, self.reservoir)
+            used = min(reserved, reservoir)
             begin = used << 7 if self.is_mpeg1 else used << 8
             content[start : start + side] = begin.to_bytes(2).ljust(side, b"\0")
             reserved = used + end - start - side
@@ -194,11 +178,6 @@ class Mp3:
         if self.is_mpeg1:
             return 17 if self.channels == 1 else 32
         return 9 if self.channels == 1 else 17
-
-    @property
-    def reservoir(self) -> int:
-        """Bytes of earlier frames that a frame of layer III may use at most."""
-        return _RESERVOIR if self.is_mpeg1 else _RESERVOIR // 2
 
     def _silent_frame(self, bit_rate: int, content: bytes) -> bytes:
         """Make a frame of silence, with `content` after its side information.
@@ -245,12 +224,10 @@ def find_frames(content: bytes) -> Mp3 | None:
     header = content[position : position + 4]
     if header[1] >> 1 & 3 != 1:  # not layer III
         return None
-    parts: list[_Part] = []
+    parts: list[Part] = []
     while position is not None:
         if not _same_format(content[position : position + 4], header):
-            raise ContainerFault(
-                "changes its sample rate or number of channels: write it again as one stream"
-            )
+            raise ContainerFault(CHANGED_TEXT)
         offsets = _run_of_frames(content, position, header)
         position = _after_tags(content, offsets[-1])
         parts += _split_at_headers(content, offsets, Mp3((), header))
@@ -291,10 +268,9 @@ def _first_frame(content: bytes, start: int) -> int | None:
     for match in re.finditer(rb"\xff[\xe0-\xff](?=..)", content[start:], re.DOTALL):
         position = start + match.start()
         size = _SIZES[int.from_bytes(content[position + 1 : position + 3])]
-        after = content[position + size : position + size + 4]
-        if size and len(after) == 4 and _same_format(content[position : position + 4], after):
-            return position
-        if size and position + size == len(content):
+        header, after = content[position : position + 4], content[position + size : position + size + 4]
+        is_followed = len(after) == 4 and _same_format(header, after)
+        if size and (is_followed or position + size == len(content)):
             return position
     return None
 
@@ -314,7 +290,7 @@ def _after_tags(content: bytes, position: int) -> int | None:
     return following
 
 
-def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[_Part]:
+def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator[Part]:
     """Divide a run of frames at the frames with an encoder's header, each of which begins a recording."""
     side = file.side_information
     marks = []
@@ -326,12 +302,12 @@ def _split_at_headers(content: bytes, offsets: list[int], file: Mp3) -> Iterator
             marks.append((number, tag))
     ends = [number for number, _ in marks] + [len(offsets) - 1]
     if ends[0] > 0:
-        yield _Part(np.array(offsets[: ends[0] + 1], np.int64))
+        yield Part(np.array(offsets[: ends[0] + 1], np.int64))
     for (number, tag), end in zip(marks, ends[1:], strict=True):
         yield _part_with_header(content, tag, np.array(offsets[number + 1 : end + 1], np.int64), file)
 
 
-def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) -> _Part:
+def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) -> Part:
     """Return the frames after an encoder's header, whose offset in bytes is `tag`."""
     # `Xing` or `Info`, flags, and then the fields that the flags announce: the number of frames (4 bytes), of
     # bytes (4), a table of positions for seeking (100), and the quality (4).
@@ -342,9 +318,9 @@ def _part_with_header(content: bytes, tag: int, offsets: np.ndarray, file: Mp3) 
     lame = tag + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
     # LAME's tag may follow. It begins with the encoder's name, and has delay and padding in 12 bits each.
     if not content[lame : lame + 1].strip(b"\0"):
-        return _Part(offsets)
+        return Part(offsets)
     values = int.from_bytes(content[lame + 21 : lame + 24])
     delay, padding = (values >> 12) + _DECODER_DELAY, (values & 0xFFF) - _DECODER_DELAY
     # If frames follow those that the header counts, then its padding is not at the end.
     known = not flags & 1 or announced + _COUNT_TOLERANCE >= frames
-    return _Part(offsets, delay, max(0, padding) if known else 0)
+    return Part(offsets, delay, max(0, padding) if known else 0)

@@ -8,6 +8,7 @@ memory: each call of `read` reads the files again from the start.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,13 +29,16 @@ PyAV, except for some .caf files."""
 AUDIO_FOLDER = "audio"
 """Subfolder of the stage's output that holds audio unpacked from archives and tables."""
 
-# Reasons for rejections, besides those in `slam_asr.audio.faults`.
-NO_AUDIO = "transcript without audio"
-NO_TRANSCRIPT = "audio without transcript"
-BLANK = "blank transcript"
-DUPLICATE = "duplicate key"
-TOO_SHORT = "too short"
-UNSUPPORTED = "mixed, multi-channel or transformed cut"
+
+class Reason(StrEnum):
+    """Reasons for rejections, besides those in `slam_asr.audio.faults`."""
+
+    NO_AUDIO = "transcript without audio"
+    NO_TRANSCRIPT = "audio without transcript"
+    BLANK = "blank transcript"
+    DUPLICATE = "duplicate key"
+    TOO_SHORT = "too short"
+    UNSUPPORTED = "mixed, multi-channel or transformed cut"
 
 
 @dataclass
@@ -80,6 +84,12 @@ class Rejection:
     detail: str = ""
     """A sentence for the user."""
 
+
+Item = Candidate | Rejection
+"""What a reader yields."""
+
+Subsets = dict[str, list[str]]
+"""The names of the subsets of each split."""
 
 Stamp = tuple[str, int, str]
 """A file's name, its size in bytes, and its modification time in ns or its etag.
@@ -136,5 +146,5 @@ class CorpusReader(ABC):
         return ""
 
     @abstractmethod
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         """Yield a subset's utterances in a fixed order, with a rejection for each incomplete one."""

@@ -14,11 +14,10 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, CorpusReader, Rejection, Stamp
-from slam_asr.corpora.librispeech import OUTER, TRANSCRIPTS, LibriSpeech
+from slam_asr.corpora import AUDIO_FOLDER, Candidate, CorpusReader, Item, Stamp
+from slam_asr.corpora.librispeech import OUTER, TREE_SUFFIXES, LibriSpeech
 from slam_asr.corpora.places import files_at
 from slam_asr.errors import InputError
 from slam_asr.progress import Meter
@@ -67,8 +66,7 @@ class Archives(CorpusReader):
         return cls(root, files) if files else None
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        archive = info(self.by_subset[subset])
-        if archive:
+        if archive := info(self.by_subset[subset]):
             yield archive.name, archive.bytes, archive.stamp
 
     def prepare(self, folder: Path, subsets: list[str]) -> None:
@@ -90,7 +88,7 @@ class Archives(CorpusReader):
                     "download it again."
                 )
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         assert self._tree is not None, "prepare() unpacks the archives before read()"
         for item in self._tree.read(subset):
             if isinstance(item, Candidate):
@@ -188,15 +186,14 @@ def _members(file: str) -> Iterator[Iterator[tuple[tarfile.TarFile, PurePosixPat
     # Mode `r|*` never seeks, so an archive in object storage needs no local copy. But a member can be read
     # only before the iterator advances to the next one.
     try:
-        with open_stream(file) as stream, _open(stream) as archive:
+        with (
+            open_stream(file) as stream,
+            tarfile.open(None, "r|*", stream, tarinfo=_BoundedTarInfo) as archive,
+        ):
             yield ((archive, path, member) for member in archive if (path := _path_of(member)))
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"The archive {file} cannot be unpacked ({reason}): download it again.") from error
-
-
-def _open(stream: BinaryIO) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo)
 
 
 def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
@@ -204,10 +201,7 @@ def _path_of(member: tarfile.TarInfo) -> PurePosixPath | None:
     parts = [part for part in PurePosixPath(member.name).parts if part != "."]
     parts = parts[1:] if parts[:1] == [OUTER] else parts
     # `..` and hidden files begin with a dot. The first part of an absolute path is a slash.
-    if (
-        len(parts) != 4
-        or not member.isreg()
-        or any(part.startswith((".", "/")) or "\0" in part for part in parts)
-    ):
+    if any(part.startswith((".", "/")) or "\0" in part for part in parts):
         return None
-    return PurePosixPath(OUTER, *parts) if parts[3].lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES)) else None
+    is_in_chapter = len(parts) == 4 and member.isreg() and parts[3].lower().endswith(TREE_SUFFIXES)
+    return PurePosixPath(OUTER, *parts) if is_in_chapter else None

@@ -1,7 +1,6 @@
 """Checks the audio of a corpus. Threads decode each utterance once, a few chunks ahead of the results."""
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.audio import MISSING, AudioError, Clip, audio_sha256, channel_count, read_clip
-from slam_asr.audio.faults import SILENT, UNREADABLE
+from slam_asr.audio import AudioError, Fault, audio_sha256, read_clip
 from slam_asr.config.recipe import Data
 from slam_asr.cores import usable_cores
-from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, NO_AUDIO, TOO_SHORT, Candidate, Rejection
+from slam_asr.corpora import AUDIO_FOLDER, AUDIO_SUFFIXES, Candidate, Item, Reason, Rejection
 from slam_asr.progress import Meter
 from slam_asr.storage import name_of
+from slam_asr.storage.local import temporary_path
 
 _CHUNK = 8
 """Utterances per task of a thread. A larger number reduces overhead, but progress is shown less often."""
@@ -38,13 +37,8 @@ class Checked:
     """The split of the utterance, as in `Candidate`."""
 
 
-def default_threads() -> int:
-    """Return the number of threads for local audio: one per core."""
-    return usable_cores()
-
-
 def check_all(
-    items: Iterable[Candidate | Rejection],
+    items: Iterable[Item],
     data: Data,
     label: str,
     folder: Path | None = None,
@@ -65,86 +59,63 @@ def check_all(
         total: number of items, for the progress display.
         remote: whether the audio is in object storage.
     """
-    threads = max(default_threads(), _MIN_REMOTE_THREADS) if remote else default_threads()
+    threads = max(usable_cores(), _MIN_REMOTE_THREADS if remote else 1)
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[list[Checked | Rejection]]] = deque()
+
+    def check_chunk(chunk: list[Item]) -> list[Checked | Rejection]:
+        return [_check(item, data, folder) for item in chunk]
+
     try:
         with Meter(label, total=total, unit="files") as meter:
             remaining = iter(items)
-            while chunk := list(islice(remaining, _CHUNK)):
-                pending.append(
-                    pool.submit(lambda chunk: [_check(item, data, folder) for item in chunk], chunk)
-                )
-                if len(pending) >= _CHUNKS_AHEAD * threads:
-                    yield from _next_results(pending, meter)
-            while pending:
-                yield from _next_results(pending, meter)
+            while (chunk := list(islice(remaining, _CHUNK))) or pending:
+                if chunk:
+                    pending.append(pool.submit(check_chunk, chunk))
+                if not chunk or len(pending) >= _CHUNKS_AHEAD * threads:
+                    results = pending.popleft().result()
+                    meter.update(len(results))
+                    yield from results
     finally:
         # After an error or an interrupt, the files that are still queued are not decoded.
         pool.shutdown(cancel_futures=True)
 
 
-def _next_results(
-    pending: deque[Future[list[Checked | Rejection]]], meter: Meter
-) -> list[Checked | Rejection]:
-    results = pending.popleft().result()
-    meter.update(len(results))
-    return results
-
-
-def _check(item: Candidate | Rejection, data: Data, folder: Path | None) -> Checked | Rejection:
+def _check(item: Item, data: Data, folder: Path | None) -> Checked | Rejection:
     """Decode a candidate's audio, and measure its duration."""
     if isinstance(item, Rejection):
         return item
     key, source = item.key, item.source
     try:
-        clip = _read(item, data)
+        span = (item.start, item.duration)
+        clip = read_clip(
+            source, data.max_duration, *span, item.content, item.channel, item.channel_of_several
+        )
         # A clip has no SHA-256 if its file was not read completely, as for a segment.
         sha256 = clip.sha256 or audio_sha256(source)
     except AudioError as error:
-        missing = error.reason == MISSING
-        return Rejection(
-            key,
-            source,
-            NO_AUDIO if missing else error.reason,
-            f"There is no audio file {source}." if missing else str(error),
-        )
+        if error.reason == Fault.MISSING:
+            return Rejection(key, source, Reason.NO_AUDIO, f"There is no audio file {source}.")
+        return Rejection(key, source, error.reason, str(error))
     # A file that the disk cannot read must not end the check of the other files.
     except OSError as error:
-        return Rejection(key, source, UNREADABLE, f"{source} cannot be read: {error.strerror}.")
+        return Rejection(key, source, Fault.UNREADABLE, f"{source} cannot be read: {error.strerror}.")
     if clip.duration < data.min_duration:
-        detail = (
-            f"The length of {_named(item)} is {clip.duration:.3f} s, below data.min_duration "
-            f"({data.min_duration:g} s)."
-        )
-        return Rejection(key, source, TOO_SHORT, detail)
+        limit = f"data.min_duration ({data.min_duration:g} s)"
+        detail = f"The length of {_named(item)} is {clip.duration:.3f} s, below {limit}."
+        return Rejection(key, source, Reason.TOO_SHORT, detail)
     if clip.silent:
         detail = f"All samples of {_named(item)} have the same value: it was recorded without a signal."
-        return Rejection(key, source, SILENT, detail)
+        return Rejection(key, source, Fault.SILENT, detail)
     manifest_source = item.manifest_source or source
     if item.content is not None:
         assert folder is not None, "audio embedded in a table needs a folder to be written to"
         manifest_source = _write_embedded(item.content, sha256, source, folder)
     utterance = Utterance(
-        key,
-        manifest_source,
-        item.text,
-        clip.duration,
-        clip.sample_rate,
-        sha256,
-        item.extra,
-        start=item.start,
-        audio_channel=item.channel if clip.channels > 1 else None,
+        key, manifest_source, item.text, clip.duration, clip.sample_rate, sha256, item.extra, start=item.start
     )
+    utterance.audio_channel = item.channel if clip.channels > 1 else None
     return Checked(utterance, clip.channels, item.split)
-
-
-def _read(item: Candidate, data: Data) -> Clip:
-    """Decode a candidate's audio."""
-    channel = item.channel
-    if channel and item.channel_of_several and channel_count(item.source, item.content) == 1:
-        channel = None
-    return read_clip(item.source, data.max_duration, item.start, item.duration, item.content, channel)
 
 
 def _named(item: Candidate) -> str:
@@ -159,8 +130,8 @@ def _write_embedded(content: bytes, sha256: str, name: str, folder: Path) -> str
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # No fsync, because it would take most of the time for many small files, and the SHA-256 reveals
-        # damage. The partial file's name contains the thread, because two threads may write the same audio.
-        partial = file.with_name(f".{sha256}.{os.getpid()}.{threading.get_ident()}.partial")
+        # damage. Two threads may write the same audio, each to its own temporary file.
+        partial = temporary_path(file)
         partial.write_bytes(content)
         os.replace(partial, file)
     return path

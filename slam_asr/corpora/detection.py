@@ -1,5 +1,7 @@
 """Detection of a corpus's kind from the files at its path."""
 
+from itertools import islice
+
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import AUDIO_SUFFIXES, CorpusReader
 from slam_asr.corpora.archives import Archives
@@ -9,10 +11,10 @@ from slam_asr.corpora.jsonlines import JsonLines
 from slam_asr.corpora.kaldi import Kaldi
 from slam_asr.corpora.lhotse import Lhotse
 from slam_asr.corpora.librispeech import LibriSpeech
-from slam_asr.corpora.places import absolute, is_file, is_folder, visible_files
+from slam_asr.corpora.places import absolute, is_folder, visible_files
 from slam_asr.corpora.table import Table
 from slam_asr.errors import ConfigurationError, InputError
-from slam_asr.storage import name_of
+from slam_asr.storage import exists, name_of
 
 READERS: dict[str, tuple[type[CorpusReader], ...]] = {
     "librispeech": (LibriSpeech, Archives),
@@ -47,7 +49,7 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
             missing or ambiguous.
     """
     root = absolute(corpus)
-    if not is_file(root) and not is_folder(root):
+    if not exists(root) and not is_folder(root):
         raise InputError(f"There is no corpus {root}: check --corpus.")
     for reader_class in _ORDER if data.kind == "auto" else READERS[data.kind]:
         if reader := reader_class.find(root, data):
@@ -59,29 +61,22 @@ def open_corpus(corpus: str, data: Data) -> CorpusReader:
             f"The corpus {root} is not of data.kind {data.kind}: it must have {_LAYOUTS[data.kind]}. "
             "With data.kind: auto, the kind is detected."
         )
-    raise _unrecognised(root)
+    raise InputError(f"The corpus {root} {_fault_of(root)}.")
 
 
-def _unrecognised(root: str) -> InputError:
-    """Make the error for a corpus of unknown kind. Its message depends on the files at the path."""
+def _fault_of(root: str) -> str:
+    """Return why no reader recognises a corpus, as the end of a sentence, from the files at its path."""
     known = f"known layouts are {'; '.join(_LAYOUTS.values())}"
-    if is_file(root):
+    if exists(root):
         if root.lower().endswith(_UNSUPPORTED_ARCHIVES):
-            return InputError(
-                f"The corpus {root} is an archive of an unsupported kind: unpack it, and give the folder."
-            )
-        return InputError(f"The corpus {root} is a file of an unknown kind: {known}.")
+            return "is an archive of an unsupported kind: unpack it, and give the folder"
+        return f"is a file of an unknown kind: {known}"
     # A sample of the files is enough for a message; a corpus may have millions.
-    names = [f.name for f, _ in zip(visible_files(root), range(1000), strict=False)]
+    names = [f.name for f in islice(visible_files(root), 1000)]
     if not names:
-        return InputError(f"The corpus {root} is empty, without audio and transcripts: {known}.")
+        return f"is empty, without audio and transcripts: {known}"
     if archives_inside := [n for n in names if n.lower().endswith(_UNSUPPORTED_ARCHIVES)]:
-        return InputError(
-            f"The corpus {root} holds archives ({', '.join(archives_inside[:3])}): unpack them first."
-        )
+        return f"holds archives ({', '.join(archives_inside[:3])}): unpack them first"
     if audio := next((n for n in names if n.lower().endswith(AUDIO_SUFFIXES)), None):
-        return InputError(
-            f"The corpus {root} holds audio ({name_of(audio)}, …) "
-            f"but no transcripts in a known layout: {known}."
-        )
-    return InputError(f"The corpus {root} holds no audio and no transcripts in a known layout: {known}.")
+        return f"holds audio ({name_of(audio)}, …) but no transcripts in a known layout: {known}"
+    return f"holds no audio and no transcripts in a known layout: {known}"

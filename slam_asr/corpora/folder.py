@@ -15,27 +15,11 @@ from itertools import groupby, islice
 import soundfile
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    Candidate,
-    CorpusReader,
-    Rejection,
-    Stamp,
-)
-from slam_asr.corpora.places import (
-    files_in,
-    is_file,
-    is_folder,
-    read_text,
-    readable,
-    visible_files,
-    visible_folders,
-)
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Item, Reason, Rejection, Stamp
+from slam_asr.corpora.places import files_in, is_folder, read_text, readable, visible_files, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import fetch, join, name_of
+from slam_asr.storage import exists, fetch, join, name_of
 
 _TEXT = ".txt"
 _SAMPLE_NUMBERS = re.compile(r"\s*0\s+(\d{3,12})\s+(?=\S)")
@@ -74,7 +58,7 @@ class Folder(CorpusReader):
         audio = (f.name for f in visible_files(root) if f.name.lower().endswith(AUDIO_SUFFIXES))
         stems = (join(root, os.path.splitext(name)[0]) for name in islice(audio, _MAX_CHECKED))
         texts = (
-            stem + suffix for stem in stems for suffix in (_TEXT, _TEXT.upper()) if is_file(stem + suffix)
+            stem + suffix for stem in stems for suffix in (_TEXT, _TEXT.upper()) if exists(stem + suffix)
         )
         if not (first := next(texts, None)):
             return None
@@ -84,7 +68,7 @@ class Folder(CorpusReader):
         )
         return corpus
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         with ExternalSort() as files:
             # An utterance's files need not be adjacent in the listing: `a.flac`, `a.m.flac`, `a.txt`.
             for name, _, _ in self.stamps(subset):
@@ -93,20 +77,16 @@ class Folder(CorpusReader):
             for stem, group in groupby(files, key=lambda record: record[0]):
                 yield self._utterance(os.fsdecode(stem), [suffix.decode() for _, suffix in group], subset)
 
-    def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Candidate | Rejection:
+    def _utterance(self, stem: str, suffixes: list[str], subset: str) -> Item:
         """Return the utterance whose files have this stem (relative to the root) and these suffixes."""
         key, path = readable(stem), join(self.root, stem)
-        audio = min(
-            (s for s in suffixes if s.lower() in AUDIO_SUFFIXES),
-            key=lambda s: AUDIO_SUFFIXES.index(s.lower()),
-            default=None,
-        )
+        audio = next((s for preferred in AUDIO_SUFFIXES for s in suffixes if s.lower() == preferred), None)
         text = next((s for s in suffixes if s.lower() == _TEXT), None)
         if audio is None:
-            return Rejection(key, "", NO_AUDIO, f"{path}{text} has no audio file next to it.")
+            return Rejection(key, "", Reason.NO_AUDIO, f"{path}{text} has no audio file next to it.")
         if text is None:
             detail = f"{path}{audio} has no {_TEXT} file next to it."
-            return Rejection(key, path + audio, NO_TRANSCRIPT, detail)
+            return Rejection(key, path + audio, Reason.NO_TRANSCRIPT, detail)
         transcript = read_text(path + text)
         if self.has_sample_numbers:
             transcript = _without_sample_numbers(transcript, path + audio, path + text)

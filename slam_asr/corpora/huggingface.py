@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora.places import files_in, is_file, is_folder, visible_files, visible_folders
+from slam_asr.corpora.places import files_in, is_folder, visible_files, visible_folders
 from slam_asr.corpora.rows import columns_of
 from slam_asr.corpora.table import Table, split_of
 from slam_asr.errors import InputError
-from slam_asr.storage import join, name_of, parent_of, read_bytes
+from slam_asr.storage import exists, join, name_of, parent_of, read_bytes
 
 _STATE = "state.json"
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -29,25 +29,20 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 
 def _saved(root: str) -> dict[str, str]:
     """Find the arrow files of layout 1, or of the `datasets` library's cache; return the split of each."""
-    if is_file(join(root, _STATE)):
-        return _saved_split(root, name_of(root))
-    if is_file(join(root, "dataset_dict.json")):
-        splits = [name for name in visible_folders(root) if is_file(join(root, name, _STATE))]
-        return {
-            file: split for name in splits for file, split in _saved_split(join(root, name), name).items()
-        }
-    if is_file(join(root, "dataset_info.json")):
+    if exists(join(root, _STATE)):
+        return dict.fromkeys(_saved_files(root), name_of(root))
+    if exists(join(root, "dataset_dict.json")):
+        splits = [name for name in visible_folders(root) if exists(join(root, name, _STATE))]
+        return {file: split for split in splits for file in _saved_files(join(root, split))}
+    if exists(join(root, "dataset_info.json")):
         # In the cache, files named cache-… hold the results of `map` and `filter`, not the dataset itself.
-        return {
-            file: _split_in_cache(file)
-            for file in files_in(root, (".arrow",))
-            if not name_of(file).startswith("cache-")
-        }
+        files = [file for file in files_in(root, (".arrow",)) if not name_of(file).startswith("cache-")]
+        return {file: _split_in_cache(file) for file in files}
     return {}
 
 
-def _saved_split(folder: str, split: str) -> dict[str, str]:
-    """Find the arrow files that a split's state.json lists; return the split of each."""
+def _saved_files(folder: str) -> list[str]:
+    """Return the arrow files that the state.json of a split lists."""
     path = join(folder, _STATE)
     try:
         state = json.loads(read_bytes(path))
@@ -64,9 +59,9 @@ def _saved_split(folder: str, split: str) -> dict[str, str]:
         )
     for name in names:
         # A name that contains a folder could refer to a file outside the dataset.
-        if name != os.path.basename(name) or not is_file(join(folder, name)):
+        if name != os.path.basename(name) or not exists(join(folder, name)):
             raise InputError(f"{folder} lacks {name}, which its {_STATE} names: copy the complete folder.")
-    return {join(folder, name): split for name in names}
+    return [join(folder, name) for name in names]
 
 
 def _split_in_cache(file: str) -> str:
@@ -78,13 +73,10 @@ def _split_in_cache(file: str) -> str:
 def _described(root: str) -> dict[str, str]:
     """Find the metadata files of layout 3; return the split of each, which is the name of its folder."""
     files: dict[str, str] = {}
-    for folder in (
-        root,
-        *(join(root, name) for name in visible_folders(root)),
-        *(join(root, "data", n) for n in visible_folders(join(root, "data"))),
-    ):
+    parents = (root, join(root, "data"))
+    for folder in (root, *(join(parent, name) for parent in parents for name in visible_folders(parent))):
         # At most one file per folder is read. With both, the rows would be read twice.
-        path = next((p for name in _METADATA if is_file(p := join(folder, name))), None)
+        path = next((p for name in _METADATA if exists(p := join(folder, name))), None)
         if path and "file_name" in columns_of(path):
             files[path] = name_of(folder)
     return files

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from slam_asr.artifacts.manifest import iterate_manifest
 from slam_asr.config.recipe import Data
 from slam_asr.corpora import SPLITS, Candidate
-from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, name_of, stem_of
+from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.errors import InputError
+from slam_asr.storage import name_of
 
 SUFFIX = ".jsonl"
 _REJECTIONS = "rejected.jsonl"
@@ -47,9 +48,6 @@ class JsonLines(ListedCorpus):
         files = [file for file in files_at(root, (SUFFIX,)) if file == root or name_of(file) != _REJECTIONS]
         return cls(root, files) if files else None
 
-    def lists(self, subset: str) -> list[str]:
-        return self.by_subset[subset]
-
     def items(self, subset: str) -> Iterator[Candidate]:
         for file in self.by_subset[subset]:
             for line_subset, candidate in self._lines(file):
@@ -65,16 +63,9 @@ class JsonLines(ListedCorpus):
             if own is not None and not (isinstance(own, str) and own):
                 raise InputError(f"{file}, line {number}: subset must be text, not {own!r}.")
             subset = stem if file_is_split else own or stem
+            source, channel = audio_path(utterance.source, file, ""), utterance.audio_channel
+            extra = utterance.extra | {"subset": own or subset}
             # Only a segment's duration is used. A complete file is measured again when its audio is checked.
-            yield (
-                subset,
-                Candidate(
-                    utterance.key,
-                    audio_path(utterance.source, file, ""),
-                    utterance.target,
-                    utterance.extra | {"subset": own or subset},
-                    utterance.start,
-                    None if utterance.start is None else utterance.duration,
-                    channel=utterance.audio_channel,
-                ),
-            )
+            start, duration = utterance.start, None if utterance.start is None else utterance.duration
+            text = utterance.target
+            yield subset, Candidate(utterance.key, source, text, extra, start, duration, channel=channel)

@@ -17,28 +17,27 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import DUPLICATE, NO_AUDIO, NO_TRANSCRIPT, Candidate, Rejection
-from slam_asr.corpora.places import (
-    IN_ARCHIVE,
-    WRITE_TO_FILES,
-    ListedCorpus,
-    audio_path,
-    is_file,
-    visible_folders,
-)
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
+from slam_asr.corpora.places import IN_ARCHIVE, WRITE_TO_FILES, ListedCorpus, audio_path, visible_folders
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import join, name_of, open_stream
+from slam_asr.storage import exists, join, name_of, open_stream
 
 _CHANNELS = "reco2file_and_channel"
 _LISTS = ("wav.scp", "text", "segments", "utt2spk", _CHANNELS)
+
+_Field = list[Any]
+"""What a line of a list says of an utterance or a recording, with its name first: ["audio", source, start,
+duration, channel] with times in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel]
+with a recording's channel in the original file. Channels are counted from 0."""
 
 
 class Kaldi(ListedCorpus):
@@ -63,69 +62,53 @@ class Kaldi(ListedCorpus):
         return [join(self.by_subset[subset], name) for name in _LISTS]
 
     def sources(self, subset: str) -> Iterator[str]:
-        return (source for _, source in self._recordings(self.by_subset[subset]))
+        return (source for _, source in self._sources(self.by_subset[subset]))
 
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         folder = self.by_subset[subset]
-        segmented = is_file(join(folder, "segments"))
-        with ExternalSort() as records:
-            for utterance, field in self._fields(folder, segmented):
-                records.add(utterance.encode(), json.dumps(field).encode())
-            for key, group in groupby(records, key=itemgetter(0)):
-                fields = [json.loads(field) for _, field in group]
-                yield from _joined(key.decode(), fields, subset, folder, segmented)
+        segmented = exists(join(folder, "segments"))
+        for key, fields in _grouped(self._fields(folder, segmented)):
+            yield from _joined(key, fields, subset, folder, segmented)
 
-    def _fields(self, folder: str, segmented: bool) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the fields of all utterances, list by list.
-
-        Each item is an utterance's key and one field: ["audio", source, start, duration, channel] with times
-        in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel] with the recording's
-        channel in the original file. Channels are counted from 0.
-        """
-        if segmented:
-            yield from self._segments(folder)
-        else:
-            for recording, source in self._recordings(folder):
-                yield recording, ["audio", source, None, None, None]
-            for recording, channel in self._channels(folder):
-                yield recording, ["recorded", channel]
+    def _fields(self, folder: str, segmented: bool) -> Iterator[tuple[str, _Field]]:
+        """Yield the fields of all utterances, each with its utterance's key, list by list."""
+        yield from self._segments(folder) if segmented else self._recordings(folder)
         for _, utterance, text in _lines(join(folder, "text")):
             yield utterance, ["text", text]
-        if is_file(join(folder, "utt2spk")):
+        if exists(join(folder, "utt2spk")):
             for _, utterance, speaker in _lines(join(folder, "utt2spk")):
                 yield utterance, ["speaker", speaker]
 
-    def _segments(self, folder: str) -> Iterator[tuple[str, list[Any]]]:
+    def _segments(self, folder: str) -> Iterator[tuple[str, _Field]]:
         """Join `segments` with the lists of recordings; yield "audio" and "recorded" fields of utterances."""
-        path = join(folder, "segments")
-        with ExternalSort() as records:
-            # A record without an utterance has a recording's source or channel. These records are added
-            # first. The sort is stable, so they come before the segments of the same recording.
-            for recording, source in self._recordings(folder):
-                records.add(recording.encode(), json.dumps(["", source, None, None, None]).encode())
-            for recording, channel in self._channels(folder):
-                records.add(recording.encode(), json.dumps(["", "", None, None, channel]).encode())
-            for number, utterance, rest in _lines(path):
-                recording, *segment = _segment(rest, f"{path}, line {number}")
-                records.add(recording.encode(), json.dumps([utterance, recording, *segment]).encode())
-            for _, group in groupby(records, key=itemgetter(0)):
-                # If the recording is unknown, its source remains empty, and `_joined` rejects the segment.
-                source = ""
-                recorded = None
-                for _, record in group:
-                    utterance, recording_or_source, start, duration, channel = json.loads(record)
-                    if utterance:
-                        yield utterance, ["audio", source, start, duration, channel]
-                        if recorded is not None:
-                            yield utterance, ["recorded", recorded]
-                    else:
-                        source = source or recording_or_source
-                        recorded = channel if recorded is None else recorded
+        segments = _segments_in(join(folder, "segments"))
+        # The sort is stable, so a recording's own fields come before its segments.
+        for _, fields in _grouped(chain(self._recordings(folder), segments)):
+            # If the recording is unknown, its source remains empty, and `_joined` rejects the segment.
+            source = ""
+            recorded = None
+            for name, *values in fields:
+                if name == "audio":
+                    source = source or values[0]
+                elif name == "recorded":
+                    recorded = values[0] if recorded is None else recorded
+                else:
+                    utterance, *segment = values
+                    yield utterance, ["audio", source, *segment]
+                    if recorded is not None:
+                        yield utterance, ["recorded", recorded]
+
+    def _recordings(self, folder: str) -> Iterator[tuple[str, _Field]]:
+        """Yield the "audio" and "recorded" fields of all recordings."""
+        for recording, source in self._sources(folder):
+            yield recording, ["audio", source, None, None, None]
+        for recording, channel in self._channels(folder):
+            yield recording, ["recorded", channel]
 
     def _channels(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield the recordings whose channel is known, each with its channel, counted from 0."""
         path = join(folder, _CHANNELS)
-        if not is_file(path):
+        if not exists(path):
             return
         for _, recording, rest in _lines(path):
             name = rest.split()[-1].upper() if rest else ""
@@ -135,17 +118,25 @@ class Kaldi(ListedCorpus):
             elif name.isdecimal() and int(name) > 0:
                 yield recording, int(name) - 1
 
-    def _recordings(self, folder: str) -> Iterator[tuple[str, str]]:
+    def _sources(self, folder: str) -> Iterator[tuple[str, str]]:
+        """Yield the recordings, each with the path or URI of its audio file."""
         path = join(folder, "wav.scp")
         for number, recording, entry in _lines(path):
-            yield (
-                recording,
-                audio_path(audio_file(entry, f"{path}, line {number}"), path, self.data.audio_root),
-            )
+            file = audio_file(entry, f"{path}, line {number}")
+            yield recording, audio_path(file, path, self.data.audio_root)
 
 
 def _is_data_folder(folder: str) -> bool:
-    return is_file(join(folder, "wav.scp")) and is_file(join(folder, "text"))
+    return exists(join(folder, "wav.scp")) and exists(join(folder, "text"))
+
+
+def _grouped(fields: Iterable[tuple[str, _Field]]) -> Iterator[tuple[str, Iterator[_Field]]]:
+    """Sort fields on disk by their keys; yield each key with its fields, in the order in which they were."""
+    with ExternalSort() as records:
+        for key, field in fields:
+            records.add(key.encode(), json.dumps(field).encode())
+        for encoded, group in groupby(records, key=itemgetter(0)):
+            yield encoded.decode(), (json.loads(field) for _, field in group)
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str]]:
@@ -163,61 +154,56 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
                 yield number, comparable(words[0]), words[1].strip() if len(words) > 1 else ""
 
 
-def _segment(rest: str, where: str) -> tuple[str, float, float | None, int | None]:
-    """Parse a line of `segments` without its first word.
+def _segments_in(path: str) -> Iterator[tuple[str, _Field]]:
+    """Yield each line of `segments`: recording, and ["segment", utterance, start, duration, channel].
 
-    Returns:
-        The recording, the segment's start and duration in seconds, and the channel, counted from 0. The
-        duration is None if the end is -1, which means the recording's end. The channel is None if the line
-        has none, or -1.
+    The duration is None if the end is -1, which means the recording's end. The channel is None if the line
+    has none, or -1.
 
     Raises:
-        InputError: the line has another form, or its times are invalid.
+        InputError: a line has another form, or its times are invalid.
     """
-    try:
-        recording, begin, end, *rest_of_line = rest.split()
-        start, stop = float(begin), float(end)
-        channel = int(rest_of_line[0]) if rest_of_line else -1
-        valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1) and channel >= -1
-    except ValueError:
-        valid = False
-    if not valid:
-        raise InputError(
-            f"{where} must be `utterance recording begin end` with 0 <= begin < end, in seconds; "
-            "a channel, counted from 0, may follow."
-        )
-    # Rounded to microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
-    duration = None if stop == -1 else round(stop - start, 6)
-    return comparable(recording), start, duration, None if channel < 0 else channel
+    for number, utterance, rest in _lines(path):
+        try:
+            recording, begin, end, *rest_of_line = rest.split()
+            start, stop = float(begin), float(end)
+            channel = int(rest_of_line[0]) if rest_of_line else -1
+            valid = 0 <= start < math.inf and (start < stop < math.inf or stop == -1) and channel >= -1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise InputError(
+                f"{path}, line {number} must be `utterance recording begin end` with 0 <= begin < end, in "
+                "seconds; a channel, counted from 0, may follow."
+            )
+        # Rounded to microseconds, because 3.3 - 1.1 is 2.1999999999999997 in floating point.
+        duration = None if stop == -1 else round(stop - start, 6)
+        yield comparable(recording), ["segment", utterance, start, duration, None if channel < 0 else channel]
 
 
-def _joined(
-    key: str, fields: list[list[Any]], subset: str, folder: str, segmented: bool
-) -> Iterator[Candidate | Rejection]:
+def _joined(key: str, fields: Iterable[_Field], subset: str, folder: str, segmented: bool) -> Iterator[Item]:
     """Build an utterance from its fields, or a rejection if its audio or text is missing.
 
     Each line that repeats the utterance's audio or text gives a further rejection.
     """
-    values = {
-        name: [field[1:] for field in fields if field[0] == name]
-        for name in ("audio", "text", "speaker", "recorded")
-    }
+    values: defaultdict[str, list[_Field]] = defaultdict(list)
+    for name, *field in fields:
+        values[name].append(field)
     source, start, duration, channel = values["audio"][0] if values["audio"] else ("", None, None, None)
     if not values["text"]:
         if values["audio"]:
-            yield Rejection(key, source, NO_TRANSCRIPT, f"{key} has no line in {join(folder, 'text')}.")
-        return
-    if segmented and not values["audio"]:
-        yield Rejection(key, "", NO_AUDIO, f"{key} has no line in {join(folder, 'segments')}.")
+            detail = f"{key} has no line in {join(folder, 'text')}."
+            yield Rejection(key, source, Reason.NO_TRANSCRIPT, detail)
         return
     if not source:
-        yield Rejection(key, "", NO_AUDIO, f"{key} has no recording in {join(folder, 'wav.scp')}.")
+        unlisted = segmented and not values["audio"]
+        lacks, name = ("line", "segments") if unlisted else ("recording", "wav.scp")
+        yield Rejection(key, "", Reason.NO_AUDIO, f"{key} has no {lacks} in {join(folder, name)}.")
         return
     for name in ("audio", "text"):
         for _ in values[name][1:]:
-            yield Rejection(
-                key, source, DUPLICATE, f"{folder} has {key} more than once among its {name} lines."
-            )
+            detail = f"{folder} has {key} more than once among its {name} lines."
+            yield Rejection(key, source, Reason.DUPLICATE, detail)
     extra = {"subset": subset} | ({"speaker": values["speaker"][0][0]} if values["speaker"] else {})
     # reco2file_and_channel gives the channel in the original file. The channel may have been extracted since,
     # so a file with one channel is accepted. A channel in `segments` must exist in the file, as for Kaldi's
@@ -225,16 +211,9 @@ def _joined(
     of_several = channel is None and bool(values["recorded"])
     if of_several:
         channel = values["recorded"][0][0]
-    yield Candidate(
-        key,
-        source,
-        values["text"][0][0],
-        extra,
-        start,
-        duration,
-        channel=channel,
-        channel_of_several=of_several,
-    )
+    candidate = Candidate(key, source, values["text"][0][0], extra, start, duration, channel=channel)
+    candidate.channel_of_several = of_several
+    yield candidate
 
 
 def audio_file(entry: str, where: str) -> str:
@@ -246,28 +225,21 @@ def audio_file(entry: str, where: str) -> str:
     """
     if not entry:
         raise InputError(f"{where} has no file.")
-    if not entry.endswith("|"):
-        if entry == "-" or IN_ARCHIVE.search(entry):
-            place = "standard input" if entry == "-" else f"{entry[:80]}, in a Kaldi archive"
-            raise InputError(f"{where} is {place}: {WRITE_TO_FILES}.")
-        return entry
-    file = _decoded_file(entry)
-    if file is None:
+    if entry.endswith("|"):
+        if file := _decoded_file(entry):
+            return file
         raise InputError(f"{where} is a command ({entry[:80]}), and commands are not run: {WRITE_TO_FILES}.")
-    return file
+    if entry == "-" or IN_ARCHIVE.search(entry):
+        place = "standard input" if entry == "-" else f"{entry[:80]}, in a Kaldi archive"
+        raise InputError(f"{where} is {place}: {WRITE_TO_FILES}.")
+    return entry
 
 
 _FLAC_OPTIONS = {"-c", "-d", "-s", "-cd", "-dc", "-cds", "-dcs", "-scd", "--stdout", "--decode", "--silent"}
-_SOX_OUTPUT = {
-    "-t": {"wav"},
-    "-r": {"16k", "16000"},
-    "-c": {"1"},
-    "-b": {"16"},
-    "-e": {"signed", "signed-integer"},
-}
-"""Output options of sox, with the values that are accepted.
+_SOX_OUTPUT = {"-t wav", "-r 16k", "-r 16000", "-c 1", "-b 16", "-e signed", "-e signed-integer"}
+"""Output options of sox that are accepted.
 
-These values leave the audio unchanged, or convert it as `slam_asr.audio` does anyway.
+They leave the audio unchanged, or convert it as `slam_asr.audio` does anyway.
 """
 
 
@@ -303,6 +275,6 @@ def _decoded_file(command: str) -> str | None:
 def _sox_input(words: list[str]) -> list[str]:
     """Return the input file among sox's arguments; empty if an output option may change the audio."""
     options = words[1:]
-    pairs = list(zip(options[::2], options[1::2], strict=False))
-    harmless = len(options) % 2 == 0 and all(value in _SOX_OUTPUT.get(option, ()) for option, value in pairs)
+    pairs = {f"{option} {value}" for option, value in zip(options[::2], options[1::2], strict=False)}
+    harmless = len(options) % 2 == 0 and pairs <= _SOX_OUTPUT
     return words[:1] if harmless else []

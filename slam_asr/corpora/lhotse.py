@@ -8,29 +8,21 @@ recording that has several channels or files, a transform other than Resample, o
 nor a URL.
 """
 
-import gzip
-import io
-import itertools
-import json
 import re
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import NO_AUDIO, NO_TRANSCRIPT, UNSUPPORTED, Candidate, Rejection
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
+from slam_asr.corpora.rows import json_rows
 from slam_asr.errors import InputError
-from slam_asr.storage import open_stream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _KINDS = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut")
 _TOLERANCE = 1e-3
 """Seconds. An utterance counts as the complete recording if it starts less than this after the recording's
 start and their durations differ by less than this."""
-_MAX_LINE = 2**26
-"""Maximum length of a line in bytes. Without it, a small compressed file could fill the memory: a line of
-zeros grows a thousandfold when it is decompressed."""
 
 
 class Lhotse(ListedCorpus):
@@ -43,7 +35,9 @@ class Lhotse(ListedCorpus):
         self.root, self.data = root, data
         self.by_subset: dict[str, list[str]] = {}
         for file in files:
-            self.by_subset.setdefault(_subset(file), []).append(file)
+            stem = stem_of(file)
+            subset = re.split(r"(?:^|[_-])cuts[_-]", stem, maxsplit=1)[-1] or stem
+            self.by_subset.setdefault(subset, []).append(file)
 
     @classmethod
     def find(cls, root: str, data: Data) -> "Lhotse | None":
@@ -59,12 +53,9 @@ class Lhotse(ListedCorpus):
                 _refuse_parts_of_cuts(file, line)
         return cls(root, files, data) if files else None
 
-    def lists(self, subset: str) -> list[str]:
-        return self.by_subset[subset]
-
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         for file in self.by_subset[subset]:
-            for number, cut in _cuts(file):
+            for number, cut in json_rows(file):
                 try:
                     yield from self._utterances(cut, subset, file)
                 except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -73,19 +64,20 @@ class Lhotse(ListedCorpus):
                         "export the cuts again."
                     ) from error
 
-    def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Candidate | Rejection]:
+    def _utterances(self, cut: dict[str, Any], subset: str, file: str) -> Iterator[Item]:
         """Yield an utterance for each supervision of a cut; a rejection if the cut cannot be used."""
         if problem := _unsupported(cut):
-            yield Rejection(str(cut["id"]), "", UNSUPPORTED, f"The cut {cut['id']} {problem}.")
+            yield Rejection(str(cut["id"]), "", Reason.UNSUPPORTED, f"The cut {cut['id']} {problem}.")
             return
         recording = cut.get("recording")
         if not recording or not recording["sources"]:
-            yield Rejection(str(cut["id"]), "", NO_AUDIO, f"The cut {cut['id']} has no recording.")
+            yield Rejection(str(cut["id"]), "", Reason.NO_AUDIO, f"The cut {cut['id']} has no recording.")
             return
         source = audio_path(recording["sources"][0]["source"], file, self.data.audio_root)
         supervisions = cut.get("supervisions") or []
         if not supervisions:
-            yield Rejection(str(cut["id"]), source, NO_TRANSCRIPT, f"The cut {cut['id']} has no supervision.")
+            detail = f"The cut {cut['id']} has no supervision."
+            yield Rejection(str(cut["id"]), source, Reason.NO_TRANSCRIPT, detail)
         for supervision in supervisions:
             only = len(supervisions) == 1
             key = str(cut["id"] if only else supervision["id"])
@@ -104,13 +96,8 @@ class Lhotse(ListedCorpus):
             extra = {"subset": subset} | {
                 n: supervision[n] for n in ("speaker", "language", "gender") if supervision.get(n)
             }
-            yield Candidate(
-                key,
-                source,
-                text,
-                extra,
-                *((None, None) if complete else (round(start, 6), round(duration, 6))),
-            )
+            span = (None, None) if complete else (round(start, 6), round(duration, 6))
+            yield Candidate(key, source, text, extra, *span)
 
 
 def _unsupported(cut: dict[str, Any]) -> str:
@@ -130,15 +117,12 @@ def _unsupported(cut: dict[str, Any]) -> str:
     return ""
 
 
-def _subset(file: str) -> str:
-    stem = stem_of(file)
-    return re.split(r"(?:^|[_-])cuts[_-]", stem, maxsplit=1)[-1] or stem
-
-
 def _first_line(file: str) -> dict[str, Any]:
     """Return the first line of a file; empty if it is not a JSON object."""
-    first = next(_cuts(file, strict=False), (0, None))[1]
-    return first if isinstance(first, dict) else {}
+    try:
+        return next(json_rows(file), (0, {}))[1]
+    except InputError:
+        return {}
 
 
 def _is_cut(line: dict[str, Any]) -> bool:
@@ -154,35 +138,3 @@ def _refuse_parts_of_cuts(file: str, line: dict[str, Any]) -> None:
             "each part with `lhotse cut simple -r RECORDINGS -s SUPERVISIONS cuts_PART.jsonl.gz` in a folder "
             "of their own, and give that folder."
         )
-
-
-def _cuts(file: str, strict: bool = True) -> Iterator[tuple[int, Any]]:
-    """Yield line numbers (from 1) and cuts. Without `strict`, a line that is not JSON ends the iteration."""
-    number = 0
-    try:
-        with _lines(file) as lines:
-            # `readline` may fail too, so the number is set before it is called.
-            for number in itertools.count(1):
-                line = lines.readline(_MAX_LINE)
-                if not line:
-                    break
-                if len(line) == _MAX_LINE:
-                    raise ValueError(f"it is longer than {_MAX_LINE // 2**20} MiB")
-                if not line.isspace():
-                    cut = json.loads(line)
-                    if strict and not isinstance(cut, dict):
-                        raise InputError(
-                            f"{file}, line {number} is of type {type(cut).__name__}: it must be a cut."
-                        )
-                    yield number, cut
-    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if strict:
-            raise InputError(
-                f"{file}, line {number} cannot be read as JSON ({error}): "
-                "check that the file was copied completely."
-            ) from error
-
-
-def _lines(file: str) -> BinaryIO:
-    stream = open_stream(file)
-    return io.BufferedReader(gzip.GzipFile(fileobj=stream)) if file.lower().endswith(".gz") else stream

@@ -13,20 +13,13 @@ from itertools import groupby, islice
 
 from slam_asr.artifacts.writing_systems import comparable
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    AUDIO_SUFFIXES,
-    DUPLICATE,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    Candidate,
-    CorpusReader,
-    Rejection,
-    Stamp,
-)
-from slam_asr.corpora.places import is_folder, name_of, read_text, visible_files, visible_folders
-from slam_asr.storage import Info, join
+from slam_asr.corpora import AUDIO_SUFFIXES, Candidate, CorpusReader, Item, Reason, Rejection, Stamp
+from slam_asr.corpora.places import is_folder, read_text, visible_files, visible_folders
+from slam_asr.storage import Info, join, name_of
 
 TRANSCRIPTS = ".trans.txt"
+TREE_SUFFIXES = (TRANSCRIPTS, *AUDIO_SUFFIXES)
+"""Suffixes of the files of a tree."""
 OUTER = "LibriSpeech"
 _MAX_CHECKED = 5000
 """Maximum number of files, about a hundred chapters, that are checked to recognise a subset's folder."""
@@ -51,18 +44,13 @@ class LibriSpeech(CorpusReader):
         """Open the tree in a folder; return None if the folder has another layout."""
         if not is_folder(root):
             return None
-        trees = [
-            {name: join(base, name) for name in visible_folders(base)} for base in (root, join(root, OUTER))
-        ]
+        bases = (root, join(root, OUTER))
+        trees = [{name: join(base, name) for name in visible_folders(base)} for base in bases]
         for tree in (*trees, {name_of(root): root}):
-            folders = {
-                name: folder
-                for name, folder in tree.items()
-                if _has_chapter_files(folder, (TRANSCRIPTS, *AUDIO_SUFFIXES))
-            }
+            folders = {name: folder for name, folder in tree.items() if _has_files(folder, TREE_SUFFIXES)}
             # One subset with transcripts identifies the layout. Subsets with only audio are included too, so
             # that `read` reports the missing transcripts.
-            if any(_has_chapter_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
+            if any(_has_files(folder, (TRANSCRIPTS,)) for folder in folders.values()):
                 return cls(root, folders)
         return None
 
@@ -71,7 +59,7 @@ class LibriSpeech(CorpusReader):
             for file in files:
                 yield f"{subset}/{file.name}", file.bytes, file.stamp
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def read(self, subset: str) -> Iterator[Item]:
         for speaker, chapter, files in self._chapters(subset):
             audio = self._preferred_audio(subset, files)
             with_transcript = set()
@@ -81,10 +69,10 @@ class LibriSpeech(CorpusReader):
                     source = audio.get(key, "")
                     if key in with_transcript:
                         detail = f"{path}, line {number}: {key} already has a line."
-                        yield Rejection(key, source, DUPLICATE, detail)
+                        yield Rejection(key, source, Reason.DUPLICATE, detail)
                     elif not source:
                         detail = f"{path}, line {number}: no audio file {key} next to it."
-                        yield Rejection(key, source, NO_AUDIO, detail)
+                        yield Rejection(key, source, Reason.NO_AUDIO, detail)
                     else:
                         yield Candidate(
                             key, source, text, {"subset": subset, "speaker": speaker, "chapter": chapter}
@@ -92,31 +80,25 @@ class LibriSpeech(CorpusReader):
                     with_transcript.add(key)
             for key in sorted(audio.keys() - with_transcript):
                 detail = f"{audio[key]} has no line in a {TRANSCRIPTS} file next to it."
-                yield Rejection(key, audio[key], NO_TRANSCRIPT, detail)
+                yield Rejection(key, audio[key], Reason.NO_TRANSCRIPT, detail)
 
     def _chapters(self, subset: str) -> Iterator[tuple[str, str, list[Info]]]:
         """Yield each chapter as (speaker, chapter, its transcript and audio files), all sorted by name."""
-        relevant = (
-            f
-            for f in _chapter_files(self.by_subset[subset])
-            if f.name.lower().endswith((TRANSCRIPTS, *AUDIO_SUFFIXES))
-        )
+        files = _chapter_files(self.by_subset[subset])
+        relevant = (f for f in files if f.name.lower().endswith(TREE_SUFFIXES))
         # `walk` lists files sorted by name, so all files of a chapter are adjacent.
-        for folder, files in groupby(relevant, key=lambda f: f.name.rpartition("/")[0]):
+        for folder, group in groupby(relevant, key=lambda f: f.name.rpartition("/")[0]):
             speaker, chapter = folder.split("/")
-            yield speaker, chapter, list(files)
+            yield speaker, chapter, list(group)
 
     def _preferred_audio(self, subset: str, files: list[Info]) -> dict[str, str]:
         """Return the audio file of each key. If a key has several, the preferred suffix decides."""
-        preferred: dict[str, tuple[int, str]] = {}
-        for file in files:
-            key, suffix = os.path.splitext(name_of(file.name))
-            if suffix.lower() in AUDIO_SUFFIXES:
-                candidate = AUDIO_SUFFIXES.index(suffix.lower()), join(self.by_subset[subset], file.name)
-                key = comparable(key)  # macOS writes names of files in another Unicode form
-                # The rank of the suffix is compared first.
-                preferred[key] = min(preferred.get(key, candidate), candidate)
-        return {key: path for key, (_, path) in preferred.items()}
+        audio = [os.path.splitext(f.name) for f in files if f.name.lower().endswith(AUDIO_SUFFIXES)]
+        # The preferred file of a key comes last, and replaces the others.
+        audio.sort(key=lambda parts: (AUDIO_SUFFIXES.index(parts[1].lower()), parts), reverse=True)
+        folder = self.by_subset[subset]
+        # macOS writes names of files in another Unicode form.
+        return {comparable(name_of(stem)): join(folder, stem + suffix) for stem, suffix in audio}
 
 
 def _chapter_files(subset: str) -> Iterator[Info]:
@@ -124,7 +106,8 @@ def _chapter_files(subset: str) -> Iterator[Info]:
     return (f for f in visible_files(subset) if f.name.count("/") == 2)
 
 
-def _has_chapter_files(subset: str, suffixes: tuple[str, ...]) -> bool:
+def _has_files(subset: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether one of the first chapters has a file with one of the suffixes."""
     return any(f.name.lower().endswith(suffixes) for f in islice(_chapter_files(subset), _MAX_CHECKED))
 
 

@@ -18,7 +18,7 @@ from slam_asr.artifacts.manifest import Utterance, manifest_line, parse_line
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Data, Recipe, dump_recipe
-from slam_asr.corpora import SPLITS, CorpusReader, Rejection
+from slam_asr.corpora import SPLITS, CorpusReader, Rejection, Subsets
 from slam_asr.corpora.audio_check import check_all
 from slam_asr.corpora.splits import Survey, held_out, read_splits, required_splits, survey
 from slam_asr.corpora.statistics import CorpusStatistics
@@ -33,9 +33,7 @@ REJECTED = "rejected.jsonl"
 STATISTICS_PAGE = "statistics.html"
 
 
-def write_manifests(
-    folder: Path, reader: CorpusReader, subsets: dict[str, list[str]], recipe: Recipe
-) -> Outcome:
+def write_manifests(folder: Path, reader: CorpusReader, subsets: Subsets, recipe: Recipe) -> Outcome:
     """Check the utterances of the subsets, and write manifests, statistics and rejections.
 
     Args:
@@ -61,9 +59,8 @@ def write_manifests(
         total = overview.candidates + overview.rejected.total()
         for result in check_all(items, recipe.data, STAGE, folder, total, is_s3(reader.root)):
             if isinstance(result, Rejection):
-                rejected.add(
-                    _bytes("\0".join((result.key, result.source, result.reason))), json_line(asdict(result))
-                )
+                key = "\0".join((result.key, result.source, result.reason))
+                rejected.add(_bytes(key), json_line(asdict(result)))
                 continue
             splits[result.split].add(_bytes(result.utterance.key), manifest_line(result.utterance))
             statistics.resampled += result.utterance.sample_rate != SAMPLE_RATE
@@ -103,14 +100,12 @@ def _clear(folder: Path) -> None:
         raise ConfigurationError(
             f"{manifests[0]} was not written by {STAGE} and would be replaced: choose another --output."
         )
-    for file in (
-        *manifests,
-        *(folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml")),
-    ):
+    others = [folder / name for name in ("statistics.json", STATISTICS_PAGE, "recipe.yaml")]
+    for file in manifests + others:
         file.unlink(missing_ok=True)
 
 
-def _log_subsets(reader: CorpusReader, subsets: dict[str, list[str]]) -> None:
+def _log_subsets(reader: CorpusReader, subsets: Subsets) -> None:
     used = [f"{split} from {', '.join(names)}" for split, names in subsets.items() if names]
     log_line(f"{STAGE}: {reader.kind} {reader.root}: {'; '.join(used)}")
     matched = {name for names in subsets.values() for name in names}
@@ -168,15 +163,20 @@ def _write_manifests(
     """
     shared = _SharedAudio()
     lines: dict[str, Iterable[tuple[bytes, bytes]]] = dict(splits)
+    sizes = {split: len(records) for split, records in splits.items()}
     # Both generators iterate over the same sort, which allows only one iteration at a time. Therefore the
     # manifests are written one after another.
     if dev_keys:
         lines["train"] = ((key, line) for key, line in splits["train"] if key.decode() not in dev_keys)
         lines["dev"] = ((key, line) for key, line in splits["train"] if key.decode() in dev_keys)
-    sizes = {split: len(records) for split, records in splits.items()}
-    if dev_keys:
         sizes |= {"train": sizes["train"] - len(dev_keys), "dev": len(dev_keys)}
-    _require_every_split({split: sizes[split] for split in required}, statistics, folder / REJECTED)
+    for split in required:
+        if not sizes[split]:
+            reasons = statistics.reasons() or "the corpus has too few"
+            raise InputError(
+                f"No utterance is left for {split} ({reasons}; see {folder / REJECTED}): correct the corpus, "
+                "or choose other subsets with --data.train, --data.dev and --data.test."
+            )
     for split in SPLITS:
         write_lines(folder / f"{split}.jsonl", _count_lines(split, lines[split], statistics, shared))
     shared.warn()
@@ -207,8 +207,7 @@ class _SharedAudio:
         """Add an utterance. All train utterances must be added before those of other splits."""
         # Hashes of text differ between Python processes, but these are used only in this one. The duration is
         # part of a segment's hash, but not of a complete file's, whose SHA-256 already determines it.
-        is_segment = utterance.start is not None
-        duration = utterance.duration if is_segment else None
+        duration = None if utterance.start is None else utterance.duration
         audio = hash((utterance.sha256, utterance.start, duration, utterance.audio_channel))
         if split == "train":
             self._train.append(audio)
@@ -239,16 +238,6 @@ def _refuse_too_many(
         f"more than the {max_share:.1%} allowed: correct those listed in {list_file}, or raise "
         "--data.max_rejected."
     )
-
-
-def _require_every_split(sizes: dict[str, int], statistics: CorpusStatistics, list_file: Path) -> None:
-    for split, size in sizes.items():
-        if not size:
-            reasons = statistics.reasons() or "the corpus has too few"
-            raise InputError(
-                f"No utterance is left for {split} ({reasons}; see {list_file}): "
-                f"correct the corpus, or choose other subsets with --data.train, --data.dev and --data.test."
-            )
 
 
 def _outcome(statistics: dict[str, Any]) -> Outcome:

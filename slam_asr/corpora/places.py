@@ -4,22 +4,12 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-from slam_asr.corpora import NO_AUDIO, Candidate, CorpusReader, Rejection, Stamp
+from slam_asr.corpora import Candidate, CorpusReader, Item, Reason, Rejection, Stamp
 from slam_asr.errors import InputError, UserError
-from slam_asr.storage import (
-    Info,
-    info,
-    is_s3,
-    join,
-    local_path,
-    name_of,
-    parent_of,
-    read_bytes,
-    resolve,
-    walk,
-)
-from slam_asr.storage.paths import folders_in, names_in
+from slam_asr.storage import Info, info, is_s3, join, local_path, name_of, parent_of, read_bytes, resolve
+from slam_asr.storage.paths import folders_in, names_in, walk
 
 IN_ARCHIVE = re.compile(r"\.ark:\d+(\[[^\]]*\])?$")
 """Matches the end of a place in a Kaldi archive, such as wav.ark:17."""
@@ -40,22 +30,16 @@ def is_folder(path: str) -> bool:
     return any(True for _ in walk(path)) if is_s3(path) else os.path.isdir(path)
 
 
-def is_file(path: str) -> bool:
-    """Return whether a file or object exists."""
-    return info(path) is not None
-
-
-def files_in(folder: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+def files_in(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the sorted paths of the files directly in a folder with one of the suffixes, without hidden
     files."""
-    return [
-        join(folder, n) for n in names_in(folder) if n.lower().endswith(suffixes) and not n.startswith(".")
-    ]
+    names = [name for name in names_in(folder) if not name.startswith(".")]
+    return [join(folder, name) for name in names if name.lower().endswith(suffixes)]
 
 
 def files_at(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the file at a path, if it has one of the suffixes, or else all such files in the folder."""
-    return [path] if path.lower().endswith(suffixes) and is_file(path) else files_in(path, suffixes)
+    return [path] if path.lower().endswith(suffixes) and info(path) else files_in(path, suffixes)
 
 
 def visible_folders(folder: str) -> list[str]:
@@ -112,10 +96,8 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
         raise InputError(f"{list_file}: {source[:80]} is in a Kaldi archive: {WRITE_TO_FILES}.")
     folder = parent_of(list_file)
     resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
-    if is_s3(resolved):
-        return resolved
     try:
-        return os.path.abspath(local_path(resolved))
+        return absolute(resolved)
     except UserError as error:
         raise InputError(f"{list_file}: {error}") from error
 
@@ -123,12 +105,12 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
 class ListedCorpus(CorpusReader):
     """Base class of readers of lists, whose audio files may be anywhere."""
 
-    @abstractmethod
     def lists(self, subset: str) -> Iterable[str]:
         """Return the paths of the lists with a subset's utterances."""
+        return self.by_subset[subset]
 
     @abstractmethod
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         """Yield a subset's utterances as the lists give them, whether or not their audio files exist."""
 
     def sources(self, subset: str) -> Iterator[str]:
@@ -136,47 +118,35 @@ class ListedCorpus(CorpusReader):
         return (item.source for item in self.items(subset) if isinstance(item, Candidate))
 
     def stamps(self, subset: str) -> Iterator[Stamp]:
-        return stamps_of(self.lists(subset), self.sources(subset), self.root)
+        """Yield the stamps of a subset's lists, and of the audio files that they name.
 
-    def read(self, subset: str) -> Iterator[Candidate | Rejection]:
+        Local audio files are examined one by one. If the corpus is in object storage, all objects below its
+        folder are listed instead, which takes far fewer requests. For objects elsewhere, only the names are
+        used.
+        """
+        for path in self.lists(subset):
+            if status := info(path):
+                yield name_of(path), status.bytes, status.stamp
+        if is_s3(self.root):
+            for file in walk(self.root if is_folder(self.root) else parent_of(self.root)):
+                yield file.name, file.bytes, file.stamp
+        # Segments of one file usually follow each other.
+        for source, _ in groupby(self.sources(subset)):
+            try:
+                local = os.stat(source) if not is_s3(source) else None
+            except (OSError, ValueError):
+                # A missing file has no stamp, so the stamps change when it appears. A name with a zero byte
+                # raises a ValueError.
+                continue
+            yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")
+
+    def read(self, subset: str) -> Iterator[Item]:
         return map(_if_present, self.items(subset))
 
 
-def _if_present(item: Candidate | Rejection) -> Candidate | Rejection:
+def _if_present(item: Item) -> Item:
     """Return the utterance, or a rejection if its local file is missing. Objects are not checked."""
     source = item.source
     if isinstance(item, Rejection) or item.content is not None or is_s3(source) or os.path.isfile(source):
         return item
-    return Rejection(item.key, source, NO_AUDIO, f"There is no audio file {source}.")
-
-
-def stamps_of(lists: Iterable[str], sources: Iterable[str], root: str) -> Iterator[Stamp]:
-    """Yield the stamps of files that list utterances, and of the audio files that those files name.
-
-    Local audio files are examined one by one. If the corpus is in object storage, all objects below its
-    folder are listed instead, which takes far fewer requests. For objects elsewhere, only the names are used.
-
-    Args:
-        lists: files that list utterances.
-        sources: paths and URIs of audio files.
-        root: the corpus's path or URI.
-    """
-    for path in lists:
-        if status := info(path):
-            yield name_of(path), status.bytes, status.stamp
-    if is_s3(root):
-        for file in walk(root if is_folder(root) else parent_of(root)):
-            yield file.name, file.bytes, file.stamp
-    previous = ""
-    for source in sources:
-        # Segments of one file usually follow each other.
-        if source == previous:
-            continue
-        previous = source
-        try:
-            local = os.stat(source) if not is_s3(source) else None
-        except (OSError, ValueError):
-            # A missing file has no stamp, so the stamps change when it appears. A name with a zero byte
-            # raises a ValueError.
-            continue
-        yield (source, local.st_size, str(local.st_mtime_ns)) if local else (source, 0, "")
+    return Rejection(item.key, source, Reason.NO_AUDIO, f"There is no audio file {source}.")

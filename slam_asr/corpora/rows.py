@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import gzip
 import io
+import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from slam_asr.errors import InputError
 from slam_asr.storage import fetch, open_stream
@@ -28,6 +31,9 @@ Larger numbers are faster but need more memory.
 _BUFFER = 2**20
 """Bytes read ahead of a parquet column. Without a buffer, pyarrow would read complete row groups into
 memory."""
+_MAX_LINE = 2**26
+"""Maximum length of a line of JSON in bytes. Without it, a small compressed file could fill the memory: a
+line of zeros grows a thousandfold when it is decompressed."""
 
 Row = tuple[int, dict[str, Any]]
 """A row's number in the file, from 1, and its cells by column. In text files it is the number of a line."""
@@ -44,10 +50,10 @@ def columns_of(path: str) -> list[str]:
     suffix = _suffix(path)
     if suffix in ("parquet", "arrow"):
         with _arrow_errors_as_input_error(path):
-            return [field.name for field in _schema(path) if not _is_time(field.type)]
+            return [column.name for column in _arrow_columns(path)]
     if suffix == "jsonl":
         # A field may be missing in the first line and present in others.
-        return list(dict.fromkeys(name for _, cells in _json_rows(path) for name in cells))
+        return list(dict.fromkeys(name for _, cells in json_rows(path) for name in cells))
     return _header(path)[0]
 
 
@@ -64,7 +70,7 @@ def rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
     suffix = _suffix(path)
     if suffix in ("parquet", "arrow"):
         return _arrow_rows(path, columns)
-    return _json_rows(path) if suffix == "jsonl" else _text_rows(path)
+    return json_rows(path) if suffix == "jsonl" else _text_rows(path)
 
 
 def _text(path: str) -> io.TextIOWrapper:
@@ -128,22 +134,40 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
 
-def _json_rows(path: str) -> Iterator[Row]:
-    with open_stream(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
+def json_rows(path: str) -> Iterator[Row]:
+    """Yield the objects of a file of JSON lines, which may be compressed with gzip.
+
+    Raises:
+        InputError: a line is not a JSON object, or the file is damaged.
+    """
+    number = 0
+    try:
+        with _maybe_compressed(path) as lines:
+            # `readline` may fail too, so the number is set before it is called.
+            for number in itertools.count(1):
+                line = lines.readline(_MAX_LINE)
+                if not line:
+                    return
+                if len(line) == _MAX_LINE:
+                    raise ValueError(f"it is longer than {_MAX_LINE // 2**20} MiB")
+                if line.isspace():
+                    continue
                 cells = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}, line {number} is not JSON ({error}): each line must be one JSON object."
-                ) from error
-            if not isinstance(cells, dict):
-                raise InputError(
-                    f"{path}, line {number} is of type {type(cells).__name__}: it must be an object."
-                )
-            yield number, cells
+                if not isinstance(cells, dict):
+                    raise InputError(
+                        f"{path}, line {number} is of type {type(cells).__name__}: it must be an object."
+                    )
+                yield number, cells
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{path}, line {number} cannot be read as JSON ({error}): check that each line is one JSON "
+            "object, and that the file was copied completely."
+        ) from error
+
+
+def _maybe_compressed(path: str) -> BinaryIO:
+    stream = open_stream(path)
+    return io.BufferedReader(gzip.GzipFile(fileobj=stream)) if path.lower().endswith(".gz") else stream
 
 
 @contextlib.contextmanager
@@ -163,25 +187,21 @@ def _arrow_errors_as_input_error(path: str) -> Iterator[None]:
         ) from error
 
 
-def _schema(path: str) -> "pyarrow.Schema":
-    if _suffix(path) == "parquet":
-        import pyarrow.parquet
+def _arrow_columns(path: str) -> list["pyarrow.Field"]:
+    """Return the columns of a parquet or arrow file, except those of dates and times."""
+    import pyarrow.parquet
 
-        return pyarrow.parquet.read_schema(fetch(path))
-    return _open_arrow(fetch(path))[0]
+    file = fetch(path)
+    schema = pyarrow.parquet.read_schema(file) if _suffix(path) == "parquet" else _open_arrow(file)[0]
+    return [column for column in schema if not pyarrow.types.is_temporal(column.type)]
 
 
 def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
-    import pyarrow
-
     with _arrow_errors_as_input_error(path):
-        schema = _schema(path)
-        fields = [f for f in schema if not _is_time(f.type) and (columns is None or f.name in columns)]
-        names, types = [field.name for field in fields], [field.type for field in fields]
-        may_have_audio = any(pyarrow.types.is_nested(t) or _is_binary(t) for t in types)
-        batch_rows = _ROWS_WITH_AUDIO if may_have_audio else _ROWS_WITHOUT_AUDIO
+        used = [column for column in _arrow_columns(path) if columns is None or column.name in columns]
+        batch_rows = _ROWS_WITH_AUDIO if any(map(_may_have_audio, used)) else _ROWS_WITHOUT_AUDIO
         number = 0
-        for batch in _batches(fetch(path), names, batch_rows):
+        for batch in _batches(fetch(path), [column.name for column in used], batch_rows):
             # An arrow file's batches may be large, and `to_pylist` copies all audio of its rows at once.
             for start in range(0, batch.num_rows, batch_rows):
                 for cells in batch.slice(start, batch_rows).to_pylist():
@@ -189,16 +209,11 @@ def _arrow_rows(path: str, columns: list[str] | None) -> Iterator[Row]:
                     yield number, cells
 
 
-def _is_time(column_type: "pyarrow.DataType") -> bool:
-    import pyarrow
+def _may_have_audio(column: "pyarrow.Field") -> bool:
+    from pyarrow import types
 
-    return pyarrow.types.is_temporal(column_type)
-
-
-def _is_binary(column_type: "pyarrow.DataType") -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_binary(column_type) or pyarrow.types.is_large_binary(column_type)
+    kind = column.type
+    return types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _batches(file: Path, columns: list[str], batch_rows: int) -> Iterator["pyarrow.RecordBatch"]:

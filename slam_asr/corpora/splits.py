@@ -1,11 +1,10 @@
 """Assigns utterances to train, dev and test by subset. Dev may be held out of train, by the keys' hashes."""
 
-import functools
 import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -13,17 +12,7 @@ import numpy as np
 
 from slam_asr.artifacts.writing_systems import comparable, is_english, is_latin, normalise_english
 from slam_asr.config.recipe import Data
-from slam_asr.corpora import (
-    BLANK,
-    DUPLICATE,
-    NO_AUDIO,
-    NO_TRANSCRIPT,
-    SPLIT_NAMES,
-    SPLITS,
-    Candidate,
-    CorpusReader,
-    Rejection,
-)
+from slam_asr.corpora import SPLIT_NAMES, SPLITS, Candidate, CorpusReader, Item, Reason, Rejection, Subsets
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.progress import log_line
 
@@ -38,7 +27,7 @@ _PUNCTUATION = {"comma": ",", "period": ".", "questionmark": "?", "exclamationpo
 _PUNCTUATION_TAG = re.compile(rf"\s*<({'|'.join(_PUNCTUATION)})>", re.IGNORECASE)
 
 
-def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
+def choose_subsets(reader: CorpusReader, data: Data) -> Subsets:
     """Match subsets against the recipe's patterns, and return their names by split.
 
     A subset named train, dev (or validation, valid or val) or test, in lower or upper case, belongs to that
@@ -48,7 +37,7 @@ def choose_subsets(reader: CorpusReader, data: Data) -> dict[str, list[str]]:
         ConfigurationError: train or test is required but has no subset, or a subset is in two splits.
     """
     available = reader.subsets()
-    subsets: dict[str, list[str]] = {split: [] for split in SPLITS}
+    subsets: Subsets = {split: [] for split in SPLITS}
     required = required_splits(data)
     for subset in available:
         splits = requested_splits(subset, data)
@@ -109,7 +98,7 @@ class Survey:
     """Number of occurrences of each tag."""
 
 
-def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
+def survey(reader: CorpusReader, subsets: Subsets) -> Survey:
     """Count the candidates and find repeated utterances, with a few bytes of memory per candidate.
 
     Raises:
@@ -143,9 +132,7 @@ def survey(reader: CorpusReader, subsets: dict[str, list[str]]) -> Survey:
     return counts
 
 
-def _count(
-    reader: CorpusReader, subsets: dict[str, list[str]]
-) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
+def _count(reader: CorpusReader, subsets: Subsets) -> tuple[Survey, np.ndarray, np.ndarray, np.ndarray]:
     """Return the counts, and for each candidate the hashes of key and identity, and the split's number.
 
     Returns:
@@ -171,17 +158,10 @@ def _count(
     counts.candidates = len(keys)
     if not keys and first is not None:
         _refuse_missing_half(reader, counts.rejected, first)
-    return (
-        counts,
-        np.frombuffer(keys, np.int64),
-        np.frombuffer(identities, np.int64),
-        np.frombuffer(splits, np.int8),
-    )
+    return counts, np.asarray(keys), np.asarray(identities), np.asarray(splits)
 
 
-def read_splits(
-    reader: CorpusReader, subsets: dict[str, list[str]], data: Data, repeated: set[int]
-) -> Iterator[Candidate | Rejection]:
+def read_splits(reader: CorpusReader, subsets: Subsets, data: Data, repeated: set[int]) -> Iterator[Item]:
     """Yield rejections, and candidates with their splits and normalised transcripts.
 
     Args:
@@ -194,30 +174,28 @@ def read_splits(
     Raises:
         ConfigurationError: `data.text` is for English, and a transcript is not.
     """
-    normaliser = transcript_normaliser(data.text)
     is_for_english = data.text == "whisper"
     seen: set[str] = set()
     for split, item in _items(reader, subsets):
         if isinstance(item, Candidate):
             if is_for_english:
                 _require_english(item)
-            item.split, item.text = split, normaliser(without_tags(item.text, data.tags))
+            item.split, item.text = split, normalise(without_tags(item.text, data.tags), data.text)
             identity = item.identity or item.key
             # Only identities that may repeat are remembered, because memory may not hold those of all.
             if hash(identity) in repeated:
                 if identity in seen:
                     detail = f"{item.extra.get('subset', split)} has {item.key} a second time."
-                    item = Rejection(item.key, item.source, DUPLICATE, detail)
+                    item = Rejection(item.key, item.source, Reason.DUPLICATE, detail)
                 else:
                     seen.add(identity)
         if isinstance(item, Candidate) and not item.text:
-            item = Rejection(item.key, item.source, BLANK, f"{item.key} has no words in its transcript.")
+            detail = f"{item.key} has no words in its transcript."
+            item = Rejection(item.key, item.source, Reason.BLANK, detail)
         yield item
 
 
-def _items(
-    reader: CorpusReader, subsets: dict[str, list[str]]
-) -> Iterator[tuple[str, Candidate | Rejection]]:
+def _items(reader: CorpusReader, subsets: Subsets) -> Iterator[tuple[str, Item]]:
     for split, names in subsets.items():
         for name in names:
             for item in reader.read(name):
@@ -233,15 +211,11 @@ def without_tags(text: str, tags: str) -> str:
     return _TAG.sub(" ", text)
 
 
-def transcript_normaliser(text: str) -> Callable[[str], str]:
-    """Return the function that converts a transcript to the form of `data.text`, with single spaces."""
-    return normalise_english if text == "whisper" else functools.partial(normalise, case=text)
-
-
-def normalise(text: str, case: str) -> str:
-    """Convert a transcript to a case (`lower`, `upper` or `as-is`), in Unicode's NFC with single spaces."""
-    text = text.lower() if case == "lower" else text.upper() if case == "upper" else text
-    return comparable(text)
+def normalise(text: str, form: str) -> str:
+    """Convert a transcript to the form of `data.text`, in Unicode's NFC with single spaces."""
+    if form == "whisper":
+        return normalise_english(text)
+    return comparable(text.lower() if form == "lower" else text.upper() if form == "upper" else text)
 
 
 def _require_english(item: Candidate) -> None:
@@ -261,14 +235,14 @@ def _require_english(item: Candidate) -> None:
 
 def _refuse_missing_half(reader: CorpusReader, reasons: Counter[str], first: Rejection) -> None:
     """Raise if the reasons for rejections show that a corpus has no audio, or no transcripts."""
-    if set(reasons) == {NO_AUDIO}:
+    if set(reasons) == {Reason.NO_AUDIO}:
         raise InputError(
-            f"{reader.root} holds transcripts but no audio (missing files: {reasons[NO_AUDIO]}, first that "
-            f"of {first.key}): check that it was unpacked completely and that its paths are valid."
+            f"{reader.root} holds transcripts but no audio (missing files: {reasons[Reason.NO_AUDIO]}, first "
+            f"that of {first.key}): check that it was unpacked completely and that its paths are valid."
         )
-    if set(reasons) == {NO_TRANSCRIPT}:
+    if set(reasons) == {Reason.NO_TRANSCRIPT}:
         raise InputError(
-            f"{reader.root} holds audio but no transcripts (files: {reasons[NO_TRANSCRIPT]}, first "
+            f"{reader.root} holds audio but no transcripts (files: {reasons[Reason.NO_TRANSCRIPT]}, first "
             f"{first.source}): put the transcripts next to the audio, as in the archive."
         )
 
@@ -294,7 +268,7 @@ def _refuse_unwritable(item: Candidate) -> None:
             ) from None
 
 
-def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repeated: set[int]) -> None:
+def _refuse_ambiguous(reader: CorpusReader, subsets: Subsets, repeated: set[int]) -> None:
     """Raise for the first key that two different utterances have. `repeated` has the hashes of such keys."""
     first: dict[str, str] = {}
     for _, item in _items(reader, subsets):
@@ -308,7 +282,7 @@ def _refuse_ambiguous(reader: CorpusReader, subsets: dict[str, list[str]], repea
             )
 
 
-def _refuse_two_splits(reader: CorpusReader, subsets: dict[str, list[str]], across: set[int]) -> None:
+def _refuse_two_splits(reader: CorpusReader, subsets: Subsets, across: set[int]) -> None:
     """Raise for the first utterance that is in two splits.
 
     `across` has the hashes of the identities in question. In rare cases, two different identities have the
@@ -333,17 +307,11 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
     removed.
     """
     selected: set[str] = set()
-    lowest: tuple[float, str] | None = None
+    lowest = 1.0, ""
     for key in keys:
-        rank = _rank(key)
+        # A pseudo-random number in [0, 1). It has 48 bits, which a float of 53 bits represents exactly.
+        rank = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
+        lowest = min(lowest, (rank, key))
         if rank < fraction:
             selected.add(key)
-        if lowest is None or rank < lowest[0]:
-            lowest = rank, key
-    return selected or ({lowest[1]} if lowest else set())
-
-
-def _rank(key: str) -> float:
-    """Return a pseudo-random number in [0, 1) that depends only on the key."""
-    # 48 bits, because a float of 53 bits represents them exactly.
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
+    return selected or {lowest[1]} - {""}

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slam_asr.config.recipe import Columns, Data
-from slam_asr.corpora import NO_AUDIO, Candidate, Rejection
+from slam_asr.corpora import Candidate, Item, Reason, Rejection
 from slam_asr.corpora.places import ListedCorpus, audio_path, files_at, stem_of
 from slam_asr.corpora.rows import SUFFIXES, columns_of, rows
 from slam_asr.corpora.splits import requested_splits
@@ -29,17 +29,8 @@ from slam_asr.storage import name_of
 
 _USUAL = {
     "audio": (
-        "audio",
-        "path",
-        "file",
-        "wav",
-        "audio_path",
-        "audio_file",
-        "audio_filepath",
-        "file_name",
-        "filename",
-        "filepath",
-        "source",
+        *("audio", "path", "file", "wav", "audio_path", "audio_file"),
+        *("audio_filepath", "file_name", "filename", "filepath", "source"),
     ),
     "text": ("text", "sentence", "transcript", "transcription", "target"),
     "key": ("id", "key", "utt_id", "utterance_id", "utt", "segment_id"),
@@ -115,9 +106,6 @@ class Table(ListedCorpus):
         files = {file: split_of(file) or stem_of(file) for file in files_at(root, SUFFIXES)}
         return cls(root, files, data) if files else None
 
-    def lists(self, subset: str) -> Iterable[str]:
-        return self.by_subset[subset]
-
     def sources(self, subset: str) -> Iterator[str]:
         # Embedded audio is covered by its table's stamp, so such a table is not read here.
         files = [file for file in self.by_subset[subset] if not self._has_embedded_audio(file)]
@@ -125,7 +113,7 @@ class Table(ListedCorpus):
             if isinstance(item, Candidate) and item.content is None:
                 yield item.source
 
-    def items(self, subset: str) -> Iterator[Candidate | Rejection]:
+    def items(self, subset: str) -> Iterator[Item]:
         return self._rows(subset, self.by_subset[subset])
 
     def _subsets_of(self, file: str) -> set[str]:
@@ -141,19 +129,16 @@ class Table(ListedCorpus):
     def _has_embedded_audio(self, file: str) -> bool:
         """Return whether the first row of a table contains audio itself instead of a file's path."""
         column = self._columns[file].audio
-        first = next(rows(file), None)
-        return (
-            first is not None
-            and _audio(_cell(first[1], column), f"{file}: the column {column}")[1] is not None
-        )
+        _, cells = next(rows(file), (0, {}))
+        return _audio(_cell(cells, column), f"{file}: the column {column}")[1] is not None
 
-    def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Candidate | Rejection]:
+    def _rows(self, subset: str, files: Iterable[str]) -> Iterator[Item]:
         for file in files:
             for number, cells in rows(file):
                 if self._subset(file, number, cells) == subset:
                     yield self._candidate(file, number, cells, subset)
 
-    def _candidate(self, file: str, number: int, cells: dict[str, Any], subset: str) -> Candidate | Rejection:
+    def _candidate(self, file: str, number: int, cells: dict[str, Any], subset: str) -> Item:
         columns, where = self._columns[file], f"{file}, row {number}"
         path, content = _audio(_cell(cells, columns.audio), f"{where}: the column {columns.audio}")
         start = _seconds(cells, columns.start, where)
@@ -171,9 +156,9 @@ class Table(ListedCorpus):
             # Rows with the same path are segments of one file, which their starts distinguish.
             key = os.path.splitext(path)[0] + ("" if start is None else f"-{start:.2f}")
             key = f"{subset}/{key}" if self._key_form == _SUBSET_AND_PATH else key
-        text = _text(_cell(cells, columns.text), where, columns.text)
+        text = _text(_cell(cells, columns.text), where, columns.text, "text")
         if content is None and not path:
-            return Rejection(key, "", NO_AUDIO, f"{where} has no audio.")
+            return Rejection(key, "", Reason.NO_AUDIO, f"{where} has no audio.")
         source = audio_path(path, file, self.data.audio_root) if content is None else path or where
         # A key from a column that the recipe names identifies the utterance, so another row with that key is
         # a duplicate. Otherwise the hash distinguishes embedded audio with the same name. Hashes of bytes
@@ -182,16 +167,7 @@ class Table(ListedCorpus):
         extra = {"subset": subset} | _speaker(_cell(cells, columns.speaker)) | _other_columns(cells, columns)
         if own and not uses_column and columns.key not in _MANIFEST_FIELDS:
             extra[columns.key] = cells[columns.key]
-        return Candidate(
-            key,
-            source,
-            text,
-            extra,
-            start,
-            duration,
-            content,
-            identity=identity,
-        )
+        return Candidate(key, source, text, extra, start, duration, content, identity=identity)
 
     def refine_keys(self) -> str:
         if self._key_form == _ROW:
@@ -292,11 +268,12 @@ def _cell(cells: dict[str, Any], column: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _text(cell: Any, where: str, column: str) -> str:
+def _text(cell: Any, where: str, column: str, role: str) -> str:
+    """Return the text in a cell; empty if it is missing."""
     if not isinstance(cell, str | None):
         raise InputError(
-            f"{where}: the column {column} holds {type(cell).__name__}, not text: "
-            "name the column of transcripts with --data.columns.text."
+            f"{where}: the column {column} holds {type(cell).__name__}, not text: name another column with "
+            f"--data.columns.{role}."
         )
     return cell or ""
 
@@ -308,12 +285,9 @@ def _name(cell: Any, where: str, column: str, role: str) -> str:
     """
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    if not isinstance(cell, str | int | float | None):
-        raise InputError(
-            f"{where}: the column {column} holds {type(cell).__name__}, not a name: name another column with "
-            f"--data.columns.{role}."
-        )
-    return "" if cell is None else str(cell).strip()
+    if isinstance(cell, int | float):
+        cell = str(cell)
+    return _text(cell, where, column, role).strip()
 
 
 def _speaker(cell: Any) -> dict[str, str]:
@@ -344,8 +318,7 @@ def _other_columns(cells: dict[str, Any], columns: Columns) -> dict[str, Any]:
         for name, value in cells.items()
         if name not in excluded
         and not _UNNAMED.fullmatch(name)
-        and value not in (None, "")
         and isinstance(value, str | int | float)
         and value == value  # not NaN
-        and value not in (math.inf, -math.inf)
+        and value not in ("", math.inf, -math.inf)
     }

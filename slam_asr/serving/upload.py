@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from slam_asr.audio import Clip, read_clip
-from slam_asr.audio.faults import TOO_LONG, AudioError
+from slam_asr.audio.faults import AudioError, Fault
 from slam_asr.errors import ConfigurationError
 from slam_asr.serving.limits import Limits, Refusal
 
@@ -299,7 +299,7 @@ def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
     try:
         return read_clip(name, limits.seconds, content=content)
     except AudioError as error:
-        if error.reason == TOO_LONG:
+        if error.reason == Fault.TOO_LONG:
             raise Refusal(413, str(error), "audio_too_long", "file") from error
         raise Refusal(400, str(error), "invalid_audio", "file") from error
     except ConfigurationError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.artifacts.shipped import default_model
 from slam_asr.artifacts.transcript import FORMATS, SUFFIXES, Transcript
-from slam_asr.audio import MISSING, SAMPLE_RATE, AudioError, count_samples
+from slam_asr.audio import SAMPLE_RATE, AudioError, Fault, count_samples
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.decoding.transcriber import Transcriber
@@ -91,7 +91,7 @@ def _seconds(file: str) -> float:
     try:
         return count_samples(file) / SAMPLE_RATE
     except AudioError as error:
-        if error.reason != MISSING:
+        if error.reason != Fault.MISSING:
             raise
         # The error's own sentence says to build the manifest again, but this command has no manifest.
         if not is_s3(file) and local_path(file).is_dir():

@@ -37,7 +37,7 @@ def test_no_candidates_give_no_results():
 
 
 def test_only_a_few_candidates_are_consumed_ahead_of_the_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio_check, "default_threads", lambda: 2)
+    monkeypatch.setattr(audio_check, "usable_cores", lambda: 2)
     source, taken = str(write_wav(tmp_path / "x.wav")), []
     candidates = (taken.append(i) or Candidate(str(i), source, "text") for i in range(1000))
     next(check_all(candidates, Data(), "test"))

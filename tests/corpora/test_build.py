@@ -156,7 +156,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(corpus, tmp_path, monk
     (corpus / "train-a/1/7/1-7-0000.wav").write_bytes(b"no audio")
     outputs = []
     for threads in (1, 2, 7):
-        monkeypatch.setattr(audio_check, "default_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(audio_check, "usable_cores", lambda threads=threads: threads)
         build_manifest(recipe(max_rejected=0.1), str(corpus), str(tmp_path / f"out{threads}"))
         outputs.append({n: (tmp_path / f"out{threads}" / n).read_bytes() for n in FILES if n != "stage.json"})
     assert outputs[0] == outputs[1] == outputs[2]
@@ -435,7 +435,7 @@ def test_a_killed_run_leaves_no_record_and_can_be_repeated(corpus, tmp_path):
 
 def test_an_interrupt_leaves_no_record_and_does_not_read_the_remaining_files(corpus, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(audio_check, "default_threads", lambda: 1)
+    monkeypatch.setattr(audio_check, "usable_cores", lambda: 1)
 
     def interrupted(path, *_):
         seen.append(path)

@@ -1,30 +1,27 @@
-"""Opens an audio file as one sequence of samples, in any format, even if it was joined from several files."""
+"""Recognises the format of an audio file and opens it, even if it was joined from several files."""
 
 import contextlib
 import functools
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
 from slam_asr.audio.containers import ContainerFault, check_length, joined_ogg
-from slam_asr.audio.faults import EMPTY, NOT_AUDIO_TEXT, AudioError, StructureError, more_than_announced
+from slam_asr.audio.faults import CHANGED_TEXT, AudioError, Fault, StructureError, more_than_announced
 from slam_asr.audio.flac import joined_flac
 from slam_asr.audio.media import open_media
 from slam_asr.audio.media_lengths import kind_of
-from slam_asr.audio.mp3 import Mp3, find_frames, may_be_mp3
+from slam_asr.audio.mp3 import Mp3, Part, find_frames, may_be_mp3
+from slam_asr.audio.sound import Sound, joined
 
+_NOT_AUDIO = "cannot be read as wav, flac, ogg, opus, mp3, m4a, webm or another usual audio format"
 _MIN_SAMPLE_RATE = 4000
 """Hz. A header with a lower rate is damaged, and resampling from that rate would exhaust memory."""
-ESTIMATE_ERROR = 0.05
-"""Fraction of the announced samples that may be missing if their number is an estimate. For MPEG audio of
-layers I and II, or of a free bit rate, libsndfile estimates it from the bit rate. For files that ffmpeg
-decodes, `media` estimates it from the times of the packets."""
 _SAMPLE_BYTES = {
     **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
@@ -36,28 +33,6 @@ a header has no length, and for an Ogg file that was cut off
 (https://github.com/libsndfile/libsndfile/issues/989)."""
 _BLOCK = 2**22
 """Samples of all channels together that are decoded at once: 17 MB."""
-_Layout = Mp3 | list[tuple[int, int]]
-"""The frames of an mp3, or the offsets in bytes of the start and end of each joined file."""
-
-
-@dataclass
-class Sound:
-    """An open audio file."""
-
-    frames: int
-    """Samples per channel."""
-    sample_rate: int
-    """Hz."""
-    channels: int
-    read: Callable[[int, int], Iterator[np.ndarray]]
-    """Decodes `count` samples from the sample `first` (from 0) on, as blocks of float32 [samples, channels].
-    A damaged file may give fewer samples."""
-    sample_bytes: int = 0
-    """Bytes of one sample of one channel in the file; 0 if it is compressed."""
-    estimated: bool = False
-    """Whether `frames` is an estimate, which may exceed the file's length by `ESTIMATE_ERROR`."""
-    has_segments: bool = True
-    """Whether a part can be read. If not, `read` decodes the complete file, whatever its arguments are."""
 
 
 class _Content(io.BytesIO):
@@ -81,10 +56,9 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
         path: the file's name in messages.
 
     Raises:
-        StructureError: the file holds less or more than its header announces, is damaged in its structure, or
-            is encrypted.
-        AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
-            sample rate or number of channels changes.
+        StructureError: the file holds less or more than its header announces, is damaged in its structure,
+            changes its sample rate or number of channels, or is encrypted.
+        AudioError: the file is empty or not audio, or its header has no length or too low a sample rate.
         ConfigurationError: the file needs PyAV, and that is not installed.
     """
     with contextlib.ExitStack() as stack:
@@ -92,17 +66,19 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             _Content(file) if isinstance(file, bytes) else stack.enter_context(open(file, "rb"))
         )
         if stream.seek(0, os.SEEK_END) == 0:
-            raise AudioError(f"{path} is empty (0 bytes).", EMPTY)
+            raise AudioError(f"{path} is empty (0 bytes).", Fault.EMPTY)
         try:
             announced = check_length(stream)
             sounds = _opened(stream, file, path, stack)
-            if announced is not None and len(sounds) == 1:
+            if announced is not None and len(sounds) == 1 and sounds[0].sample_bytes:
                 _limit_frames(sounds[0], announced)
+            if len({(sound.sample_rate, sound.channels) for sound in sounds}) > 1:
+                raise ContainerFault(CHANGED_TEXT)
         except ContainerFault as fault:
             raise StructureError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
             # libsndfile's message is not quoted: it is global to all threads and may be about another file.
-            raise AudioError(f"{path} {NOT_AUDIO_TEXT}.") from error
+            raise AudioError(f"{path} {_NOT_AUDIO}.") from error
         first = sounds[0]
         if first.frames >= _NO_LENGTH:
             raise AudioError(
@@ -110,11 +86,7 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             )
         if first.sample_rate < _MIN_SAMPLE_RATE:
             raise AudioError(f"{path} has a sample rate of {first.sample_rate} Hz: its header is damaged.")
-        if any((s.sample_rate, s.channels) != (first.sample_rate, first.channels) for s in sounds):
-            raise AudioError(
-                f"{path} changes its sample rate or number of channels: write it again as one stream."
-            )
-        yield first if len(sounds) == 1 else _joined(sounds)
+        yield first if len(sounds) == 1 else joined(sounds)
 
 
 def _limit_frames(sound: Sound, announced: int) -> None:
@@ -125,8 +97,6 @@ def _limit_frames(sound: Sound, announced: int) -> None:
     Raises:
         ContainerFault: another number in the header says that there are fewer samples.
     """
-    if not sound.sample_bytes:
-        return
     frames = announced // (sound.sample_bytes * sound.channels)
     if sound.frames < frames:
         raise ContainerFault(more_than_announced(f"{frames} samples instead of {sound.frames}"))
@@ -140,80 +110,63 @@ def _opened(
     stream.seek(0)
     head = stream.read(16)
     if kind := kind_of(head):
-        return [_of_media(stream, kind, path)]
-    if may_be_mp3(head[:4]):
-        mp3 = _layout_of(file, "MP3")
-        if isinstance(mp3, Mp3):
-            read = functools.partial(_read_mp3, mp3, stream, file)
-            return [Sound(mp3.samples_per_channel, mp3.sample_rate, mp3.channels, read)]
+        return [open_media(stream, kind, path)]
+    if may_be_mp3(head[:4]) and (mp3 := _found(find_frames, file)):
+        return [_part_of_mp3(mp3, part, stream, file) for part in mp3.parts]
     stream.seek(0)
     try:
         # libsndfile reads a file by its name faster than it reads a Python stream. The name is passed as
         # bytes, because soundfile cannot encode a str with a name that is not UTF-8.
-        sound = stack.enter_context(
-            soundfile.SoundFile(stream if isinstance(file, bytes) else os.fsencode(file))
-        )
+        source = stream if isinstance(file, bytes) else os.fsencode(file)
+        sound = stack.enter_context(soundfile.SoundFile(source))
     except soundfile.LibsndfileError:
         if head.startswith(b"caff"):  # libsndfile reads CAF with plain samples, but only some with ALAC
-            return [_of_media(stream, "caf", path)]
+            return [open_media(stream, "caf", path)]
         raise
-    layout = _layout_of(file, sound.format) if sound.format in ("FLAC", "OGG") else []
-    assert isinstance(layout, list)
-    if len(layout) < 2:
+    find_joined = _JOINED.get(sound.format)
+    offsets = _found(find_joined, file) if find_joined else []
+    if len(offsets) < 2:
         return [_single(sound)]
     parts = []
-    for start, end in layout:
+    for start, end in offsets:
         stream.seek(start)
         part = _Content(stream.read(end - start))
         parts.append(_single(stack.enter_context(soundfile.SoundFile(part))))
     return parts
 
 
-def _of_media(stream: BinaryIO, kind: str, path: str | os.PathLike) -> Sound:
-    media = open_media(stream, kind, path)
-    return Sound(
-        media.frames,
-        media.sample_rate,
-        media.channels,
-        lambda first, count: media.read(),
-        estimated=True,
-        has_segments=False,
-    )
+def _part_of_mp3(mp3: Mp3, part: Part, stream: BinaryIO, file: Path | bytes) -> Sound:
+    frames = mp3.samples_of(part)
+
+    def read(first: int, count: int) -> Iterator[np.ndarray]:
+        # If libsndfile opens a complete mp3 by its name, it needs only two thirds of the time.
+        if mp3.is_plain and first == 0 and count == frames and not isinstance(file, bytes):
+            with soundfile.SoundFile(os.fsencode(file)) as sound:
+                if sound.frames == count:
+                    yield sound.read(count, dtype="float32", always_2d=True)
+                    return
+        if count:
+            yield mp3.read(part, stream, first, count)
+
+    return Sound(frames, mp3.sample_rate, mp3.channels, read)
 
 
-def _read_mp3(mp3: Mp3, stream: BinaryIO, file: Path | bytes, first: int, count: int) -> Iterator[np.ndarray]:
-    # If libsndfile opens a complete mp3 by its name, it needs only two thirds of the time.
-    if mp3.is_plain and first == 0 and count == mp3.samples_per_channel and not isinstance(file, bytes):
-        with soundfile.SoundFile(os.fsencode(file)) as sound:
-            if sound.frames == count:
-                yield sound.read(count, dtype="float32", always_2d=True)
-                return
-    yield mp3.read(stream, first, count)
+_JOINED = {"FLAC": joined_flac, "OGG": joined_ogg}
+"""The function that finds the files that were joined in one, by libsndfile's name of the format."""
 
 
-def _layout_of(file: Path | bytes, format: str) -> _Layout:
-    """Find the frames of an mp3, or files that were joined in an Ogg or FLAC file.
-
-    A file with many segments is searched once for all of them.
-    """
+def _found(find: Callable[[bytes], Any], file: Path | bytes) -> Any:
+    """Return what `find` finds in a file. A file with many segments is searched once for all of them."""
     if isinstance(file, bytes):
-        return _FINDERS[format](file) or []
+        return find(file)
     status = file.stat()
-    return _cached_layout(str(file), format, status.st_size, status.st_mtime_ns)
-
-
-_FINDERS: dict[str, Callable[[bytes], _Layout | None]] = {
-    "MP3": find_frames,
-    "FLAC": joined_flac,
-    "OGG": joined_ogg,
-}
-"""The function that finds the layout of a file, by libsndfile's name of the format."""
+    return _found_in(str(file), find, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_layout(file: str, format: str, size: int, modified_ns: int) -> _Layout:
+def _found_in(file: str, find: Callable[[bytes], Any], size: int, modified_ns: int) -> Any:
     """Search a file. `size` (bytes) and `modified_ns` are cache keys: a changed file is searched again."""
-    return _FINDERS[format](Path(file).read_bytes()) or []
+    return find(Path(file).read_bytes())
 
 
 def _single(sound: soundfile.SoundFile) -> Sound:
@@ -235,22 +188,3 @@ def _read(sound: soundfile.SoundFile, first: int, count: int) -> Iterator[np.nda
             return
         yield block
         count -= len(block)
-
-
-def _joined(sounds: list[Sound]) -> Sound:
-    """Return several files as one sequence of samples."""
-
-    def read(first: int, count: int) -> Iterator[np.ndarray]:
-        for sound in sounds:
-            taken = max(0, min(count, sound.frames - first))
-            if taken:
-                done = 0
-                for block in sound.read(first, taken):
-                    yield block
-                    done += len(block)
-                if done < taken:  # the samples of later files would be at a wrong time
-                    break
-                count -= taken
-            first = max(0, first - sound.frames)
-
-    return Sound(sum(s.frames for s in sounds), sounds[0].sample_rate, sounds[0].channels, read)
