@@ -83,7 +83,7 @@ def _fetch_piece(
     is_complete = (start, end) == (0, known.bytes)
 
     def attempt() -> str | None:
-        answer = get(uri, None, None, known.stamp) if is_complete else get(uri, start, end, known.stamp)
+        answer = get(uri, etag=known.stamp) if is_complete else get(uri, start, end, known.stamp)
         if not is_complete and "ContentRange" not in answer:
             raise StorageError(
                 f"{uri} cannot be read in pieces: the server at AWS_ENDPOINT_URL does not support ranges."

@@ -133,14 +133,12 @@ def require_object(uri: str) -> Info:
     return known
 
 
-def get(
-    uri: str, start: int | None = None, end: int | None = None, etag: str | None = None
-) -> dict[str, Any]:
+def get(uri: str, start: int = 0, end: int | None = None, etag: str | None = None) -> dict[str, Any]:
     """Make one attempt to open an object, or its bytes in [start, end).
 
     Args:
         uri: the object's URI.
-        start: offset of the first byte; 0 if not given.
+        start: offset of the first byte.
         end: offset after the last byte; the object's end if not given.
         etag: ETag of the only version that may be read; any version if not given.
 
@@ -156,9 +154,9 @@ def get(
 
     bucket, key = split_uri(uri)
     arguments = {"Bucket": bucket, "Key": key}
-    if start is not None or end is not None:
+    if start or end is not None:
         # HTTP's ranges include their last byte.
-        arguments["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
+        arguments["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     if etag is not None:
         arguments["IfMatch"] = f'"{etag}"'
     try:
@@ -169,12 +167,12 @@ def get(
         raise
 
 
-def read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
+def read(uri: str, start: int = 0, end: int | None = None, etag: str | None = None) -> bytes:
     """Read an object's bytes, or those in [start, end).
 
     Args:
         uri: the object's URI.
-        start: offset of the first byte; 0 if not given.
+        start: offset of the first byte.
         end: offset after the last byte; the object's end if not given.
         etag: ETag of the only version that may be read; any version if not given.
 
@@ -185,8 +183,7 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
     """
     if not split_uri(uri)[1]:
         raise StorageError(f"{uri} is a bucket, not an object: check the address.")
-    begin = start or 0
-    if end is not None and end <= begin:
+    if end is not None and end <= start:
         return b""
 
     def attempt() -> bytes:
@@ -194,15 +191,15 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
         content: bytes = answer["Body"].read()
         if len(content) != answer["ContentLength"]:
             raise TemporaryFailure("the answer was cut short")
-        if start is None and end is None:
+        if start == 0 and end is None:
             expected = answer["Metadata"].get(SHA256)
             is_known_right = not expected or _compared_by_boto3(answer, expected)
             if not is_known_right and sha256_of_bytes(content) != expected:
                 raise ChecksumMismatch
         else:
             # A server without support for ranges sends the complete object.
-            content = content if "ContentRange" in answer else content[begin:end]
-            if end is not None and len(content) < end - begin:
+            content = content if "ContentRange" in answer else content[start:end]
+            if end is not None and len(content) < end - start:
                 raise Damaged(f"{uri} is damaged (it ends before byte {end}): write it again.")
         return content
 

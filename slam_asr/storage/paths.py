@@ -8,8 +8,8 @@ import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from slam_asr.errors import StorageError
 from slam_asr.storage import objects, uploads
@@ -190,7 +190,7 @@ def read_bytes(path: PathOrUri) -> bytes:
     return objects.read(path) if is_s3(path) else local_path(path).read_bytes()
 
 
-def open_stream(path: PathOrUri) -> BinaryIO:
+def open_stream(path: PathOrUri) -> BufferedReader:
     """Open a file or object for reading from start to end. An object is read in ranges, each with retries.
 
     Raises:

@@ -22,7 +22,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from slam_asr.errors import StorageError
 from slam_asr.progress import log_line
@@ -40,6 +40,8 @@ from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
 from slam_asr.storage.objects import SHA256, WRITER, head, open_object
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
+
+T = TypeVar("T")
 
 _MAX_PARTS = 10_000
 """S3's limit. An object that would need more parts gets larger ones."""
@@ -122,17 +124,13 @@ class _Upload:
         with_checksum = self.target | {"Metadata": {SHA256: self.sha256}}
         if size <= part_bytes:
             everything = content(0, size)
-            call_with_retries(
-                self.uri, "written", lambda: self._send("put_object", everything, with_checksum)
-            )
+            self._call(lambda: self._send("put_object", everything, with_checksum))
             self._read_back()
             report(size)
             return
         algorithm = {"ChecksumAlgorithm": "SHA256"}
-        started = call_with_retries(
-            self.uri,
-            "written",
-            lambda: require_fields(_request("create_multipart_upload", with_checksum, algorithm), "UploadId"),
+        started = self._call(
+            lambda: require_fields(_request("create_multipart_upload", with_checksum, algorithm), "UploadId")
         )
         target = self.target | {"UploadId": started["UploadId"]}
 
@@ -141,12 +139,7 @@ class _Upload:
             # The bytes are read only after a slot is free, so that waiting parts take no memory.
             with _part_slots(os.getpid()):
                 part_content = content(start, end)
-                answer = call_with_retries(
-                    self.uri,
-                    "written",
-                    lambda: self._send("upload_part", part_content, target | part),
-                    cancelled,
-                )
+                answer = self._call(lambda: self._send("upload_part", part_content, target | part), cancelled)
             # The request that completes the upload names each part by its number, etag and checksum.
             return part | {k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer}
 
@@ -156,11 +149,7 @@ class _Upload:
                 for start, end, part in sent:
                     parts.append(part)
                     report(end - start)
-            call_with_retries(
-                self.uri,
-                "written",
-                lambda: self._complete(target | {"MultipartUpload": {"Parts": parts}}, size),
-            )
+            self._call(lambda: self._complete(target | {"MultipartUpload": {"Parts": parts}}, size))
         except BaseException:
             # A single attempt. If it fails too, only the first failure is reported.
             with contextlib.suppress(Exception):
@@ -212,7 +201,7 @@ class _Upload:
             # This writer's name is also there if the answer to an earlier attempt was lost.
             return existing is not None and existing.writer == writer
 
-        written = call_with_retries(self.uri, "written", attempt)
+        written = self._call(attempt)
         if written:
             self._read_back()
         return written
@@ -224,11 +213,8 @@ class _Upload:
             ChecksumMismatch: the server received other bytes.
         """
         checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        answer = _request(
-            operation,
-            arguments | {"Body": content},
-            {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum},
-        )
+        checksums = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum}
+        answer = _request(operation, arguments | {"Body": content}, checksums)
         etag = require_fields(answer, "ETag")["ETag"].strip('"')
         if "ChecksumSHA256" in answer:
             if answer["ChecksumSHA256"] != checksum:
@@ -254,6 +240,9 @@ class _Upload:
             received = hashlib.file_digest(stream, "sha256").hexdigest()
         if received != self.sha256:
             raise StorageError(f"{self.uri} is damaged (its checksum differs): write it again.")
+
+    def _call(self, call: Callable[[], T], cancelled: threading.Event | None = None) -> T:
+        return call_with_retries(self.uri, "written", call, cancelled)
 
 
 @functools.cache
@@ -300,6 +289,5 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
 
 def _is_md5(etag: str, answer: dict[str, Any]) -> bool:
     # With encryption by AWS's key management service, an etag looks like an MD5 but is not one.
-    return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(
-        answer.get("ServerSideEncryption", "")
-    ).startswith("aws:kms")
+    is_encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    return not is_encrypted and bool(re.fullmatch("[0-9a-f]{32}", etag))
