@@ -7,7 +7,7 @@ and never changed; `merge` combines several indexes into one.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,10 @@ class Index:
         """
         return _positions_in(audio_ids, self.columns["address"])
 
+    def lost_shards(self, sizes: Mapping[str, int]) -> list[Shard]:
+        """Return the shards that are missing or cut short, given the size in bytes of each existing file."""
+        return [shard for shard in self.shards if sizes.get(shard.name) != shard.bytes]
+
     def entry(self, position: int) -> Entry:
         """Return the entry at a position that `find` or `locate` returned."""
         return Entry(**{name: int(self.columns[name][position]) for name in _ENTRY_COLUMNS})
@@ -150,17 +154,13 @@ class Index:
                     f"{path} has format {metadata['format']}, but this version reads format {_FORMAT}: "
                     "extract features again."
                 )
-            columns = load(content)
+            tensors = load(content)
+            columns = {name: tensors[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
             shards = [Shard(sha256, size) for sha256, size in metadata["shards"]]
-            index = cls(
-                metadata["fingerprint"],
-                metadata["width"],
-                shards,
-                {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()},
-            )
-            if len({len(c) for c in index.columns.values()}) > 1 or (
-                len(index) and index.columns["shard"].max() >= len(shards)
-            ):
+            index = cls(metadata["fingerprint"], metadata["width"], shards, columns)
+            lengths = {len(column) for column in columns.values()}
+            has_shards = not len(index) or columns["shard"].max() < len(shards)
+            if len(lengths) > 1 or not has_shards or columns["address"].shape[1:] != (32,):
                 raise ValueError("the columns do not match each other")
             return index
         except (ValueError, TypeError, KeyError, IndexError, SafetensorError, UnicodeDecodeError) as error:
