@@ -318,12 +318,9 @@ def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
         )
     for name, kind in _TYPES.items():
         value = values.get(name)
-        if value is None and name not in _REQUIRED:
-            continue
-        if kind is str:
-            _check_text(name, value, where)
-        else:
-            _check_number(name, value, where)
+        if value is not None or name in _REQUIRED:
+            check = _check_text if kind is str else _check_number
+            check(name, value, where)
     if values.get("start") is not None and values.get("duration") is None:
         raise InputError(f"{where()} has a start but no duration: a segment of a file needs both.")
     return values
