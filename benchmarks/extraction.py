@@ -120,7 +120,7 @@ def measure(
     with Meter("prepare", plain_lines=False) as meter:
         batches = [
             [encoder.prepare(load_audio(u.source)) for u in batch.utterances]
-            for batch in plan_batches(shards, spec, recipe.encoder.batch_seconds, meter)
+            for batch in plan_batches(extraction, shards, meter)
         ]
     encoder_times, extraction_times = [], []
     workers = options.workers or default_workers(1, device.type == "cuda")

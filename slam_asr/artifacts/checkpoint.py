@@ -217,12 +217,11 @@ def publish(folder: str, checkpoint: Checkpoint, keep: int) -> None:
     del content["folder"]
     write_bytes(join(folder, checkpoint.name, DESCRIPTION), json.dumps(content, indent=2) + "\n")
     write_bytes(join(folder, LATEST), checkpoint.name)
-    best = None if checkpoint.dev_loss is None else find(folder, BEST)
-    if checkpoint.dev_loss is not None and (
-        best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss
-    ):
-        # Written before `prune` is called, so that `prune` removes the previous best checkpoint.
-        write_bytes(join(folder, BEST), checkpoint.name)
+    if checkpoint.dev_loss is not None:
+        best = find(folder, BEST)
+        if best is None or best.dev_loss is None or checkpoint.dev_loss < best.dev_loss:
+            # Written before `prune` is called, so that `prune` removes the previous best checkpoint.
+            write_bytes(join(folder, BEST), checkpoint.name)
     prune(folder, keep)
 
 
@@ -237,9 +236,8 @@ def prune(folder: str, keep: int) -> None:
     # Names sort as steps do, so comparing names compares steps.
     newest = [name for name in _complete(files) if name <= latest][-keep:]
     retained = {latest, _name_in(folder, BEST), *newest}
-    _remove(
-        folder, [name for name in files if _folder_of(name) < latest and _folder_of(name) not in retained]
-    )
+    old = [name for name in files if _folder_of(name) < latest and _folder_of(name) not in retained]
+    _remove(folder, old)
 
 
 def discard_newer_than_latest(folder: str) -> None:
@@ -249,10 +247,8 @@ def discard_newer_than_latest(folder: str) -> None:
     """
     latest = _name_in(folder, LATEST) or ""
     names = [f.name for f in walk(folder)]
-    _remove(
-        folder,
-        [name for name in names if ("/" in name and _folder_of(name) > latest) or name.endswith(PARTIAL)],
-    )
+    leftover = [n for n in names if ("/" in n and _folder_of(n) > latest) or n.endswith(PARTIAL)]
+    _remove(folder, leftover)
 
 
 def recover(unsaved: str, folder: str, keep: int) -> None:

@@ -5,6 +5,7 @@ run, are shown in a column of their own.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -99,22 +100,22 @@ def describe_costs(steps: Sequence[StepRecord], prices: Prices) -> str:
 
 def _sums(steps: Sequence[StepRecord], prices: Prices) -> tuple[str, str, str]:
     """Return the total wall time, GPU-hours and cost of some steps, as text."""
-    hours = [step.seconds / 3600 for step in steps]
-    gpu_hours = _sum(hours, [step.gpus for step in steps])
-    core_hours = _sum(hours, [step.cores for step in steps])
-    cost: float | None = 0.0
-    for price, amount in ((prices.gpu_hour, gpu_hours), (prices.cpu_hour, core_hours)):
-        if price and cost is not None:
-            cost = None if amount is None else cost + price * amount
-    money = UNKNOWN if cost is None else f"{cost:.2f} {prices.currency}"
+    gpu_hours = sum(_device_hours(step.seconds, step.gpus) for step in steps)
+    core_hours = sum(_device_hours(step.seconds, step.cores) for step in steps)
+    priced = ((prices.gpu_hour, gpu_hours), (prices.cpu_hour, core_hours))
+    # An unknown number of devices that have no price does not make the cost unknown.
+    cost = sum(price * hours for price, hours in priced if price)
     return (
         clock(sum(step.seconds for step in steps)),
-        UNKNOWN if gpu_hours is None else f"{gpu_hours:.2f}",
-        money if prices else "",
+        _figure(gpu_hours),
+        _figure(cost, f" {prices.currency}") if prices else "",
     )
 
 
-def _sum(hours: Sequence[float], numbers: Sequence[int | None]) -> float | None:
-    """Add up the hours of each step times its number of devices; None if a number is unknown."""
-    known = [number for number in numbers if number is not None]
-    return sum(map(float.__mul__, hours, map(float, known))) if len(known) == len(numbers) else None
+def _device_hours(seconds: float, devices: int | None) -> float:
+    """Return the hours of some devices together; NaN if their number is unknown."""
+    return math.nan if devices is None else seconds / 3600 * devices
+
+
+def _figure(value: float, unit: str = "") -> str:
+    return UNKNOWN if math.isnan(value) else f"{value:.2f}{unit}"

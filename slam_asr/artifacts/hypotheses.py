@@ -120,9 +120,8 @@ def align_all(rows: Sequence[Hypothesis], characters: bool = False) -> Iterator[
         [scored_text(row.reference, characters) for row in rows],
         [scored_text(row.hypothesis, characters) for row in rows],
     )
-    for chunks, reference, hypothesis in zip(
-        output.alignments, output.references, output.hypotheses, strict=True
-    ):
+    alignments = zip(output.alignments, output.references, output.hypotheses, strict=True)
+    for chunks, reference, hypothesis in alignments:
         yield [
             AlignedWords(
                 chunk.type,
@@ -171,9 +170,8 @@ def read_hypotheses(path: str | Path) -> list[Hypothesis]:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: name the JSON lines that decode wrote.") from error
-    return [
-        _parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
-    ]
+    numbered = enumerate(lines, start=1)
+    return [_parse(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
 
 
 def _parse(line: str, where: str) -> Hypothesis:

@@ -11,7 +11,6 @@ A manifest may have millions of lines and may be in object storage. It is read l
 checked, and sorting uses local disk. Memory therefore grows with the number of lines, but not their length.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from slam_asr.artifacts.json_lines import json_line, temporary_folder, write_lin
 from slam_asr.audio import audio_sha256
 from slam_asr.errors import InputError
 from slam_asr.runtime.external_sort import ExternalSort
-from slam_asr.storage import PathOrUri, exists, fetch, is_s3, local_path, parent_of, resolve
+from slam_asr.storage import PathOrUri, exists, fetch, is_s3, local_path, parent_of, resolve, sha256_of_bytes
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Utterance:
         parts = [] if self.start is None else [f"{self.start:.6f}", f"{self.duration:.6f}"]
         if self.audio_channel is not None:
             parts.append(f"channel {self.audio_channel}")
-        return hashlib.sha256("/".join([sha256, *parts]).encode()).hexdigest() if parts else sha256
+        return sha256_of_bytes("/".join([sha256, *parts]).encode()) if parts else sha256
 
 
 class Manifest(Sequence[Utterance]):
@@ -319,12 +318,9 @@ def _checked_fields(line: bytes, where: Location) -> dict[str, Any]:
         )
     for name, kind in _TYPES.items():
         value = values.get(name)
-        if value is None and name not in _REQUIRED:
-            continue
-        if kind is str:
-            _check_text(name, value, where)
-        else:
-            _check_number(name, value, where)
+        if value is not None or name in _REQUIRED:
+            check = _check_text if kind is str else _check_number
+            check(name, value, where)
     if values.get("start") is not None and values.get("duration") is None:
         raise InputError(f"{where()} has a start but no duration: a segment of a file needs both.")
     return values

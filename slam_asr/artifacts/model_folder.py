@@ -7,6 +7,7 @@ formats: `adapter/` as peft writes it, and `llm/` and `encoder/` as transformers
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,15 +82,19 @@ def write_model(
         config: the content of config.json.
         half: whether to save the projector in fp16 instead of fp32.
     """
+    # If the writing is interrupted, an old configuration must not remain next to new weights.
+    (folder / CONFIG).unlink(missing_ok=True)
+    _save(folder / WEIGHTS, projector, half)
+    write_json(folder / CONFIG, vars(config))
+
+
+def _save(path: Path, weights: Mapping[str, "torch.Tensor"], half: bool) -> None:
+    """Write a safetensors file in fp16, if `half` is true, or else in fp32."""
     import torch
     from safetensors.torch import save
 
-    # If the writing is interrupted, an old configuration must not remain next to new weights.
-    (folder / CONFIG).unlink(missing_ok=True)
     dtype = torch.float16 if half else torch.float32
-    tensors = {name: t.to(dtype).contiguous() for name, t in projector.items()}
-    write_atomically(folder / WEIGHTS, save(tensors))
-    write_json(folder / CONFIG, vars(config))
+    write_atomically(path, save({name: t.to(dtype).contiguous() for name, t in weights.items()}))
 
 
 def read_config(model: str | Path) -> ModelConfig:
@@ -205,19 +210,15 @@ def write_adapter(
         recipe: gives rank, alpha and target modules of the adapter, and the LLM's name.
         half: whether to save the adapter in fp16 instead of fp32.
     """
-    import torch
-    from safetensors.torch import save
-
     from slam_asr.models.llm import lora_config
 
     config = lora_config(recipe.llm.lora)
     config.base_model_name_or_path, config.task_type = recipe.llm.name, "CAUSAL_LM"
     config.inference_mode = True
-    dtype = torch.float16 if half else torch.float32
-    tensors = {_PEFT + n.replace(".default.", "."): t.to(dtype).contiguous() for n, t in weights.items()}
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder / ADAPTER))
-    write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(tensors))
+    tensors = {_PEFT + name.replace(".default.", "."): t for name, t in weights.items()}
+    _save(folder / ADAPTER / ADAPTER_WEIGHTS, tensors, half)
 
 
 def read_adapter(model: str | Path) -> dict[str, "torch.Tensor"]:
@@ -265,13 +266,8 @@ def read_peft(folder: Path) -> dict[str, "torch.Tensor"]:
     file = adapter_file(folder)
     remedy = "copy it again, or convert the checkpoint again"
     weights = read_pickle(file) if file.suffix == ".bin" else _load(file, remedy)
-    return {_with_adapter_name(n.removeprefix(_PEFT)): t for n, t in weights.items()}
-
-
-def _with_adapter_name(name: str) -> str:
-    """Insert the adapter's name, which peft's files omit: `….lora_A.weight` → `….lora_A.default.weight`."""
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.default.{last}"
+    # peft's files omit the adapter's name: `….lora_A.weight` stands for `….lora_A.default.weight`.
+    return {re.sub(r"\.([^.]+)$", r".default.\1", n.removeprefix(_PEFT)): t for n, t in weights.items()}
 
 
 def require_matching_weights(

@@ -1,5 +1,6 @@
 """Transcripts, and their formats: text, JSON, and subtitles as SubRip and WebVTT."""
 
+import html
 import json
 import textwrap
 from collections.abc import Iterator
@@ -88,8 +89,9 @@ def as_srt(transcript: Transcript) -> str:
 
 def as_vtt(transcript: Transcript) -> str:
     """Format a transcript as WebVTT subtitles, divided as those of `as_srt`."""
+    # Escaped, because WebVTT has markup.
     return "WEBVTT\n" + "".join(
-        f"\n{_clock(start, '.')} --> {_clock(end, '.')}\n{_escaped(text)}\n"
+        f"\n{_clock(start, '.')} --> {_clock(end, '.')}\n{html.escape(text, quote=False)}\n"
         for start, end, text in _subtitles(transcript)
     )
 
@@ -97,7 +99,8 @@ def as_vtt(transcript: Transcript) -> str:
 def _subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
     """Yield the start in seconds, the end in seconds and the text of each subtitle."""
     for segment in transcript.segments:
-        shown = ["\n".join(lines) for lines in _grouped(textwrap.wrap(segment.text, COLUMNS))]
+        lines = textwrap.wrap(segment.text, COLUMNS)
+        shown = ["\n".join(lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
         characters = sum(map(len, shown))
         start = segment.start
         for text in shown:
@@ -105,16 +108,6 @@ def _subtitles(transcript: Transcript) -> Iterator[tuple[float, float, str]]:
             end = min(segment.end, start + (segment.end - segment.start) * len(text) / characters)
             yield start, end, text
             start = end
-
-
-def _escaped(text: str) -> str:
-    """Escape the characters that WebVTT would read as markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _grouped(lines: list[str]) -> list[list[str]]:
-    """Group lines into subtitles of at most `LINES` lines."""
-    return [lines[i : i + LINES] for i in range(0, len(lines), LINES)]
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -64,9 +64,8 @@ class Measured:
         """
         counts = self.counts if indices is None else self.counts[indices]
         hits, substitutions, deletions, insertions = (int(n) for n in counts.sum(0))
-        return WordErrors(
-            len(counts), hits + substitutions + deletions, hits, substitutions, deletions, insertions
-        )
+        words = hits + substitutions + deletions
+        return WordErrors(len(counts), words, hits, substitutions, deletions, insertions)
 
 
 def measure(rows: Sequence[Hypothesis], characters: bool | None = None) -> Measured:
@@ -132,11 +131,9 @@ def character_errors(rows: Sequence[Hypothesis], unspaced: bool = False) -> np.n
         return characters_of(comparable(text), unspaced)
 
     pairs = ((characters(r.reference), characters(r.hypothesis)) for r in rows)
+    counts = [(Levenshtein.distance(reference, text), len(reference)) for reference, text in pairs]
     # The reshape gives the result two columns even if it has no rows.
-    return np.array(
-        [(Levenshtein.distance(reference, hypothesis), len(reference)) for reference, hypothesis in pairs],
-        dtype=np.int64,
-    ).reshape(-1, 2)
+    return np.array(counts, np.int64).reshape(-1, 2)
 
 
 def groups_of(rows: Iterable[Hypothesis], key: Callable[[Hypothesis], str]) -> dict[str, np.ndarray]:

@@ -42,8 +42,7 @@ def audio_sha256(path: str | os.PathLike) -> str:
     if not is_s3(path):
         return _sha256_of(_local_copy(path))
     with _missing_as_audio_error(path), open_stream(path) as stream:
-        # typeshed asks for `readinto`, which BinaryIO does not declare and every stream here has.
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass

@@ -13,30 +13,17 @@ from typing import Any
 
 import torch
 
-from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
+from slam_asr.artifacts.feature_store.namespace import pack
 from slam_asr.artifacts.manifest import Utterance
-from slam_asr.config.recipe import Recipe
 from slam_asr.errors import UserError
 from slam_asr.features.audio_workers import AudioLoader, default_workers
 from slam_asr.features.pieces import PIECE_SECONDS, read_pieces, remove_pieces
-from slam_asr.features.plan import PlannedShard
+from slam_asr.features.plan import ExtractionTask, PlannedShard
 from slam_asr.models import feature_dtype
-from slam_asr.models.encoders.base import EncoderSpec, SpeechEncoder, batches_of
+from slam_asr.models.encoders.base import SpeechEncoder, batches_of
 from slam_asr.models.precision import DTYPES, encoder_precision, processes_here
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import exists, info, join, write_bytes
-
-
-@dataclass(frozen=True)
-class EncodingTask:
-    """The settings that all shards of an extraction have in common."""
-
-    recipe: Recipe
-    spec: EncoderSpec
-    namespace: FeatureNamespace
-    """The part of the store to which shards are written."""
-    fingerprint: dict[str, Any]
-    """Everything that determines the features; see `extraction.fingerprint_of`."""
 
 
 @dataclass
@@ -75,18 +62,12 @@ class ShardWriter:
     If a shard takes longer than `PIECE_SECONDS`, the features that it has so far are saved in pieces.
 
     Args:
-        namespace: the part of the store to which shards are written.
-        fingerprint: everything that determines the features, for the shards' indexes.
+        task: the settings of the extraction.
         clock: returns the time in seconds.
     """
 
-    def __init__(
-        self,
-        namespace: FeatureNamespace,
-        fingerprint: dict[str, Any],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.namespace, self.fingerprint, self.clock = namespace, fingerprint, clock
+    def __init__(self, task: ExtractionTask, clock: Callable[[], float] = time.monotonic) -> None:
+        self.namespace, self.fingerprint, self.clock = task.namespace, task.fingerprint, clock
         self._features: dict[str, feature_dtype.QuantizedFrames] = {}
         self._spans: dict[str, int] = {}
         self._in_pieces = 0
@@ -158,7 +139,7 @@ class ShardWriter:
             )
 
 
-def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.device) -> None:
+def encode_shards(task: ExtractionTask, shards: list[PlannedShard], device: torch.device) -> None:
     """Load the encoder, compute shards and publish each with its receipt.
 
     Args:
@@ -172,9 +153,8 @@ def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.
     """
     recipe, spec = task.recipe, task.spec
     on_gpu = device.type == "cuda"
-    workers = recipe.features.workers or default_workers(
-        processes_here("features.processes", recipe.features.processes), on_gpu
-    )
+    processes = processes_here("features.processes", recipe.features.processes)
+    workers = recipe.features.workers or default_workers(processes, on_gpu)
     with AudioLoader(spec.preparer(), workers) as loader:
         precision = encoder_precision(recipe.features.dtype, on_gpu)
         encoder = spec.load(DTYPES[precision], device)
@@ -187,18 +167,17 @@ def encode_shards(task: EncodingTask, shards: list[PlannedShard], device: torch.
 
 
 def run_shards(
-    task: EncodingTask, shards: list[PlannedShard], encoder: SpeechEncoder, loader: AudioLoader
+    task: ExtractionTask, shards: list[PlannedShard], encoder: SpeechEncoder, loader: AudioLoader
 ) -> None:
     """Compute and publish shards with a loaded encoder and running workers; see `encode_shards`."""
-    recipe = task.recipe
-    writer = ShardWriter(task.namespace, task.fingerprint)
+    dtype = task.recipe.features.dtype
+    writer = ShardWriter(task)
     previous: EncodedBatch | None = None
     with Meter("extract-features", total=sum(len(s.audio) for s in shards), unit="utt") as meter:
-        batches = plan_batches(shards, task.spec, recipe.encoder.batch_seconds, meter)
+        batches = plan_batches(task, shards, meter)
         for batch, inputs in loader.prepare((batch, batch.utterances) for batch in batches):
-            encoded = _copy_to_host(
-                batch, [feature_dtype.quantize(f, recipe.features.dtype) for f in encoder.encode(inputs)]
-            )
+            features = [feature_dtype.quantize(f, dtype) for f in encoder.encode(inputs)]
+            encoded = _copy_to_host(batch, features)
             # `add` waits until the batch is copied. The previous batch is therefore added only now, when the
             # GPU already has the current one to compute.
             if previous is not None:
@@ -210,20 +189,18 @@ def run_shards(
         writer.finish()
 
 
-def plan_batches(
-    shards: list[PlannedShard], spec: EncoderSpec, budget: float, meter: Meter
-) -> Iterator[AudioBatch]:
+def plan_batches(task: ExtractionTask, shards: list[PlannedShard], meter: Meter) -> Iterator[AudioBatch]:
     """Divide shards into batches of utterances with similar lengths, so that they need little padding.
 
     Args:
+        task: the settings of the extraction, such as the maximum audio per batch, padding included.
         shards: the shards to divide. A shard that another extraction has finished meanwhile is skipped.
-        spec: the encoder.
-        budget: maximum audio per batch in seconds, padding included.
         meter: counts the utterances of skipped shards and of saved batches as done.
 
     Yields:
         The batches to encode, shard by shard. The last one of a shard also has the shard's saved batches.
     """
+    spec, budget = task.spec, task.recipe.encoder.batch_seconds
     for shard in shards:
         if exists(shard.receipt):
             meter.update(len(shard.audio))
@@ -237,12 +214,13 @@ def plan_batches(
         groups = batches_of([spec.seconds_of(samples[i]) for i in longest_first], budget)
         for number, group in enumerate(groups, start=1):
             members = [longest_first[i] for i in group]
+            is_last = number == len(groups)
             batch = AudioBatch(
                 shard,
                 [shard.audio.manifest[int(shard.audio.rows[i])] for i in members],
                 [spec.span_of(samples[i]) for i in members],
-                is_last=number == len(groups),
-                resumed=resumed if number == len(groups) else [],
+                is_last,
+                resumed if is_last else [],
             )
             audio_ids = [u.audio_id for u in batch.utterances]
             # A batch is taken from pieces only if all its utterances are in them, because rounding depends on

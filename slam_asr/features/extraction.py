@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slam_asr.artifacts.feature_store.index import isin_sorted
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace
 from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.artifacts.stage_record import Outcome, Record
-from slam_asr.artifacts.utterances import fit_to_window, samples_of
+from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
-from slam_asr.features.plan import Audio, ExtractionPlan, PlannedShard, distinct_audio
+from slam_asr.features.plan import Audio, ExtractionPlan, ExtractionTask, PlannedShard, distinct_audio
 from slam_asr.progress import log_line
 from slam_asr.runtime.launch import Job, processes_of
 from slam_asr.runtime.work_split import WorkShard
@@ -51,7 +51,7 @@ class ExtractionJob(Job):
     """The fields of the `WorkShard` that the processes of this machine compute together."""
 
 
-class Extraction:
+class Extraction(ExtractionTask):
     """The work of one extraction and its progress.
 
     Args:
@@ -73,17 +73,16 @@ class Extraction:
         work_shard: WorkShard,
         quiet: bool = False,
     ) -> None:
-        self.recipe, self.spec, self.files = recipe, spec, list(files)
-        self.output, self.work_shard = output, work_shard
-        self.fingerprint = fingerprint_of(recipe, spec)
-        self.namespace = FeatureNamespace.of(output, self.fingerprint)
+        fingerprint = {**spec.fingerprint(), "dtype": recipe.features.dtype}
+        super().__init__(recipe, spec, FeatureNamespace.of(output, fingerprint), fingerprint)
+        self.files, self.output, self.work_shard = list(files), output, work_shard
         self.audio = self._distinct_audio(quiet)
 
     def _distinct_audio(self, quiet: bool) -> list[Audio]:
         """Return, for each manifest, the audio that is in no earlier manifest."""
         distinct: list[Audio] = []
         for file in self.files:
-            audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet), samples_of)
+            audio = distinct_audio(fit_to_window(read_manifest(file), self.spec, quiet))
             for earlier in distinct:
                 # `isin_sorted` needs sorted ids as its second argument, which `distinct_audio` returns.
                 audio = audio.select(~isin_sorted(audio.audio_ids, earlier.audio_ids))
@@ -92,11 +91,7 @@ class Extraction:
 
     def plans(self) -> list[ExtractionPlan]:
         """Plan the extraction of each manifest, given the current state of the store."""
-        options = self.recipe.features
-        return [
-            ExtractionPlan(audio, self.namespace, self.fingerprint, self.spec, options, self.work_shard)
-            for audio in self.audio
-        ]
+        return [ExtractionPlan(audio, self, self.work_shard) for audio in self.audio]
 
     @staticmethod
     def missing(plans: list[ExtractionPlan], process: int = 0, processes: int = 1) -> list[PlannedShard]:
@@ -119,9 +114,7 @@ class Extraction:
         names = set(self.namespace.index_names())
         for name in record.facts.get("indexes", []):
             path = self.namespace.index_path(name)
-            if name not in names or any(
-                sizes.get(s.name) != s.bytes for s in self.namespace.read_index(path).shards
-            ):
+            if name not in names or self.namespace.read_index(path).lost_shards(sizes):
                 log_line(f"{STAGE}: the store has lost some of its files; they are computed again")
                 return False
         return True
@@ -131,7 +124,9 @@ class Extraction:
         from slam_asr.models.precision import pick_device, processes_here
 
         self.namespace.write_fingerprint(self.fingerprint, self.spec.width)
-        self._remove_abandoned_files()
+        if not is_s3(self.namespace.root):
+            # Left by a killed extraction. A running one locks the files that it is writing.
+            remove_abandoned(local_path(self.namespace.root))
         plans = self.plans()
         missing = self.missing(plans)
         utterances = sum(len(plan.audio) for plan in plans)
@@ -173,9 +168,9 @@ class Extraction:
 
     def encode(self, shards: list[PlannedShard], device: "torch.device") -> None:
         """Compute shards on one device and publish each; see `encode.encode_shards`."""
-        from slam_asr.features.encode import EncodingTask, encode_shards
+        from slam_asr.features.encode import encode_shards
 
-        encode_shards(EncodingTask(self.recipe, self.spec, self.namespace, self.fingerprint), shards, device)
+        encode_shards(self, shards, device)
 
     def _encode_on_several(self, processes: int) -> None:
         """Divide the missing shards among several processes, and wait for all of them."""
@@ -188,23 +183,8 @@ class Extraction:
         remedy = "encoder.batch_seconds or features.processes"
         with processes_of("slam_asr.features.extraction", job, processes, remedy) as running:
             # The loop ends as soon as any process fails. `processes_of` then ends the others and raises.
-            while any(process.poll() is None for process in running) and not any(
-                process.poll() for process in running
-            ):
+            while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
                 time.sleep(0.1)
-
-    def _remove_abandoned_files(self) -> None:
-        """Remove the incomplete files that a killed extraction left on a local disk.
-
-        A running extraction locks the files that it is writing, so its files are not removed.
-        """
-        if not is_s3(self.namespace.root):
-            remove_abandoned(local_path(self.namespace.root))
-
-
-def fingerprint_of(recipe: Recipe, spec: "EncoderSpec") -> dict[str, Any]:
-    """Return everything that determines the features' values: encoder weights, preprocessing and dtype."""
-    return {**spec.fingerprint(), "dtype": recipe.features.dtype}
 
 
 def main() -> None:

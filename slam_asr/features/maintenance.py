@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from slam_asr.storage import delete, digest, join, name_of, open_stream, walk, w
 from slam_asr.storage.failures import Damaged
 
 _PARALLEL_READS = 4
-_CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -26,28 +25,32 @@ class Contents:
     """The files of a namespace."""
 
     namespace: FeatureNamespace
-    index: Index | None
-    """All published indexes merged into one."""
+    index: Index
+    """All published indexes merged into one; empty if none exists."""
     shard_sizes: dict[str, int]
     """Size in bytes of each existing shard, keyed by file name."""
-    receipts: list[str] = field(default_factory=list)
+    receipts: list[str]
     """Paths of the receipts of running and interrupted extractions; see `PlannedShard.receipt`."""
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[str]
     """Paths of the saved pieces of incomplete shards."""
+
+    @property
+    def only_in_receipts(self) -> set[str]:
+        """File names of the shards to which a receipt refers, but no index."""
+        named = {s.name for receipt in self.receipts for s in self.namespace.read_index(receipt).shards}
+        return named - {s.name for s in self.index.shards}
 
     @property
     def orphans(self) -> list[str]:
         """File names of the shards to which neither an index nor a receipt refers."""
-        named = {s.name for s in self.index.shards} if self.index else set()
-        for receipt in self.receipts:
-            named |= {s.name for s in self.namespace.read_index(receipt).shards}
         # An extraction that was killed after it wrote a shard and before its receipt leaves such a shard.
-        return sorted(self.shard_sizes.keys() - named)
+        indexed = {s.name for s in self.index.shards}
+        return sorted(self.shard_sizes.keys() - indexed - self.only_in_receipts)
 
     @property
     def lost(self) -> list[Shard]:
         """Shards that are missing or cut short although an index refers to them."""
-        return [s for s in self.index.shards if self.shard_sizes.get(s.name) != s.bytes] if self.index else []
+        return self.index.lost_shards(self.shard_sizes)
 
 
 def _contents(namespace: FeatureNamespace) -> Contents:
@@ -55,7 +58,8 @@ def _contents(namespace: FeatureNamespace) -> Contents:
         [join(folder, f.name) for f in walk(folder)]
         for folder in (join(namespace.root, "unfinished"), join(namespace.root, "pieces"))
     )
-    return Contents(namespace, namespace.merged_index(), namespace.shard_sizes(), receipts, pieces)
+    index = namespace.merged_index() or Index({}, 0)
+    return Contents(namespace, index, namespace.shard_sizes(), receipts, pieces)
 
 
 def _require_namespaces(store: str) -> list[FeatureNamespace]:
@@ -84,15 +88,15 @@ def list_store(store: str) -> None:
         contents = _contents(namespace)
         fingerprint = sorted((namespace.fingerprint() or {}).items())
         print(f"{name_of(namespace.root)}  {', '.join(f'{k} {str(v)[:12]}' for k, v in fingerprint)}")
-        index = contents.index
-        if index is None:
+        index, names = contents.index, namespace.index_names()
+        if not names:
             print("  no finished extraction")
         else:
             hours = int(index.columns["frames"].sum()) / FRAMES_PER_SECOND / 3600
             size = sum(s.bytes for s in index.shards) / 1e6
             print(
                 f"  {len(index):,} utterances, {hours:.2f} h of frames, {size:,.1f} MB "
-                f"in {_number(len(index.shards), 'shard')}, {_number(len(namespace.index_names()), 'index')}"
+                f"in {_number(len(index.shards), 'shard')}, {_number(len(names), 'index')}"
             )
         for count, what in (
             (len(contents.receipts), "shards of unfinished extractions"),
@@ -119,11 +123,7 @@ def verify_store(store: str, repair: bool = False) -> None:
     damaged: list[str] = []
     lost = [c.namespace.shard_path(s.name) for c in all_contents for s in c.lost]
     shards = [
-        (c.namespace, s)
-        for c in all_contents
-        if c.index
-        for s in c.index.shards
-        if c.shard_sizes.get(s.name) == s.bytes
+        (c.namespace, s) for c in all_contents for s in c.index.shards if c.shard_sizes.get(s.name) == s.bytes
     ]
     with (
         Meter("verify", total=len(shards), unit="shards") as meter,
@@ -160,16 +160,13 @@ def _number(count: int, noun: str) -> str:
 
 def _is_intact(located: tuple[FeatureNamespace, Shard]) -> bool:
     namespace, shard = located
-    hashed = hashlib.sha256()
     try:
         with open_stream(namespace.shard_path(shard.name)) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                hashed.update(chunk)
+            return hashlib.file_digest(stream, "sha256").hexdigest() == shard.sha256
     except Damaged:
         # The stream compares the checksum in the object's metadata, if it has one. Other errors are raised,
         # because they do not show that the shard is damaged.
         return False
-    return hashed.hexdigest() == shard.sha256
 
 
 def prune_store(
@@ -236,12 +233,10 @@ def _removable(contents: Contents, needed: np.ndarray | None, unfinished: bool, 
     namespace, index = contents.namespace, contents.index
     files = [namespace.shard_path(name) for name in contents.orphans]
     if unfinished:
-        indexed = {s.name for s in index.shards} if index else set()
-        in_receipts = {s.name for receipt in contents.receipts for s in namespace.read_index(receipt).shards}
-        removable = (in_receipts - indexed) & contents.shard_sizes.keys()
         files += contents.pieces + contents.receipts
-        files += [namespace.shard_path(name) for name in sorted(removable)]
-    if needed is not None and index is not None:
+        unfinished_shards = contents.only_in_receipts & contents.shard_sizes.keys()
+        files += [namespace.shard_path(name) for name in sorted(unfinished_shards)]
+    if needed is not None:
         # A shard remains if any of its audio is needed, because shards are never changed, only removed.
         remains = np.zeros(len(index.shards), bool)
         remains[index.columns["shard"][isin_sorted(index.columns["address"], needed)]] = True

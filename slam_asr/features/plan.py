@@ -4,33 +4,38 @@ Utterances are sorted by audio id. Audio ids are digests, so every shard holds a
 manifest's utterances, and the order of the manifest does not matter.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slam_asr.artifacts.feature_store.index import (
-    Index,
-    argsort_audio_ids,
-    isin_sorted,
-    merge,
-    plan_shards,
-    unique_audio_ids,
-)
+from slam_asr.artifacts.feature_store.index import Index, isin_sorted, merge, plan_shards, unique_audio_ids
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace
 from slam_asr.artifacts.manifest import Utterance
+from slam_asr.artifacts.utterances import samples_of
 from slam_asr.audio import SAMPLE_RATE
+from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.runtime.work_split import WorkShard
-from slam_asr.storage import delete, digest, exists, join, read_bytes, walk, write_bytes
+from slam_asr.storage import delete, digest, exists, join, read_bytes, sha256_of_bytes, walk, write_bytes
 
 if TYPE_CHECKING:
-    from slam_asr.config.recipe import Features
     from slam_asr.models.encoders.base import EncoderSpec
+
+
+@dataclass
+class ExtractionTask:
+    """The settings that all shards of an extraction have in common."""
+
+    recipe: Recipe
+    spec: "EncoderSpec"
+    namespace: FeatureNamespace
+    """The part of the store to which shards are written."""
+    fingerprint: dict[str, Any]
+    """Everything that determines the features' values: encoder weights, preprocessing and dtype."""
 
 
 @dataclass
@@ -54,20 +59,15 @@ class Audio:
 
     def digest(self) -> str:
         """Return the SHA-256 of all audio ids, in hexadecimal."""
-        return hashlib.sha256(self.audio_ids.tobytes()).hexdigest()
+        return sha256_of_bytes(self.audio_ids.tobytes())
 
     def seconds(self) -> float:
         """Return the total duration in seconds."""
         return float(self.samples.sum()) / SAMPLE_RATE
 
 
-def distinct_audio(manifest: Sequence[Utterance], samples_of: Callable[[Utterance], int]) -> Audio:
-    """Collect the audio of a manifest. Audio that several utterances share is included once.
-
-    Args:
-        manifest: the utterances.
-        samples_of: returns an utterance's length in samples at 16 kHz.
-    """
+def distinct_audio(manifest: Sequence[Utterance]) -> Audio:
+    """Collect the audio of a manifest. Audio that several utterances share is included once."""
     digests, samples = bytearray(), []
     for utterance in manifest:
         digests += bytes.fromhex(utterance.audio_id)
@@ -99,25 +99,14 @@ class ExtractionPlan:
 
     Args:
         audio: the distinct audio of a manifest.
-        namespace: the part of the store to which features are written.
-        fingerprint: the fingerprint of the namespace.
-        spec: the encoder.
-        features: the recipe's section `features`, for the size of shards and the dtype.
+        task: the settings of the extraction.
         work_shard: which of the planned shards this extraction computes.
     """
 
-    def __init__(
-        self,
-        audio: Audio,
-        namespace: FeatureNamespace,
-        fingerprint: dict[str, Any],
-        spec: "EncoderSpec",
-        features: "Features",
-        work_shard: WorkShard,
-    ) -> None:
-        self.audio, self.namespace, self.fingerprint = audio, namespace, fingerprint
-        self.spec, self.work_shard = spec, work_shard
-        limit = features.shard_megabytes * 1_000_000
+    def __init__(self, audio: Audio, task: ExtractionTask, work_shard: WorkShard) -> None:
+        self.audio, self.task, self.work_shard = audio, task, work_shard
+        self.namespace = namespace = task.namespace
+        limit = task.recipe.features.shard_megabytes * 1_000_000
         # The name is the same for all work shards and after an interruption, so that they share one plan.
         self.name = digest([audio.digest(), limit])[:16]
         self._shard_sizes = namespace.shard_sizes()
@@ -132,18 +121,21 @@ class ExtractionPlan:
         self.indexed = self._with_existing_shards(self._merge(map(self._read_index, names), audio.audio_ids))
         was_indexed = isin_sorted(audio.audio_ids, indexed_at_start.columns["address"])
         lost = was_indexed & ~isin_sorted(audio.audio_ids, self.indexed.columns["address"])
-        self.reused = audio.select(was_indexed & ~lost)
-        frame_bytes = bytes_per_frame(spec.width, features.dtype)
+        frame_bytes = bytes_per_frame(task.spec.width, task.recipe.features.dtype)
         self.shards: list[PlannedShard] = []
         # Lost audio gets shards of its own. They are numbered last, so that the other shards do not change.
         for missing in (audio.select(~was_indexed), audio.select(lost)):
-            sizes = [spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
+            sizes = [task.spec.frames_of(int(n)) * frame_bytes for n in missing.samples]
             for entries in plan_shards(sizes, limit):
                 number = len(self.shards)
                 receipt = join(unfinished, f"{number:06}.safetensors")
                 pieces = join(self._pieces, f"{number:06}")
                 self.shards.append(PlannedShard(number, missing.select(entries), receipt, pieces))
         self.own_shards = [shard for shard in self.shards if work_shard.takes(shard.number)]
+        reused = audio.select(was_indexed & ~lost)
+        own_reused = reused.select(slice(work_shard.number - 1, None, work_shard.total))
+        self.own_audio = [*(shard.audio for shard in self.own_shards), own_reused]
+        """The audio of this work shard, computed or reused."""
 
     def _initial_indexes(self, names: list[str]) -> list[str]:
         """Return the names of the indexes that existed when the first process started this extraction."""
@@ -163,12 +155,12 @@ class ExtractionPlan:
         return self.namespace.read_index(self.namespace.index_path(name))
 
     def _merge(self, indexes: Iterable[Index], audio_ids: np.ndarray) -> Index:
-        return merge(self.fingerprint, self.spec.width, indexes, audio_ids)
+        return merge(self.task.fingerprint, self.task.spec.width, indexes, audio_ids)
 
     def _with_existing_shards(self, index: Index) -> Index:
         """Return the entries whose shards exist and are complete."""
         complete = np.array([self._shard_sizes.get(s.name) == s.bytes for s in index.shards], bool)
-        return index.select(complete[index.columns["shard"]] if len(index) else np.zeros(0, bool))
+        return index.select(complete[index.columns["shard"]])
 
     def is_missing(self, shard: PlannedShard) -> bool:
         """Return whether a shard must be computed: it is in no index and has no receipt, or it was lost."""
@@ -210,11 +202,9 @@ class ExtractionPlan:
         # indexes are listed after the receipts are read, so such an index is found here.
         published = map(self._read_index, self.namespace.index_names())
         self._shard_sizes = self.namespace.shard_sizes()
-        audio_ids = np.concatenate(
-            [shard.audio.audio_ids for shard in self.own_shards] + [self._own_reused().audio_ids]
-        )
-        audio_ids = audio_ids[argsort_audio_ids(audio_ids)]
-        index = self._with_existing_shards(self._merge([*receipts, *published], audio_ids))
+        audio_ids = np.concatenate([audio.audio_ids for audio in self.own_audio])
+        in_order, _ = unique_audio_ids(audio_ids)
+        index = self._with_existing_shards(self._merge([*receipts, *published], audio_ids[in_order]))
         if len(index) != len(audio_ids):
             raise InputError(
                 f"{len(audio_ids) - len(index)} utterances were removed from {self.namespace.root} "
@@ -232,10 +222,6 @@ class ExtractionPlan:
                 delete(join(self._pieces, file.name))
         return name, index
 
-    def _own_reused(self) -> Audio:
-        """Return this work shard's part of the audio that is not computed again."""
-        return self.reused.select(slice(self.work_shard.number - 1, None, self.work_shard.total))
-
     def own_seconds(self) -> float:
         """Return the total duration in seconds of this work shard's audio, computed or reused."""
-        return sum(shard.audio.seconds() for shard in self.own_shards) + self._own_reused().seconds()
+        return sum(audio.seconds() for audio in self.own_audio)

@@ -32,7 +32,9 @@ def prepare_environment() -> None:
     `PYTHONUTF8` or glibc's setting of huge pages, that value remains. If standard output is still not UTF-8,
     for whatever reason, it escapes the characters that it cannot encode.
     """
-    missing = _utf8_mode() | huge_pages()
+    missing = huge_pages()
+    if sys.getfilesystemencoding() != "utf-8" and UTF8_MODE not in os.environ:
+        missing[UTF8_MODE] = "1"
     if missing:
         os.environ.update(missing)
         # Not `sys.orig_argv`: glibc decodes some GBK bytes to characters that Python's GBK cannot encode.
@@ -53,8 +55,3 @@ def huge_pages() -> dict[str, str]:
     except OSError:
         on_request = False
     return {TUNABLES: ":".join(filter(None, (given, f"{HUGE_PAGES}=1")))} if on_request else {}
-
-
-def _utf8_mode() -> dict[str, str]:
-    encoded = sys.getfilesystemencoding() == "utf-8"
-    return {} if encoded or UTF8_MODE in os.environ else {UTF8_MODE: "1"}

@@ -65,14 +65,9 @@ def host_memory() -> float | None:
     processes take counts as used, for example that of this program and of Kubeflow's launcher.
     """
     known = [_remaining(path) for path in CGROUP_LIMITS]
-    try:
-        lines = dict(
-            line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        )
-        # /proc/meminfo counts in KiB.
-        known.append(1024.0 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        pass
+    available = _numbers(Path("/proc/meminfo")).get("MemAvailable")
+    if available is not None:
+        known.append(1024 * available)  # the file counts in KiB
     return min((n for n in known if n is not None), default=None)
 
 
@@ -82,11 +77,16 @@ def _remaining(path: str) -> float | None:
         limit = float(int(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None  # in version 2, the file contains `max` if there is no limit
-    try:
-        lines = Path(path).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
-        used = dict(line.split() for line in lines)
-    except (OSError, ValueError):
-        used = {}
+    used = _numbers(Path(path).with_name("memory.stat"))
     # Anonymous memory is `anon` in version 2 and `total_rss` in version 1; `shmem` is files in memory, such
     # as those in /dev/shm. The rest is cached files, which the kernel drops when memory becomes scarce.
-    return max(0.0, limit - sum(float(used.get(name, 0)) for name in ("anon", "total_rss", "shmem")))
+    return max(0.0, limit - sum(used.get(name, 0.0) for name in ("anon", "total_rss", "shmem")))
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    """Read a file of the kernel with a name and a number on each line; empty if it cannot be read."""
+    try:
+        lines = map(str.split, file.read_text(encoding="utf-8").splitlines())
+        return {name.rstrip(":"): float(number) for name, number, *_ in lines}
+    except (OSError, ValueError):
+        return {}

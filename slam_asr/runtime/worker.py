@@ -80,34 +80,29 @@ def failures_written_to(
         folder: folder of the file `FAILURE`.
         remedy: what the message suggests if the GPU's memory is full.
     """
-    import torch
-
     try:
         yield
-    except UserError as error:
-        _exit_with(folder, error)
-    except torch.OutOfMemoryError:
-        _exit_with(folder, ConfigurationError(f"The GPU's memory is full: {remedy}."))
-    except OSError as error:
-        explained = from_os_error(error)
-        if explained is None:
-            _exit_with_traceback()
-        _exit_with(folder, explained)
     except Exception as error:
-        _exit_with_traceback(restart.EXIT_CODE if restart.is_gpu_failure(error) else 1)
+        explained = _explained(error, remedy)
+        if explained is None:
+            traceback.print_exc()
+            _exit_at_once(restart.EXIT_CODE if restart.is_gpu_failure(error) else 1)
+        try:
+            write_atomically(folder / FAILURE, str(explained))
+        except OSError:  # if the disk is full, for example; the parent's message then refers to this output
+            print(explained, file=sys.stderr, flush=True)
+        _exit_at_once(EXIT_CODE)
 
 
-def _exit_with(folder: Path, error: UserError) -> NoReturn:
-    try:
-        write_atomically(folder / FAILURE, str(error))
-    except OSError:  # if the disk is full, for example; the parent's message then refers to this output
-        print(error, file=sys.stderr, flush=True)
-    _exit_at_once(EXIT_CODE)
+def _explained(error: Exception, remedy: str) -> UserError | None:
+    """Return the error with a message for the user, or None if the error is a defect."""
+    import torch
 
-
-def _exit_with_traceback(code: int = 1) -> NoReturn:
-    traceback.print_exc()
-    _exit_at_once(code)
+    if isinstance(error, torch.OutOfMemoryError):
+        return ConfigurationError(f"The GPU's memory is full: {remedy}.")
+    if isinstance(error, OSError):
+        return from_os_error(error)
+    return error if isinstance(error, UserError) else None
 
 
 def _exit_at_once(code: int) -> NoReturn:

@@ -9,60 +9,29 @@ Object storage is accessed through boto3: `address` parses URIs, `client` finds 
 and `uploads` transfer objects in parallel `pieces`.
 """
 
-from slam_asr.storage.address import PathOrUri, is_s3
-from slam_asr.storage.local import (
-    allow_readers,
-    digest,
-    local_path,
-    sha256_of_bytes,
-    sha256_of_file,
-    write_atomically,
-    write_json,
-)
-from slam_asr.storage.local_copies import fetch, fetch_folder
-from slam_asr.storage.objects import Info
-from slam_asr.storage.paths import (
-    delete,
-    exists,
-    info,
-    join,
-    name_of,
-    open_stream,
-    parent_of,
-    publish_folder,
-    read_bytes,
-    require_writable,
-    resolve,
-    upload,
-    walk,
-    write_bytes,
-)
-
-__all__ = [
-    "Info",
-    "PathOrUri",
-    "allow_readers",
-    "delete",
-    "digest",
-    "exists",
-    "fetch",
-    "fetch_folder",
-    "info",
-    "is_s3",
-    "join",
-    "local_path",
-    "name_of",
-    "open_stream",
-    "parent_of",
-    "publish_folder",
-    "read_bytes",
-    "require_writable",
-    "resolve",
-    "sha256_of_bytes",
-    "sha256_of_file",
-    "upload",
-    "walk",
-    "write_atomically",
-    "write_bytes",
-    "write_json",
-]
+from slam_asr.storage.address import PathOrUri as PathOrUri
+from slam_asr.storage.address import is_s3 as is_s3
+from slam_asr.storage.local import allow_readers as allow_readers
+from slam_asr.storage.local import digest as digest
+from slam_asr.storage.local import local_path as local_path
+from slam_asr.storage.local import sha256_of_bytes as sha256_of_bytes
+from slam_asr.storage.local import sha256_of_file as sha256_of_file
+from slam_asr.storage.local import write_atomically as write_atomically
+from slam_asr.storage.local import write_json as write_json
+from slam_asr.storage.local_copies import fetch as fetch
+from slam_asr.storage.local_copies import fetch_folder as fetch_folder
+from slam_asr.storage.objects import Info as Info
+from slam_asr.storage.paths import delete as delete
+from slam_asr.storage.paths import exists as exists
+from slam_asr.storage.paths import info as info
+from slam_asr.storage.paths import join as join
+from slam_asr.storage.paths import name_of as name_of
+from slam_asr.storage.paths import open_stream as open_stream
+from slam_asr.storage.paths import parent_of as parent_of
+from slam_asr.storage.paths import publish_folder as publish_folder
+from slam_asr.storage.paths import read_bytes as read_bytes
+from slam_asr.storage.paths import require_writable as require_writable
+from slam_asr.storage.paths import resolve as resolve
+from slam_asr.storage.paths import upload as upload
+from slam_asr.storage.paths import walk as walk
+from slam_asr.storage.paths import write_bytes as write_bytes

@@ -49,7 +49,7 @@ class DiskCache:
         self._locks = folder / ".locks"
         self._locks.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> "HeldFile":
+    def hold(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO:
         """Hold the file of this name, after fetching it if the cache does not have it.
 
         Args:
@@ -59,7 +59,7 @@ class DiskCache:
                 hold the same file, which would deadlock.
 
         Returns:
-            The file, which is not removed until its `release` is called.
+            The file, opened for reading, which is not removed until it is closed.
 
         Raises:
             CacheFull: the file does not fit.
@@ -67,19 +67,18 @@ class DiskCache:
             StorageError: `fill` wrote a file of another size.
             Exception: an error of `fill`.
         """
+        path = self.folder / name
         while True:
             with self._locked(f"{name}.lock"):
-                held = HeldFile(self.folder / name)
-                if not held.is_valid(size):
-                    held.release()
-                    self._fill(held.path, size, fill)
-                    held = HeldFile(held.path)
-            # The file may have been removed again: a process that makes space removes complete files without
-            # the object's lock, and may do so between the rename in `_fill` and the lock of the new HeldFile.
-            if held.is_valid(size):
-                os.utime(held.path)  # the modification time is the time of the last use
+                held = _open_if_valid(path, size)
+                if held is None:
+                    self._fill(path, size, fill)
+                    # The file may have been removed again: a process that makes space removes complete files
+                    # without the object's lock, and may do so between the rename in `_fill` and this call.
+                    held = _open_if_valid(path, size)
+            if held is not None:
+                os.utime(path)  # the modification time is the time of the last use
                 return held
-            held.release()
 
     def _fill(self, path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
         temporary = path.with_name(f".{path.name}{PARTIAL}")
@@ -160,14 +159,12 @@ class DiskCache:
                     file.unlink(missing_ok=True)
                 return free
         try:
-            with open(file, "rb") as stream:
+            with contextlib.suppress(FileNotFoundError), open(file, "rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.unlink(missing_ok=True)
-        except FileNotFoundError:
             return True
         except BlockingIOError:
             return False
-        return True
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -181,30 +178,15 @@ class DiskCache:
                 path.unlink(missing_ok=True)
 
 
-class HeldFile:
-    """A cached file that is not removed until it is released."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file: BinaryIO | None = open(path, "rb")  # noqa: SIM115 - closed by release()
-            # Any number of processes may hold a file. `_remove_if_unused` needs the exclusive lock.
-            fcntl.flock(self._file, fcntl.LOCK_SH)
-        except FileNotFoundError:
-            self._file = None
-
-    def is_valid(self, size: int) -> bool:
-        """Return whether the file exists, has this size in bytes, and is still the file at its path."""
-        if self._file is None:
-            return False
-        status = os.fstat(self._file.fileno())
-        try:
-            return status.st_size == size and os.path.samestat(status, self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Allow the cache to remove the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def _open_if_valid(path: Path, size: int) -> BinaryIO | None:
+    """Open a cached file, which is not removed until it is closed; None if it is gone or has another size."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
+        file = stack.enter_context(open(path, "rb"))
+        # Any number of processes may hold a file. `_remove_if_unused` needs the exclusive lock.
+        fcntl.flock(file, fcntl.LOCK_SH)
+        # The file may have been removed or replaced before it was locked.
+        status = os.fstat(file.fileno())
+        if status.st_size == size and os.path.samestat(status, path.stat()):
+            stack.pop_all()  # the caller closes the file
+            return file
+    return None

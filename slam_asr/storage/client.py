@@ -103,7 +103,10 @@ def _settings() -> _Settings:
     Raises:
         ConfigurationError: the mounted secret or the time-out is not valid.
     """
-    arguments = _mounted_secret() | _region()
+    arguments = _mounted_secret()
+    # boto3 reads only AWS_DEFAULT_REGION.
+    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        arguments["region_name"] = region
     # urllib3 refuses a time-out of 0.
     timeout = max(seconds_from_environment(TIMEOUT, DEFAULT_TIMEOUT), 0.001)
     # HOME decides where boto3 looks for its configuration files.
@@ -120,10 +123,7 @@ def contains_credentials(text: str) -> bool:
         ConfigurationError: the mounted secret is not valid.
     """
     arguments = _mounted_secret()
-    known = [
-        os.environ.get(name.upper()) or arguments.get(name)
-        for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    ]
+    known = [os.environ.get(name.upper()) or arguments.get(name) for name in _CREDENTIALS]
     return any(value and value in text for value in known) or bool(_LOOKS_SECRET.search(text))
 
 
@@ -190,12 +190,6 @@ def _create(
             "take it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
     return new
-
-
-def _region() -> dict[str, str]:
-    # boto3 reads only AWS_DEFAULT_REGION.
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return {"region_name": region} if region else {}
 
 
 def _credentials_file() -> tuple[str, int]:

@@ -5,12 +5,13 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import BinaryIO
 
 from slam_asr.errors import StorageError
 from slam_asr.storage import pieces
-from slam_asr.storage.failures import ChecksumMismatch, ObjectMissing, TemporaryFailure
+from slam_asr.storage.failures import ChecksumMismatch, TemporaryFailure
+from slam_asr.storage.local import errors_naming
 from slam_asr.storage.objects import SHA256, Info, Replaced, get, require_object
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
@@ -45,7 +46,7 @@ def download(
         nonlocal known
         # A retry must not use the same metadata, because the object may have been replaced since.
         current, known = known or require_object(uri), None
-        with _naming_the_file(file):
+        with errors_naming(file.name):
             file.seek(0)
             file.truncate(current.bytes)
         hashed, arrived = hashlib.sha256(), 0
@@ -68,10 +69,7 @@ def download(
             raise ChecksumMismatch
         file.seek(current.bytes)
 
-    try:
-        call_with_retries(uri, "read", attempt)
-    except ObjectMissing:
-        raise StorageError(f"There is no object {uri}: check the address.") from None
+    call_with_retries(uri, "read", attempt)
 
 
 def _fetch_piece(
@@ -85,7 +83,7 @@ def _fetch_piece(
     is_complete = (start, end) == (0, known.bytes)
 
     def attempt() -> str | None:
-        answer = get(uri, None, None, known.stamp) if is_complete else get(uri, start, end, known.stamp)
+        answer = get(uri, etag=known.stamp) if is_complete else get(uri, start, end, known.stamp)
         if not is_complete and "ContentRange" not in answer:
             raise StorageError(
                 f"{uri} cannot be read in pieces: the server at AWS_ENDPOINT_URL does not support ranges."
@@ -96,7 +94,7 @@ def _fetch_piece(
             if position + len(chunk) > end:
                 raise TemporaryFailure("the answer was too long")
             while chunk:
-                with _naming_the_file(file):
+                with errors_naming(file.name):
                     written = os.pwrite(file.fileno(), chunk, position)
                 chunk, position = chunk[written:], position + written
         if position != end:
@@ -105,12 +103,3 @@ def _fetch_piece(
         return recorded
 
     return call_with_retries(uri, "read", attempt, cancelled)
-
-
-@contextlib.contextmanager
-def _naming_the_file(file: BinaryIO) -> Iterator[None]:
-    """Add the file's name to an error of the disk, so that the message contains it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file.name)) from error

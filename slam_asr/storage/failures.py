@@ -24,7 +24,7 @@ class TemporaryFailure(Exception):
     """A failure that another attempt may avoid."""
 
 
-class ObjectMissing(Exception):
+class ObjectMissing(StorageError):
     """The object does not exist."""
 
 
@@ -118,7 +118,10 @@ def _reason_of_server(error: Any, uri: str, action: str) -> str:
     if code in _TEMPORARY_CODES or http_status(error) in (429, 500, 502, 503, 504):
         return _TEMPORARY_CODES.get(code, "the server answers {code}").format(code=code)
     if code in ("NoSuchKey", "404", "NotFound"):
-        raise ObjectMissing(uri) from None
+        missing = (
+            "the server does not know this address" if action == "written" else "there is no such object"
+        )
+        raise ObjectMissing(f"{uri} cannot be {action}: {missing}; check the address.") from None
     reason = _PERMANENT_CODES.get(code, f"the server answers {code}")
     raise StorageError(
         f"{uri} cannot be {action}: {reason}{server_words(error)}; "

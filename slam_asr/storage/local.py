@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -47,6 +48,15 @@ def local_path(path: PathOrUri) -> Path:
         raise StorageError(f"{text}: this user's home folder is not known; give a full path.") from error
 
 
+@contextlib.contextmanager
+def errors_naming(path: PathOrUri) -> Iterator[None]:
+    """Let an `OSError` of the block name this path, which the user knows, instead of a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def temporary_path(path: Path) -> Path:
     """Return a path for the unfinished version of a file, in the same folder and unique to this thread."""
     # File names have at most 255 bytes; 50 characters take at most 200.
@@ -73,24 +83,22 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
     path = local_path(path)
     temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # keeps `remove_abandoned` from removing it
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            # Without this, a crash of the machine after the rename could leave an empty file of that name.
-            os.fsync(file.fileno())
-            if replace:
-                os.replace(temporary, path)
-                return True
-            # Unlike a rename, a link fails if the name exists.
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-                return True
-            return False
-    except OSError as error:
-        # The message names the user's file instead of the temporary one.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with errors_naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # keeps `remove_abandoned` from removing it
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                # Without this, a crash of the machine after the rename could leave an empty file.
+                os.fsync(file.fileno())
+                if replace:
+                    os.replace(temporary, path)
+                    return True
+                # Unlike a rename, a link fails if the name exists.
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+                    return True
+                return False
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,9 +7,9 @@ completely.
 import base64
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from slam_asr.errors import StorageError
 from slam_asr.storage.address import folder_prefix, split_uri
@@ -27,8 +27,6 @@ from slam_asr.storage.retry import call_with_retries
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-T = TypeVar("T")
 
 SHA256, WRITER = "sha256", "writer"
 """Keys of an object's metadata: its checksum, and the conditional writer that wrote it; see `Info.writer`."""
@@ -87,7 +85,7 @@ def _list(uri: str, group: str, **arguments: str) -> Iterator[dict[str, Any]]:
     arguments |= {"Bucket": bucket, "Prefix": folder_prefix(prefix)}
     while True:
         # Some servers send IsTruncated after the names. An answer without it may have been cut short.
-        page = _require(
+        page = call_with_retries(
             uri, "listed", lambda: require_fields(client().list_objects_v2(**arguments), "IsTruncated")
         )
         yield from page.get(group, [])
@@ -135,14 +133,12 @@ def require_object(uri: str) -> Info:
     return known
 
 
-def get(
-    uri: str, start: int | None = None, end: int | None = None, etag: str | None = None
-) -> dict[str, Any]:
+def get(uri: str, start: int = 0, end: int | None = None, etag: str | None = None) -> dict[str, Any]:
     """Make one attempt to open an object, or its bytes in [start, end).
 
     Args:
         uri: the object's URI.
-        start: offset of the first byte; 0 if not given.
+        start: offset of the first byte.
         end: offset after the last byte; the object's end if not given.
         etag: ETag of the only version that may be read; any version if not given.
 
@@ -158,9 +154,9 @@ def get(
 
     bucket, key = split_uri(uri)
     arguments = {"Bucket": bucket, "Key": key}
-    if start is not None or end is not None:
+    if start or end is not None:
         # HTTP's ranges include their last byte.
-        arguments["Range"] = f"bytes={start or 0}-{'' if end is None else end - 1}"
+        arguments["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     if etag is not None:
         arguments["IfMatch"] = f'"{etag}"'
     try:
@@ -171,12 +167,12 @@ def get(
         raise
 
 
-def read(uri: str, start: int | None = None, end: int | None = None, etag: str | None = None) -> bytes:
+def read(uri: str, start: int = 0, end: int | None = None, etag: str | None = None) -> bytes:
     """Read an object's bytes, or those in [start, end).
 
     Args:
         uri: the object's URI.
-        start: offset of the first byte; 0 if not given.
+        start: offset of the first byte.
         end: offset after the last byte; the object's end if not given.
         etag: ETag of the only version that may be read; any version if not given.
 
@@ -187,8 +183,7 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
     """
     if not split_uri(uri)[1]:
         raise StorageError(f"{uri} is a bucket, not an object: check the address.")
-    begin = start or 0
-    if end is not None and end <= begin:
+    if end is not None and end <= start:
         return b""
 
     def attempt() -> bytes:
@@ -196,25 +191,19 @@ def read(uri: str, start: int | None = None, end: int | None = None, etag: str |
         content: bytes = answer["Body"].read()
         if len(content) != answer["ContentLength"]:
             raise TemporaryFailure("the answer was cut short")
-        if start is None and end is None:
-            if _differs(answer, content):
+        if start == 0 and end is None:
+            expected = answer["Metadata"].get(SHA256)
+            is_known_right = not expected or _compared_by_boto3(answer, expected)
+            if not is_known_right and sha256_of_bytes(content) != expected:
                 raise ChecksumMismatch
         else:
             # A server without support for ranges sends the complete object.
-            content = content if "ContentRange" in answer else content[begin:end]
-            if end is not None and len(content) < end - begin:
+            content = content if "ContentRange" in answer else content[start:end]
+            if end is not None and len(content) < end - start:
                 raise Damaged(f"{uri} is damaged (it ends before byte {end}): write it again.")
         return content
 
-    return _require(uri, "read", attempt)
-
-
-def _differs(answer: dict[str, Any], content: bytes) -> bool:
-    """Return whether the bytes of a complete object differ from its checksum."""
-    expected = answer["Metadata"].get(SHA256)
-    if not expected or _compared_by_boto3(answer, expected):
-        return False
-    return sha256_of_bytes(content) != expected
+    return call_with_retries(uri, "read", attempt)
 
 
 def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
@@ -230,14 +219,6 @@ def _compared_by_boto3(answer: dict[str, Any], expected: str) -> bool:
     )
 
 
-def _require(uri: str, action: str, call: Callable[[], T]) -> T:
-    """Call with retries, and raise a StorageError if the object is missing."""
-    try:
-        return call_with_retries(uri, action, call)
-    except ObjectMissing:
-        raise StorageError(f"{uri} cannot be {action}: there is no such object; check the address.") from None
-
-
 def remove(uri: str) -> None:
     """Delete an object, if it exists.
 
@@ -245,7 +226,7 @@ def remove(uri: str) -> None:
         StorageError: the bucket does not exist, access is denied, or the server cannot be reached.
     """
     bucket, key = split_uri(uri)
-    _require(uri, "removed", lambda: client().delete_object(Bucket=bucket, Key=key))
+    call_with_retries(uri, "removed", lambda: client().delete_object(Bucket=bucket, Key=key))
 
 
 def open_object(uri: str) -> io.BufferedReader:

@@ -4,16 +4,17 @@ import errno
 import os
 import posixpath
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from slam_asr.errors import StorageError
 from slam_asr.storage import objects, uploads
 from slam_asr.storage.address import PathOrUri, is_s3, split_uri
-from slam_asr.storage.local import FILE_URI, local_path, temporary_path, write_atomically
+from slam_asr.storage.local import FILE_URI, errors_naming, local_path, temporary_path, write_atomically
 from slam_asr.storage.objects import Info
 
 PARALLEL_FILES = 8
@@ -69,13 +70,13 @@ def info(path: PathOrUri) -> Info | None:
     file = local_path(path)
     try:
         status = file.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link that leads to itself
-            return None
-        raise
-    return Info(file.name, status.st_size, str(status.st_mtime_ns)) if file.is_file() else None
+        # ELOOP: a link that leads to itself.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None
+    is_file = stat.S_ISREG(status.st_mode)
+    return Info(file.name, status.st_size, str(status.st_mtime_ns)) if is_file else None
 
 
 def exists(path: PathOrUri) -> bool:
@@ -156,23 +157,20 @@ def folders_in(root: PathOrUri) -> list[str]:
     Raises:
         StorageError: object storage cannot be read.
     """
-    names = _names_in(os.fspath(root), folders=True)
+    names = names_in(root, folders=True)
     if is_s3(root):
         return names
     here = Path(os.path.realpath(local_path(root)))
     return [name for name in names if not here.is_relative_to(os.path.realpath(here / name))]
 
 
-def names_in(root: PathOrUri) -> list[str]:
-    """Return the sorted names of the files directly below a folder or prefix.
+def names_in(root: PathOrUri, folders: bool = False) -> list[str]:
+    """Return the sorted names of the files directly below a folder or prefix, or of the folders there.
 
     Raises:
         StorageError: object storage cannot be read.
     """
-    return _names_in(os.fspath(root), folders=False)
-
-
-def _names_in(root: str, folders: bool) -> list[str]:
+    root = os.fspath(root)
     if is_s3(root):
         return objects.list_names(root, folders)
     folder = local_path(root)
@@ -192,7 +190,7 @@ def read_bytes(path: PathOrUri) -> bytes:
     return objects.read(path) if is_s3(path) else local_path(path).read_bytes()
 
 
-def open_stream(path: PathOrUri) -> BinaryIO:
+def open_stream(path: PathOrUri) -> BufferedReader:
     """Open a file or object for reading from start to end. An object is read in ranges, each with retries.
 
     Raises:
@@ -224,13 +222,8 @@ def write_bytes(path: PathOrUri, content: bytes | memoryview | str, replace: boo
     path = os.fspath(path)
     if not is_s3(path):
         return write_atomically(local_path(path), content, replace)
-    try:
-        uploads.write(
-            path, content.encode() if isinstance(content, str) else content, only_if_absent=not replace
-        )
-    except uploads.ObjectExists:
-        return False
-    return True
+    encoded = content.encode() if isinstance(content, str) else content
+    return uploads.write(path, encoded, only_if_absent=not replace)
 
 
 def upload(file: PathOrUri, path: PathOrUri) -> None:
@@ -285,16 +278,15 @@ def require_writable(folder: PathOrUri) -> None:
     # A local path may contain bytes that are not UTF-8.
     content = file.encode("utf-8", "surrogateescape")
     try:
-        write_bytes(file, content)
-        try:
-            differs = read_bytes(file) != content
-        finally:
-            delete(file)
+        with errors_naming(folder):
+            write_bytes(file, content)
+            try:
+                differs = read_bytes(file) != content
+            finally:
+                delete(file)
     except StorageError as error:
         # The user knows the folder, but not this file.
         raise type(error)(str(error).replace(file, folder)) from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, folder) from error
     if differs:
         raise StorageError(f"{folder} does not return what is written to it: check the storage.")
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 from slam_asr.errors import StorageError, UserError
 from slam_asr.progress import log_line
 from slam_asr.storage.client import seconds_from_environment
-from slam_asr.storage.failures import CHECKSUM_DIFFERS, Damaged, ObjectMissing, reason_to_retry
+from slam_asr.storage.failures import CHECKSUM_DIFFERS, Damaged, reason_to_retry
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def call_with_retries(
         try:
             return call()
         # These are permanent, and need no other message.
-        except (UserError, ObjectMissing):
+        except UserError:
             raise
         # Every other exception is caught here, because botocore, urllib3 and ssl each have classes of their
         # own. `reason_to_retry` raises an error if the failure is permanent.

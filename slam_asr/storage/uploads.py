@@ -31,14 +31,13 @@ from slam_asr.storage.address import PathOrUri, split_uri
 from slam_asr.storage.client import CHECKSUMS, client, remember_refusal, sends_checksums
 from slam_asr.storage.failures import (
     ChecksumMismatch,
-    ObjectMissing,
     TemporaryFailure,
     error_code,
     require_fields,
     server_words,
 )
 from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
-from slam_asr.storage.objects import SHA256, WRITER, Info, head, open_object
+from slam_asr.storage.objects import SHA256, WRITER, head, open_object
 from slam_asr.storage.pieces import in_parallel, no_report
 from slam_asr.storage.retry import call_with_retries
 
@@ -48,10 +47,6 @@ _MAX_PARTS = 10_000
 """S3's limit. An object that would need more parts gets larger ones."""
 _REFUSES_CHECKSUMS = ("InvalidArgument", "InvalidRequest", "NotImplemented", "501", "400")
 """Codes with which servers refuse a header that they do not know, such as that of a checksum."""
-
-
-class ObjectExists(Exception):
-    """A conditional write failed because another writer was first."""
 
 
 def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_report) -> None:
@@ -81,7 +76,7 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
         transfer.run(os.fstat(stream.fileno()).st_size, content, report)
 
 
-def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -> None:
+def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -> bool:
     """Write bytes to an object, which becomes visible only when it is complete.
 
     Args:
@@ -89,16 +84,18 @@ def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -
         content: its bytes.
         only_if_absent: whether to refuse to replace an existing object.
 
+    Returns:
+        Whether the object was written: false if it exists and `only_if_absent` is true.
+
     Raises:
-        ObjectExists: the object exists and `only_if_absent` is true.
         StorageError: the bucket does not exist, access is denied, the server cannot be reached, or it saved
             other bytes.
     """
     transfer = _Upload(uri, sha256_of_bytes(content))
     if only_if_absent:
-        transfer.run_if_absent(bytes(content))
-    else:
-        transfer.run(len(content), lambda start, end: bytes(content[start:end]))
+        return transfer.run_if_absent(bytes(content))
+    transfer.run(len(content), lambda start, end: bytes(content[start:end]))
+    return True
 
 
 class _Upload:
@@ -177,21 +174,17 @@ class _Upload:
                 f"{self.uri} has {known.bytes:,} bytes where {size:,} were written: write it again."
             )
 
-    def run_if_absent(self, content: bytes) -> None:
-        """Write the object if it does not exist.
-
-        Raises:
-            ObjectExists: the object exists.
-        """
+    def run_if_absent(self, content: bytes) -> bool:
+        """Write the object if it does not exist; return whether it was written."""
         from botocore.exceptions import ClientError
 
         writer = uuid.uuid4().hex
         arguments = self.target | {"Metadata": {SHA256: self.sha256, WRITER: writer}}
 
-        def attempt() -> None:
+        def attempt() -> bool:
             try:
                 self._send("put_object", content, arguments | {"IfNoneMatch": "*"})
-                return
+                return True
             except ClientError as error:
                 code = error_code(error)
                 # Servers without conditional writes answer with one of these codes.
@@ -199,21 +192,19 @@ class _Upload:
                 if has_conditions and code not in ("PreconditionFailed", "412"):
                     raise
             existing = head(self.uri)
-            if existing is not None:
-                self._require_writer(existing, writer)  # an earlier attempt's answer may have been lost
-            elif has_conditions:
-                raise TemporaryFailure("it was removed meanwhile")
-            else:
+            if existing is None:
+                if has_conditions:
+                    raise TemporaryFailure("it was removed meanwhile")
                 # Without conditions, the last of several simultaneous writers wins.
                 self._send("put_object", content, arguments)
-                self._require_writer(head(self.uri), writer)
+                existing = head(self.uri)
+            # This writer's name is also there if the answer to an earlier attempt was lost.
+            return existing is not None and existing.writer == writer
 
-        self._call(attempt)
-        self._read_back()
-
-    def _require_writer(self, existing: Info | None, writer: str) -> None:
-        if existing is None or existing.writer != writer:
-            raise ObjectExists(self.uri)
+        written = self._call(attempt)
+        if written:
+            self._read_back()
+        return written
 
     def _send(self, operation: str, content: bytes, arguments: dict[str, Any]) -> dict[str, Any]:
         """Send bytes with their checksum, and compare the checksum in the server's answer.
@@ -222,11 +213,8 @@ class _Upload:
             ChecksumMismatch: the server received other bytes.
         """
         checksum = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        answer = _request(
-            operation,
-            arguments | {"Body": content},
-            {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum},
-        )
+        checksums = {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": checksum}
+        answer = _request(operation, arguments | {"Body": content}, checksums)
         etag = require_fields(answer, "ETag")["ETag"].strip('"')
         if "ChecksumSHA256" in answer:
             if answer["ChecksumSHA256"] != checksum:
@@ -254,12 +242,7 @@ class _Upload:
             raise StorageError(f"{self.uri} is damaged (its checksum differs): write it again.")
 
     def _call(self, call: Callable[[], T], cancelled: threading.Event | None = None) -> T:
-        try:
-            return call_with_retries(self.uri, "written", call, cancelled)
-        except ObjectMissing:
-            raise StorageError(
-                f"{self.uri} cannot be written: the server does not know this address; check it."
-            ) from None
+        return call_with_retries(self.uri, "written", call, cancelled)
 
 
 @functools.cache
@@ -287,13 +270,12 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
 
     connection = client()
     if not sends_checksums(connection):
-        answer: dict[str, Any] = getattr(connection, operation)(**arguments)
-        return answer
+        checksum = {}
     try:
-        answer = getattr(connection, operation)(**arguments, **checksum)
+        answer: dict[str, Any] = getattr(connection, operation)(**arguments, **checksum)
     except ClientError as error:
         code = error_code(error)
-        if code not in _REFUSES_CHECKSUMS:
+        if not checksum or code not in _REFUSES_CHECKSUMS:
             raise
         # If the server refused the request for another reason, this raises the server's error again.
         answer = getattr(client(checksums=False), operation)(**arguments)
@@ -307,6 +289,5 @@ def _request(operation: str, arguments: dict[str, Any], checksum: dict[str, str]
 
 def _is_md5(etag: str, answer: dict[str, Any]) -> bool:
     # With encryption by AWS's key management service, an etag looks like an MD5 but is not one.
-    return bool(re.fullmatch("[0-9a-f]{32}", etag)) and not str(
-        answer.get("ServerSideEncryption", "")
-    ).startswith("aws:kms")
+    is_encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    return not is_encrypted and bool(re.fullmatch("[0-9a-f]{32}", etag))

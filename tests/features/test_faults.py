@@ -23,7 +23,7 @@ def all_features(store, manifest) -> dict[str, torch.Tensor]:
     """Read the features of every utterance, by key, in windows of two shards as in training."""
     shards = {}
     for utterance in read_manifest(manifest):
-        shards.setdefault(store.entry(utterance.audio_id).shard, []).append(utterance)
+        shards.setdefault(store.index.entry(store.find(utterance.audio_id)).shard, []).append(utterance)
     read = {}
     for number in sorted(shards):
         store.expect([number, number + 1] if number + 1 in shards else [number])

@@ -88,7 +88,7 @@ def test_pruning_retains_the_shards_that_a_manifest_needs(store_of_three, tmp_pa
     reader = FeatureStore(record.folder)
     of_shard = {}
     for utterance in read_manifest(manifest):
-        of_shard.setdefault(reader.entry(utterance.audio_id).shard, []).append(utterance)
+        of_shard.setdefault(reader.index.entry(reader.find(utterance.audio_id)).shard, []).append(utterance)
     few = of_shard[0][:2]
     features = {u.key: reader.read(u.audio_id).clone() for u in few}
     write_manifest(tmp_path / "few.jsonl", few)

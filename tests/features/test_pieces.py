@@ -10,7 +10,7 @@ from slam_asr.cli import run
 from slam_asr.errors import StorageError
 from slam_asr.features import encode
 from slam_asr.features.encode import AudioBatch, EncodedBatch, ShardWriter
-from slam_asr.features.plan import Audio, PlannedShard
+from slam_asr.features.plan import Audio, ExtractionTask, PlannedShard
 from slam_asr.models.feature_dtype import quantize
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import join, read_bytes, walk, write_bytes
@@ -102,7 +102,8 @@ def test_pieces_of_unfinished_shards_are_listed_and_pruned(
 def writing(tmp_path):
     """Return a writer of a shard, and a function that sets its clock, adds a batch and counts its pieces."""
     now = [0.0]
-    writer = ShardWriter(FeatureNamespace(str(tmp_path)), {"dtype": "fp32"}, clock=lambda: now[0])
+    task = ExtractionTask(None, None, FeatureNamespace(str(tmp_path)), {"dtype": "fp32"})
+    writer = ShardWriter(task, clock=lambda: now[0])
 
     class Named:
         def __init__(self, number: int) -> None:

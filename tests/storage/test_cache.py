@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,8 @@ def test_each_object_is_fetched_once_by_many_processes(tmp_path):
             held = cache.hold(
                 f"o{i}", 1000 + i, fill_with(content_of(str(i), 1000 + i), tmp_path / f"log-{i}", 0.05)
             )
-            assert held.path.read_bytes() == content_of(str(i), 1000 + i)
-            held.release()
+            assert Path(held.name).read_bytes() == content_of(str(i), 1000 + i)
+            held.close()
 
     assert run_all(fetch_all, 6) == [0] * 6
     assert [(tmp_path / f"log-{i}").read_text() for i in range(5)] == ["filled\n"] * 5
@@ -90,8 +91,8 @@ def test_the_limit_is_never_exceeded_and_held_files_remain(tmp_path):
                 continue
             time.sleep(0.002)
             # The file is read by its name, so it must still exist.
-            assert held.path.read_bytes() == content_of(name, size)
-            held.release()
+            assert Path(held.name).read_bytes() == content_of(name, size)
+            held.close()
 
     largest, done = [0], threading.Event()
     (tmp_path / "cache" / ".locks").mkdir(parents=True)
@@ -123,12 +124,12 @@ def test_the_limit_is_never_exceeded_and_held_files_remain(tmp_path):
 def test_the_least_recently_used_file_is_removed_first(tmp_path):
     cache = DiskCache(tmp_path, 3000)
     for name in "abc":
-        hold(cache, name).release()
-    hold(cache, "a").release()
-    hold(cache, "d").release()
+        hold(cache, name).close()
+    hold(cache, "a").close()
+    hold(cache, "d").close()
     assert names(tmp_path) == ["a", "c", "d"]
-    hold(cache, "c").release()
-    hold(cache, "e", 1500).release()
+    hold(cache, "c").close()
+    hold(cache, "e", 1500).close()
     assert names(tmp_path) == ["c", "e"]
 
 
@@ -140,8 +141,8 @@ def test_held_files_are_not_removed_for_an_object_that_does_not_fit(tmp_path):
     assert names(tmp_path) == ["a", "b", "c"]
     with pytest.raises(CacheFull):
         hold(cache, "e", 3001)
-    held[1].release()
-    hold(cache, "d").release()
+    held[1].close()
+    hold(cache, "d").close()
     assert names(tmp_path) == ["a", "c", "d"]
 
 
@@ -171,10 +172,10 @@ def test_a_killed_process_leaves_no_locks_and_no_files_that_cannot_be_removed(tm
     process.join()
     # All three fit only if both files of the killed process are removed.
     for name in "abc":
-        hold(cache, name).release()
+        hold(cache, name).close()
     assert names(tmp_path) == ["a", "b", "c"]
     held = hold(cache, "half")
-    assert held.path.read_bytes() == content_of("half", 1000)
+    assert Path(held.name).read_bytes() == content_of("half", 1000)
     assert os.listdir(tmp_path / ".locks") == []
 
 
@@ -189,7 +190,7 @@ def test_an_object_that_a_killed_process_half_fetched_is_fetched_by_the_waiting_
     while not (tmp_path / ".locks" / "ready").exists():
         time.sleep(0.01)
     contents = []
-    waiter = threading.Thread(target=lambda: contents.append(hold(cache, "x").path.read_bytes()))
+    waiter = threading.Thread(target=lambda: contents.append(Path(hold(cache, "x").name).read_bytes()))
     waiter.start()
     time.sleep(0.1)
     assert not contents
@@ -201,7 +202,7 @@ def test_an_object_that_a_killed_process_half_fetched_is_fetched_by_the_waiting_
 
 def test_an_object_may_have_the_name_of_a_lock(tmp_path):
     cache, name = DiskCache(tmp_path, 3000), cache_module._CAPACITY_LOCK
-    assert hold(cache, name).path.read_bytes() == content_of(name, 1000)
+    assert Path(hold(cache, name).name).read_bytes() == content_of(name, 1000)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_failed_fetch_leaves_no_files_and_its_error_is_raised_unchanged(tmp_pa
     with pytest.raises(type(failure)):
         cache.hold("x", 1000, fill)
     assert names(tmp_path) == [] and os.listdir(tmp_path / ".locks") == []
-    hold(cache, "x").release()
+    hold(cache, "x").close()
 
 
 @pytest.mark.parametrize("size", [999, 1001])
@@ -230,7 +231,7 @@ def test_an_object_of_another_size_is_refused(tmp_path, size):
 
 
 def test_an_empty_object_can_be_held(tmp_path):
-    assert hold(DiskCache(tmp_path, 10), "x", 0).path.read_bytes() == b""
+    assert Path(hold(DiskCache(tmp_path, 10), "x", 0).name).read_bytes() == b""
 
 
 def fail_with_full_disk(*_):
@@ -240,14 +241,14 @@ def fail_with_full_disk(*_):
 def test_a_full_disk_removes_unused_files_and_is_reported_if_none_is_left(tmp_path, monkeypatch):
     cache = DiskCache(tmp_path, 10**6)
     for name in "ab":
-        hold(cache, name).release()
+        hold(cache, name).close()
     real = os.posix_fallocate
     monkeypatch.setattr(
         cache_module.os,
         "posix_fallocate",
         lambda *a: fail_with_full_disk() if (tmp_path / "a").exists() else real(*a),
     )
-    hold(cache, "c").release()
+    hold(cache, "c").close()
     assert names(tmp_path) == ["b", "c"]
     held = [hold(cache, name) for name in "bc"]
     monkeypatch.setattr(cache_module.os, "posix_fallocate", fail_with_full_disk)
@@ -278,10 +279,10 @@ def test_a_disk_smaller_than_the_limit_is_used_up_to_its_size(small_disk):
     cache = DiskCache(small_disk / "cache", 10**9)
     held = hold(cache, "a", 400_000)
     for name in "bcd":
-        assert hold(cache, name, 400_000).path.read_bytes() == content_of(name, 400_000)
+        assert Path(hold(cache, name, 400_000).name).read_bytes() == content_of(name, 400_000)
     with pytest.raises(CacheFull):
         hold(cache, "e", 900_000)
-    assert held.path.read_bytes() == content_of("a", 400_000)
+    assert Path(held.name).read_bytes() == content_of("a", 400_000)
     assert not [n for n in names(small_disk / "cache") if n.startswith(".")]
 
 
@@ -293,7 +294,7 @@ def test_a_process_that_is_forked_during_a_fetch_does_not_hold_the_lock(tmp_path
         resume.wait(10)
         file.write(content_of("x", 1000))
 
-    filler = threading.Thread(target=lambda: cache.hold("x", 1000, fill).release())
+    filler = threading.Thread(target=lambda: cache.hold("x", 1000, fill).close())
     filler.start()
     filling.wait(10)
     held = []

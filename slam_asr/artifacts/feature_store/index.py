@@ -7,7 +7,7 @@ and never changed; `merge` combines several indexes into one.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ _COLUMNS: dict[str, Any] = {
     "span": np.int32,
     "check": np.int64,
 }
+_ENTRY_COLUMNS = [name for name in _COLUMNS if name != "address"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,8 @@ class Index:
     columns: dict[str, np.ndarray] = field(default_factory=lambda: _empty_columns())
     """`address`: the audio ids, uint8 [entries, 32]; and for each field of `Entry` a column [entries]."""
 
-    def __post_init__(self) -> None:
-        # The first 8 bytes of each audio id as a number, because np.searchsorted needs one number per entry.
-        self._leading = _as_uint64(self.columns["address"])[:, 0]
-
     def __len__(self) -> int:
-        return len(self._leading)
+        return len(self.columns["address"])
 
     def audio_ids(self) -> list[str]:
         """Return all audio ids in hexadecimal, sorted."""
@@ -91,13 +88,7 @@ class Index:
 
     def find(self, audio_id: str) -> int:
         """Return the position of the entry with this audio id, or -1 if none exists."""
-        target = bytes.fromhex(audio_id)
-        position = int(np.searchsorted(self._leading, int.from_bytes(target[:8], "big")))
-        # The search compares only the first 8 bytes, which several entries may share.
-        while position < len(self) and self.columns["address"][position].tobytes() < target:
-            position += 1
-        exists = position < len(self) and self.columns["address"][position].tobytes() == target
-        return position if exists else -1
+        return int(self.locate(to_array([audio_id]))[0])
 
     def locate(self, audio_ids: np.ndarray) -> np.ndarray:
         """Find many entries at once.
@@ -108,22 +99,23 @@ class Index:
         Returns:
             int64 [n], the position of the entry with each audio id, or -1 where none exists.
         """
-        if not len(self):
-            return np.full(len(audio_ids), -1)
-        leading = _as_uint64(audio_ids)[:, 0]
-        positions = np.minimum(np.searchsorted(self._leading, leading), len(self) - 1)
-        # The search compares only the first 8 bytes. Where the other bytes differ, `find` decides.
-        for i in np.flatnonzero((self.columns["address"][positions] != audio_ids).any(axis=1)):
-            positions[i] = self.find(audio_ids[i].tobytes().hex())
-        return positions
+        return _positions_in(audio_ids, self.columns["address"])
+
+    def lost_shards(self, sizes: Mapping[str, int]) -> list[Shard]:
+        """Return the shards that are missing or cut short, given the size in bytes of each existing file."""
+        return [shard for shard in self.shards if sizes.get(shard.name) != shard.bytes]
 
     def entry(self, position: int) -> Entry:
         """Return the entry at a position that `find` or `locate` returned."""
-        return Entry(**{name: int(self.columns[name][position]) for name in _COLUMNS if name != "address"})
+        return Entry(**{name: int(self.columns[name][position]) for name in _ENTRY_COLUMNS})
 
-    def select(self, mask: np.ndarray) -> "Index":
-        """Return the entries for which `mask`, bool [entries], is true, and the shards that they refer to."""
-        columns = {name: column[mask] for name, column in self.columns.items()}
+    def select(self, selection: np.ndarray) -> "Index":
+        """Return some entries, and the shards that they refer to.
+
+        Args:
+            selection: a mask, bool [entries], or ascending positions, int [n].
+        """
+        columns = {name: column[selection] for name, column in self.columns.items()}
         # `used` contains the old shard numbers in ascending order. The inverse contains, for each entry, the
         # position in `used`, which is the new shard number.
         used, columns["shard"] = np.unique(columns["shard"], return_inverse=True)
@@ -162,17 +154,13 @@ class Index:
                     f"{path} has format {metadata['format']}, but this version reads format {_FORMAT}: "
                     "extract features again."
                 )
-            columns = load(content)
+            tensors = load(content)
+            columns = {name: tensors[name].astype(kind, copy=False) for name, kind in _COLUMNS.items()}
             shards = [Shard(sha256, size) for sha256, size in metadata["shards"]]
-            index = cls(
-                metadata["fingerprint"],
-                metadata["width"],
-                shards,
-                {name: columns[name].astype(t, copy=False) for name, t in _COLUMNS.items()},
-            )
-            if len({len(c) for c in index.columns.values()}) > 1 or (
-                len(index) and index.columns["shard"].max() >= len(shards)
-            ):
+            index = cls(metadata["fingerprint"], metadata["width"], shards, columns)
+            lengths = {len(column) for column in columns.values()}
+            has_shards = not len(index) or columns["shard"].max() < len(shards)
+            if len(lengths) > 1 or not has_shards or columns["address"].shape[1:] != (32,):
                 raise ValueError("the columns do not match each other")
             return index
         except (ValueError, TypeError, KeyError, IndexError, SafetensorError, UnicodeDecodeError) as error:
@@ -189,17 +177,14 @@ def build(fingerprint: dict[str, Any], width: int, shard: Shard, entries: dict[s
         fingerprint: the fingerprint of the features.
         width: values per frame.
         shard: the file that contains the features of all entries.
-        entries: the entries by audio id. Their field `shard` is ignored.
+        entries: the entries by audio id. Their field `shard` must be 0.
     """
     audio_ids = sorted(entries)
     columns = {
-        name: np.array([getattr(entries[a], name) for a in audio_ids], kind)
-        for name, kind in _COLUMNS.items()
-        if name != "address"
+        name: np.array([getattr(entries[a], name) for a in audio_ids], _COLUMNS[name])
+        for name in _ENTRY_COLUMNS
     }
-    columns["shard"][:] = 0
-    columns["address"] = to_array(audio_ids)
-    return Index(fingerprint, width, [shard], columns)
+    return Index(fingerprint, width, [shard], columns | {"address": to_array(audio_ids)})
 
 
 def merge(
@@ -213,31 +198,21 @@ def merge(
         indexes: the indexes in a reproducible order, such as that of their names.
         audio_ids: uint8 [n, 32], sorted. Only entries with these ids are included; all if not given.
     """
-    positions: dict[Shard, int] = {}
-    tables: list[dict[str, np.ndarray]] = []
-    for index in indexes:
-        if audio_ids is not None:
-            index = index.select(isin_sorted(index.columns["address"], audio_ids))
-        # Each index numbers its own shards from 0. A shard in several indexes gets one common number.
-        renumbered = np.array([positions.setdefault(s, len(positions)) for s in index.shards], np.int32)
-        shard = index.columns["shard"]
-        tables.append(index.columns | {"shard": renumbered[shard] if len(index) else shard})
-    joined = (
-        {name: np.concatenate([t[name] for t in tables]) for name in _COLUMNS} if tables else _empty_columns()
-    )
-    first, _ = unique_audio_ids(joined["address"])
-    merged = Index(
-        fingerprint, width, list(positions), {name: column[first] for name, column in joined.items()}
-    )
-    # Remove the shards to which no remaining entry refers.
-    merged = merged.select(np.ones(len(merged), bool))
+    if audio_ids is not None:
+        indexes = (index.select(isin_sorted(index.columns["address"], audio_ids)) for index in indexes)
+    # The empty index gives the columns their dtypes if there is no other.
+    parts = [Index(fingerprint, width), *indexes]
     # Shards are sorted by name, so that the same entries give the same bytes from any set of indexes.
-    order = sorted(range(len(merged.shards)), key=lambda i: merged.shards[i].sha256)
-    # The argsort of a permutation is its inverse: the new number of each old one.
-    rank = np.argsort(np.array(order, int)) if order else np.zeros(0, int)
-    merged.columns["shard"] = rank[merged.columns["shard"]].astype(np.int32)
-    merged.shards = [merged.shards[i] for i in order]
-    return merged
+    shards = sorted({shard for part in parts for shard in part.shards}, key=lambda shard: shard.name)
+    numbers = {shard: number for number, shard in enumerate(shards)}
+    joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in _COLUMNS}
+    # Each index numbers its own shards from 0. A shard in several indexes gets one common number.
+    joined["shard"] = np.concatenate(
+        [np.array([numbers[s] for s in part.shards], np.int32)[part.columns["shard"]] for part in parts]
+    )
+    # The first entry of each audio id, and only the shards to which such an entry refers.
+    first, _ = unique_audio_ids(joined["address"])
+    return Index(fingerprint, width, shards, joined).select(first)
 
 
 def to_array(audio_ids: Sequence[str]) -> np.ndarray:
@@ -245,20 +220,19 @@ def to_array(audio_ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(audio_ids)), np.uint8).reshape(-1, 32)
 
 
-def _as_uint64(audio_ids: np.ndarray) -> np.ndarray:
-    """Convert audio ids, uint8 [n, 32], to uint64 [n, 4] whose rows sort in the same order."""
-    # Big-endian, because the first byte of an audio id is the most significant one when it is sorted.
-    return np.ascontiguousarray(audio_ids).view(">u8").astype(np.uint64)
+def _as_bytes(audio_ids: np.ndarray) -> np.ndarray:
+    """View audio ids, uint8 [n, 32], as byte strings [n], which numpy sorts and compares like numbers."""
+    # numpy ignores zero bytes at the end of a string. That merges no ids, because all have the same length.
+    return np.ascontiguousarray(audio_ids).view("S32")[:, 0]
 
 
 def argsort_audio_ids(audio_ids: np.ndarray) -> np.ndarray:
     """Return the positions, int64 [n], that sort audio ids, uint8 [n, 32]; equal ones stay in their order."""
-    # np.lexsort is stable, and its last key is the primary one.
-    return np.lexsort(_as_uint64(audio_ids).T[::-1])
+    return np.argsort(_as_bytes(audio_ids), kind="stable")
 
 
 def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the distinct audio ids, as `np.unique` does for numbers.
+    """Find the distinct audio ids.
 
     Args:
         audio_ids: uint8 [n, 32], in any order.
@@ -267,14 +241,8 @@ def unique_audio_ids(audio_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         int64 [distinct], the position of the first occurrence of each distinct audio id, sorted by audio id;
         and int64 [n], for each of `audio_ids` its position among the distinct ones.
     """
-    order = argsort_audio_ids(audio_ids)
-    ordered = _as_uint64(audio_ids)[order]
-    # Equal ids are neighbours after sorting, and the stable order puts the first occurrence first.
-    is_first = np.ones(len(ordered), bool)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    inverse = np.empty(len(ordered), np.int64)
-    inverse[order] = np.cumsum(is_first) - 1
-    return order[is_first], inverse
+    _, first, inverse = np.unique(_as_bytes(audio_ids), return_index=True, return_inverse=True)
+    return first, inverse
 
 
 def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
@@ -287,17 +255,16 @@ def isin_sorted(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
     Returns:
         bool [n].
     """
-    if not len(sorted_ids) or not len(audio_ids):
-        return np.zeros(len(audio_ids), bool)
-    ours, theirs = _as_uint64(audio_ids), _as_uint64(sorted_ids)
-    positions, after = (np.searchsorted(theirs[:, 0], ours[:, 0], side) for side in ("left", "right"))
-    found = np.zeros(len(ours), bool)
-    # The search compares only the first 8 bytes. Each round compares the next id with the same 8 bytes; a
-    # second round is hardly ever needed.
-    while (undecided := np.flatnonzero(positions < after)).size:
-        found[undecided] |= (theirs[positions[undecided]] == ours[undecided]).all(axis=1)
-        positions[undecided] += 1
-    return found
+    return _positions_in(audio_ids, sorted_ids) >= 0
+
+
+def _positions_in(audio_ids: np.ndarray, sorted_ids: np.ndarray) -> np.ndarray:
+    """Return the position, int64 [n], of each audio id in a sorted list; -1 where the list lacks it."""
+    if not len(sorted_ids):
+        return np.full(len(audio_ids), -1)
+    ours, theirs = _as_bytes(audio_ids), _as_bytes(sorted_ids)
+    positions = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
+    return np.where(theirs[positions] == ours, positions, -1)
 
 
 def _empty_columns() -> dict[str, np.ndarray]:

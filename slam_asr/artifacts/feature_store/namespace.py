@@ -68,11 +68,8 @@ class FeatureNamespace:
 
     def index_names(self) -> list[str]:
         """Return the sorted names of the published indexes."""
-        return [
-            f.name.removesuffix(".safetensors")
-            for f in walk(join(self.root, "indexes"))
-            if f.name.endswith(".safetensors")
-        ]
+        files = (f.name for f in walk(join(self.root, "indexes")))
+        return [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
 
     def read_index(self, path: str) -> Index:
         """Read an index, or the receipt of a finished shard, which is the index of that shard alone.
@@ -107,14 +104,10 @@ class FeatureNamespace:
             fingerprint: the fingerprint of the encoder, its preprocessing and the dtype.
             width: values per frame.
         """
-        content = {"fingerprint": fingerprint, "width": width}
+        content = json.dumps({"fingerprint": fingerprint, "width": width}, indent=2, sort_keys=True) + "\n"
         # Several processes may begin at the same time. All write the same content, so the first file is
         # enough.
-        write_bytes(
-            join(self.root, FINGERPRINT_FILE),
-            json.dumps(content, indent=2, sort_keys=True) + "\n",
-            replace=False,
-        )
+        write_bytes(join(self.root, FINGERPRINT_FILE), content, replace=False)
 
     def merged_index(self, audio_ids: np.ndarray | None = None) -> Index | None:
         """Read all published indexes and merge them into one; return None if none exists.
@@ -137,11 +130,8 @@ class FeatureNamespace:
 
 def namespaces_in(store: str) -> list[FeatureNamespace]:
     """Return all namespaces of a store."""
-    return [
-        namespace
-        for namespace in (FeatureNamespace(join(store, name)) for name in folders_in(store))
-        if exists(join(namespace.root, FINGERPRINT_FILE))
-    ]
+    namespaces = (FeatureNamespace(join(store, name)) for name in folders_in(store))
+    return [n for n in namespaces if exists(join(n.root, FINGERPRINT_FILE))]
 
 
 def pack(
@@ -162,7 +152,7 @@ def pack(
         # safetensors refuses tensors that are not contiguous.
         tensors[audio_id] = quantized.frames.contiguous()
         if quantized.scales is not None:
-            tensors[_scales_name(audio_id)] = quantized.scales.contiguous()
+            tensors[audio_id + _SCALES] = quantized.scales.contiguous()
     content = save(tensors)
     view = memoryview(content)
     # A safetensors file has 8 bytes with the header's length, the header in JSON, and the tensors. Offsets in
@@ -173,9 +163,8 @@ def pack(
     data_begin = 8 + header_bytes
     entries = {}
     for audio_id, quantized in features.items():
-        ranges = [
-            header[name]["data_offsets"] for name in (audio_id, _scales_name(audio_id)) if name in header
-        ]
+        names = (audio_id, audio_id + _SCALES)
+        ranges = [header[name]["data_offsets"] for name in names if name in header]
         begins = [data_begin + begin for begin, _ in ranges] + [-1]  # -1: a dtype without scales
         check = checksum(*(view[data_begin + begin : data_begin + end] for begin, end in ranges))
         entries[audio_id] = Entry(0, begins[0], begins[1], len(quantized.frames), spans[audio_id], check)
@@ -186,16 +175,11 @@ def pack(
 def unpack(content: bytes) -> dict[str, QuantizedFrames]:
     """Read the features that `pack` serialised, by audio id."""
     tensors = load(content)
-    scales = {name for name in tensors if name.endswith(_SCALES)}
     return {
-        audio_id: QuantizedFrames(frames, tensors.get(_scales_name(audio_id)))
+        audio_id: QuantizedFrames(frames, tensors.get(audio_id + _SCALES))
         for audio_id, frames in tensors.items()
-        if audio_id not in scales
+        if not audio_id.endswith(_SCALES)
     }
-
-
-def _scales_name(audio_id: str) -> str:
-    return audio_id + _SCALES
 
 
 def checksum(*chunks: memoryview | bytes | bytearray) -> int:
@@ -224,42 +208,31 @@ def find_namespace(path: str, expected: dict[str, Any] | None, dtype: str | None
         candidates = [FeatureNamespace(parent_of(parent_of(path)))]
     else:
         candidates = namespaces_in(path)
-    fingerprints = {
-        namespace: fingerprint
-        for namespace in candidates
-        if (fingerprint := namespace.fingerprint()) is not None
-    }
+    fingerprints = {n: found for n in candidates if (found := n.fingerprint()) is not None}
     if not fingerprints:
         raise InputError(
             f"{path} holds no feature store: run `slam-asr extract-features` first, or check the path."
         )
-    if expected is not None:
-        matching = {
-            namespace: fingerprint
-            for namespace, fingerprint in fingerprints.items()
-            if all(fingerprint.get(key) == value for key, value in expected.items())
-        }
-        if not matching:
-            raise InputError(_mismatch_message(path, list(fingerprints.values()), expected))
-        fingerprints = matching
-    chosen = [n for n, fingerprint in fingerprints.items() if fingerprint["dtype"] == dtype]
-    chosen = chosen or list(fingerprints)
+    expected = expected or {}
+    matching = {n: found for n, found in fingerprints.items() if not _differing_keys(found, expected)}
+    if not matching:
+        raise InputError(_mismatch_message(path, list(fingerprints.values()), expected))
+    chosen = [n for n, found in matching.items() if found["dtype"] == dtype] or list(matching)
     if len(chosen) > 1:
-        names = ", ".join(f"{n.root} ({fingerprints[n]['dtype']})" for n in chosen)
+        names = ", ".join(f"{n.root} ({matching[n]['dtype']})" for n in chosen)
         raise InputError(f"{path} holds features of several kinds ({names}): name one of these folders.")
     return chosen[0]
 
 
+def _differing_keys(fingerprint: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    return sorted(key for key, value in expected.items() if fingerprint.get(key) != value)
+
+
 def _mismatch_message(path: str, fingerprints: list[dict[str, Any]], expected: dict[str, Any]) -> str:
     """Describe how the most similar namespace differs from the expected fingerprint."""
-
-    def differing_keys(fingerprint: dict[str, Any]) -> list[str]:
-        return sorted(key for key in expected if fingerprint.get(key) != expected[key])
-
-    nearest = min(fingerprints, key=lambda fingerprint: len(differing_keys(fingerprint)))
-    detail = "; ".join(
-        f"{key}: store {nearest.get(key)}, model {expected[key]}" for key in differing_keys(nearest)
-    )
+    nearest = min(fingerprints, key=lambda fingerprint: len(_differing_keys(fingerprint, expected)))
+    differing = _differing_keys(nearest, expected)
+    detail = "; ".join(f"{key}: store {nearest.get(key)}, model {expected[key]}" for key in differing)
     return (
         f"The features in {path} were computed by another encoder or preprocessing ({detail}): "
         "extract features with this recipe, or give the store that belongs to it."

@@ -6,17 +6,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from slam_asr.artifacts.feature_store.index import Entry, to_array
+from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
 from slam_asr.storage import is_s3, local_path, parent_of
-from slam_asr.storage.cache import CacheFull, DiskCache, HeldFile, cache_folder
+from slam_asr.storage.cache import CacheFull, DiskCache, cache_folder
 from slam_asr.storage.downloads import download
 from slam_asr.storage.objects import read
 
@@ -59,9 +59,8 @@ class FeatureStore:
         self.namespace = find_namespace(self.path, expected, dtype)
         self.fingerprint = self.namespace.fingerprint() or {}
         self.dtype: str = self.fingerprint["dtype"]
-        index = self.namespace.merged_index(
-            to_array(sorted(set(audio_ids))) if audio_ids is not None else None
-        )
+        requested = None if audio_ids is None else to_array(sorted(set(audio_ids)))
+        index = self.namespace.merged_index(requested)
         if index is None:
             raise InputError(
                 f"{self.path} holds no finished feature store (no index): "
@@ -72,22 +71,21 @@ class FeatureStore:
         self.remote = is_s3(self.namespace.root)
         self._cache = DiskCache(cache_folder() / "features", cache_bytes) if self.remote else None
         self._verified = np.zeros(len(index), bool)
-        self._mapped: OrderedDict[int, tuple[mmap.mmap, HeldFile | None]] = OrderedDict()
+        self._mapped: OrderedDict[int, tuple[mmap.mmap, BinaryIO | None]] = OrderedDict()
         """Mapped shards by number, the least recently used first, each with the file that is held for it."""
         self._lock = threading.Lock()
-        self._fetching: dict[int, Future[HeldFile | None]] = {}
+        self._fetching: dict[int, Future[BinaryIO | None]] = {}
         self._pool = ThreadPoolExecutor(_PARALLEL_FETCHES, "fetch-features") if self.remote else None
 
     def _require_shards(self) -> None:
         # Checked when the store is opened, so that a missing shard is noticed before the work begins.
         sizes = self.namespace.shard_sizes()
-        for shard in self.index.shards:
-            if sizes.get(shard.name) != shard.bytes:
-                state = "missing" if shard.name not in sizes else "cut short"
-                raise InputError(
-                    f"{self.namespace.shard_path(shard.name)} is {state}: "
-                    "run `slam-asr extract-features` again over the same manifests to compute it again."
-                )
+        for shard in self.index.lost_shards(sizes):
+            state = "missing" if shard.name not in sizes else "cut short"
+            raise InputError(
+                f"{self.namespace.shard_path(shard.name)} is {state}: "
+                "run `slam-asr extract-features` again over the same manifests to compute it again."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a feature store cannot be pickled: open it again in each process")
@@ -105,14 +103,6 @@ class FeatureStore:
                 "run `slam-asr extract-features` over this manifest."
             )
         return position
-
-    def entry(self, audio_id: str) -> Entry:
-        """Return this audio's entry in the index.
-
-        Raises:
-            InputError: the store has no features of this audio.
-        """
-        return self.index.entry(self.find(audio_id))
 
     def span(self, audio_id: str) -> int:
         """Return the length of this audio in encoder frames.
@@ -203,12 +193,12 @@ class FeatureStore:
             if held is None:
                 return None
         with self._lock:
-            self._mapped[shard] = (_map(held.path if held else local_path(self._path(shard))), held)
+            self._mapped[shard] = (_map(Path(held.name) if held else local_path(self._path(shard))), held)
             while len(self._mapped) > _MAX_MAPPED:
                 self._unmap(next(iter(self._mapped)))
             return self._mapped[shard][0]
 
-    def _fetch(self, number: int, urgent: bool = False) -> HeldFile | None:
+    def _fetch(self, number: int, urgent: bool = False) -> BinaryIO | None:
         """Fetch a shard to local disk.
 
         Args:
@@ -223,9 +213,7 @@ class FeatureStore:
         while True:
             try:
                 return self._cache.hold(
-                    shard.name,
-                    shard.bytes,
-                    lambda file: download(self._path(number), file, shard.sha256),
+                    shard.name, shard.bytes, lambda file: download(self._path(number), file, shard.sha256)
                 )
             except CacheFull:
                 # If no shard can be released, the caller reads single utterances without using the disk.
@@ -238,15 +226,15 @@ class FeatureStore:
         _, held = self._mapped.pop(shard)
         # The mapping is not closed: tensors that are views of it keep it alive until the last is freed.
         if held is not None:
-            held.release()
+            held.close()
 
 
-def _release(fetched: Future[HeldFile | None]) -> None:
+def _release(fetched: Future[BinaryIO | None]) -> None:
     if fetched.cancelled() or fetched.exception() is not None:
         return
     held = fetched.result()
     if held is not None:
-        held.release()
+        held.close()
 
 
 def _tensor(content: memoryview | bytearray, dtype: torch.dtype) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_long_audio_is_cut_split_or_skipped(tiny_models, utterances, tmp_path, c
     )
     fitting = fit_to_window(utterances, describe_encoder(options.encoder))
     assert (
-        [store.entry(u.audio_id).frames for u in fitting]
+        [store.index.entry(store.find(u.audio_id)).frames for u in fitting]
         == frames
         == [store.span(u.audio_id) for u in fitting]
     )

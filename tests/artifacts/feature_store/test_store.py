@@ -58,7 +58,7 @@ def test_written_features_can_be_read(root):
     reader = FeatureStore(root, {"weights_sha256": "abc"})
     for a, tensor in features.items():
         assert torch.equal(reader.read(a), tensor) and torch.equal(reader.read(a), tensor)
-        assert reader.span(a) == len(tensor) + 1 and reader.entry(a).frames == len(tensor)
+        assert reader.span(a) == len(tensor) + 1 and reader.index.entry(reader.find(a)).frames == len(tensor)
 
 
 def test_shards_are_safetensors_that_anyone_can_read(tmp_path):
@@ -253,7 +253,7 @@ def test_only_expected_shards_are_mapped(root):
             a: (reader.read(a), t)
             for features in shards
             for a, t in features.items()
-            if reader.entry(a).shard == number
+            if reader.index.entry(reader.find(a)).shard == number
         }
         assert list(reader._mapped) == [number]
     assert len(retained) == 18 and all(torch.equal(read, expected) for read, expected in retained.values()), (
