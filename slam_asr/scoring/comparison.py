@@ -68,15 +68,9 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
     # A single subset would repeat the row of all utterances, and a subset without words has no rate.
-    with_rates = (
-        {name: indices for name, indices in subsets.items() if name and a.words[indices].sum()}
-        if len(subsets) > 1
-        else {}
-    )
-    return [
-        _compared(name, a, b, indices, seed)
-        for name, indices in [*with_rates.items(), (ALL, np.arange(len(pairs)))]
-    ]
+    groups = [group for group in subsets.items() if len(subsets) > 1 and group[0] and a.words[group[1]].sum()]
+    groups.append((ALL, np.arange(len(pairs))))
+    return [_compared(name, a, b, indices, seed) for name, indices in groups]
 
 
 def pair(

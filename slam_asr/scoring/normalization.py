@@ -23,44 +23,9 @@ from slam_asr.artifacts.writing_systems import (
 
 _PLAIN = re.compile(r"[a-z' ]*")
 """Matches text whose words can be normalised separately: it has no punctuation, digits or brackets."""
-_ALTERED = frozenset(
-    [
-        "hmm",
-        "mm",
-        "mhm",
-        "mmm",
-        "uh",
-        "um",
-        "wanna",
-        "gotta",
-        "gonna",
-        "imma",
-        "woulda",
-        "coulda",
-        "shoulda",
-        "mr",
-        "mrs",
-        "st",
-        "dr",
-        "prof",
-        "capt",
-        "gov",
-        "ald",
-        "gen",
-        "sen",
-        "rep",
-        "pres",
-        "rev",
-        "hon",
-        "asst",
-        "assoc",
-        "lt",
-        "col",
-        "jr",
-        "sr",
-        "esq",
-        "half",
-    ]
+_ALTERED = (
+    "hmm mm mhm mmm uh um wanna gotta gonna imma woulda coulda shoulda mr mrs st dr prof capt gov ald gen "
+    "sen rep pres rev hon asst assoc lt col jr sr esq half"
 )
 """Plain words that the normaliser replaces, besides all words that may be part of a number.
 
@@ -83,15 +48,14 @@ def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
     """Build a faster equivalent of transformers' normaliser for English: text → text with single spaces."""
-    altered = _ALTERED | whisper_english().standardize_numbers.words
+    altered = whisper_english().standardize_numbers.words.union(_ALTERED.split())
 
     @functools.lru_cache(maxsize=200_000)
     def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
         # The result for `and a half` depends on the word before it. A stretch that does not start the text
         # is therefore normalised after an `x`, which is part of no number; `[2:]` removes it and its space.
-        return (
-            normalise_english(" ".join(words)) if at_start else normalise_english(" ".join(("x", *words)))[2:]
-        )
+        text = " ".join(words)
+        return normalise_english(text) if at_start else normalise_english(f"x {text}")[2:]
 
     def normalise(text: str) -> str:
         text = text.lower()
