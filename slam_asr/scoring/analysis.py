@@ -63,6 +63,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
     speakers = groups_of(rows, lambda row: row.speaker)
     faults = Counter(fault for row in rows for fault in faults_of(row, measured.characters))
     silent = measured.words == 0
+    insertions = int(measured.errors[silent].sum())
 
     def numbers(indices: np.ndarray) -> dict[str, Any]:
         wrong, total = (int(n) for n in characters[indices].sum(0))
@@ -88,10 +89,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
             "insertions": [[word, n] for word, n in _most_frequent(measured.inserted)],
         },
         "faults": {fault: faults[fault] for fault in ANSWER_FAULTS},
-        "empty_references": {
-            "utterances": int(silent.sum()),
-            "insertions": int(measured.errors[silent].sum()),
-        },
+        "empty_references": {"utterances": int(silent.sum()), "insertions": insertions},
     }
 
 

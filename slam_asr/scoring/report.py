@@ -125,17 +125,12 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     named = {short: numbers["all"]}
     named |= {f"{short} {name}": counts for name, counts in numbers["subsets"].items() if name}
     named |= {f"{short} {name}": control["all"] for name, control in numbers["controls"].items()}
-    # A subset whose references are empty has no rate.
-    metrics = {name: counts["rate"] for name, counts in named.items() if counts["rate"] is not None}
+    metrics = {name: counts["rate"] for name, counts in named.items()}
     total = numbers["all"]
-    low, high = total["interval"] or (None, None)
-    optional = {
-        f"{short} 95 % low": low,
-        f"{short} 95 % high": high,
-        f"{short} normalised": total["normalised"],
-        "cer": total["cer"],
-    }
-    return metrics | {name: value for name, value in optional.items() if value is not None}
+    metrics[f"{short} 95 % low"], metrics[f"{short} 95 % high"] = total["interval"] or (None, None)
+    metrics |= {f"{short} normalised": total["normalised"], "cer": total["cer"]}
+    # A subset whose references are empty has no rate.
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def short_name(numbers: dict[str, Any]) -> str:
@@ -289,11 +284,8 @@ def _markdown(numbers: dict[str, Any]) -> str:
         "",
         *markdown_table(table, texts=1),
     ]
-    wrong = [
-        f"{escape_markdown(fault)}: {with_thousands(count)}"
-        for fault, count in numbers["faults"].items()
-        if count
-    ]
+    faults = numbers["faults"].items()
+    wrong = [f"{escape_markdown(fault)}: {with_thousands(count)}" for fault, count in faults if count]
     if wrong:
         lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (

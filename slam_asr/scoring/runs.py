@@ -128,7 +128,12 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
     dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
     page = render(
         PAGE,
-        filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
+        filters={
+            "rate": rate_text,
+            "interval": interval_text,
+            "clock": clock,
+            "probability": probability_text,
+        },
         title=title,
         rows=rows,
         short=short_name(runs[0].numbers),
@@ -154,7 +159,7 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
             ("95 % interval", interval_text(row["interval"])),
             *((f"{escape_markdown(name)}, %", rate_text(row["subsets"].get(name))) for name in subsets),
             ("Worse by", rate_text(row["worse_by"])),
-            ("p", _probability(row["p"])),
+            ("p", probability_text(row["p"])),
             *([("CER, %", rate_text(row["cer"]))] if by_words else []),
             ("Steps", "–" if row["steps"] is None else with_thousands(row["steps"])),
             ("Training", "–" if row["seconds"] is None else clock(row["seconds"])),
@@ -163,7 +168,3 @@ def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]
     ]
     heading = f"# {escape_markdown(title)}: {len(rows)} runs"
     return "\n".join([heading, "", *markdown_table(table, texts=2)]) + "\n"
-
-
-def _probability(p: float | None) -> str:
-    return "–" if p is None else probability_text(p)
