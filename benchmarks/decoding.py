@@ -68,7 +68,7 @@ class Decoder:
         # If this project's beam search returns None, transformers' own runs, as in the reference.
         slam.beam_search = self.beam_search if positions else lambda *_: None
         searcher = Searcher(self.models[precision], self.prompt, replace(self.decoding, beams=beams))
-        around = len(self.prompt.main.before) + len(self.prompt.main.ids)
+        around = self.prompt.main.positions
         lengths = [n + around for n in self.audio_positions]
         batches = (
             list(plan_batches(lengths, self.decoding.max_new_tokens, beams, positions))

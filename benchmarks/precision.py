@@ -51,7 +51,7 @@ def llm_pass(folder, dtype: torch.dtype, device: torch.device) -> Callable[[], N
 
     Training runs the same passes.
     """
-    llm = load_llm(folder, dtype, device)
+    llm = load_llm(folder, dtype).to(device)
     embeddings = torch.randn(
         UTTERANCES, POSITIONS, llm.config.hidden_size, dtype=dtype, device=device, requires_grad=True
     )

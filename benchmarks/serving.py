@@ -143,9 +143,8 @@ def plain(transcriber: Transcriber, content: bytes) -> str:
         audio = transcriber._prepare(piece.samples)
         batch = collate([Row(audio, piece.positions, prompt.main.before, prompt.main.ids, [])])
         with torch.inference_mode():
-            (ids,) = searcher.model.generate(
-                batch.to(searcher.model.llm.device), searcher.generation
-            ).tolist()
+            batch = batch.to(searcher.model.llm.device)
+            (ids,) = searcher.model.generate(batch, searcher.generation).sequences.tolist()
         texts.append(prompt.answer_of(ids))
     return " ".join(text for text in texts if text)
 

@@ -21,7 +21,7 @@ from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.cores import usable_cores
-from slam_asr.decoding.model import Model, open_model, require_capacity
+from slam_asr.decoding.model import Model, open_model
 from slam_asr.errors import InputError
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
 from slam_asr.runtime.worker import failures_written_to
@@ -40,19 +40,17 @@ def _read_manifests(files: list[str]) -> list[Utterance]:
     Raises:
         InputError: two manifests have the same utterance, which would count twice in every rate.
     """
-    utterances: list[Utterance] = []
-    first: dict[tuple[str, str, str, float | None], str] = {}
+    found: dict[tuple[str, str, str, float | None], tuple[Utterance, str]] = {}
     for file in files:
         for utterance in read_manifest(file):
             name = (utterance.key, utterance.subset, utterance.source, utterance.start)
-            if other := first.get(name):
+            if name in found:
                 raise InputError(
-                    f"The utterance {utterance.key} is in {other} and in {file}: give each once, "
+                    f"The utterance {utterance.key} is in {found[name][1]} and in {file}: give each once, "
                     "because it would count twice in the word error rate."
                 )
-            first[name] = file
-            utterances.append(utterance)
-    return utterances
+            found[name] = utterance, file
+    return [utterance for utterance, _ in found.values()]
 
 
 class Decoder:
@@ -79,20 +77,11 @@ class Decoder:
         # The store has outputs of the frozen encoder. An encoder that was trained has other outputs.
         if model.trained.encoder.tuning == "full" or recipe.features.cache == "none":
             feature_store = None
-        self.feature_store = feature_store
+        self.feature_store, self.store = feature_store, None
         self._prompt = model.prompt()
-        self._searcher: Searcher | None = None
-        self.store = (
-            FeatureStore(
-                feature_store,
-                model.config.encoder,
-                model.trained.features.dtype,
-                self.audio_ids,
-                recipe.features.cache_bytes,
-            )
-            if feature_store
-            else None
-        )
+        if feature_store:
+            dtype, limit = model.trained.features.dtype, recipe.features.cache_bytes
+            self.store = FeatureStore(feature_store, model.config.encoder, dtype, self.audio_ids, limit)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -104,39 +93,27 @@ class Decoder:
         from slam_asr.models.searcher import plan_batches
 
         options = self.recipe.decoding
-        prompt_positions = len(self._prompt.main.before) + len(self._prompt.main.ids)
-        positions = [n + prompt_positions for n in self._audio_positions]
-        require_capacity(
-            positions,
-            lambda index: f"Utterance {self.utterances[index].key}",
-            options.max_new_tokens,
-            self.model,
-        )
-        return list(
-            plan_batches(positions, options.max_new_tokens, options.beams, options.positions_per_batch)
-        )
+        limits = options.max_new_tokens, options.beams, options.positions_per_batch
+        positions = [n + self._prompt.main.positions for n in self._audio_positions]
+        self.model.require_capacity(positions, options, lambda i: f"Utterance {self.utterances[i].key}")
+        return list(plan_batches(positions, *limits))
 
     def load(self) -> None:
         """Load the weights now, so that the first batch takes no longer than the others."""
-        self._loaded_searcher()
+        _ = self._searcher
 
-    def _loaded_searcher(self) -> "Searcher":
-        if self._searcher is None:
-            from slam_asr.models.searcher import Searcher
+    @cached_property
+    def _searcher(self) -> "Searcher":
+        from slam_asr.models.searcher import Searcher
 
-            self._searcher = Searcher(
-                self.model.load(self.recipe.decoding, with_encoder=self.store is None),
-                self._prompt,
-                self.recipe.decoding,
-            )
-        return self._searcher
+        options = self.recipe.decoding
+        return Searcher(self.model.load(options, with_encoder=self.store is None), self._prompt, options)
 
     def decode(self, batch: list[int]) -> "dict[int, Answer]":
         """Decode the utterances with the given indices; return their answers by index."""
-        searcher = self._loaded_searcher()
         read: Callable[[Utterance], torch.Tensor | Prepared] = self._reader.read
         inputs = list(self._read_pool.map(read, [self.utterances[i] for i in batch]))
-        answers = searcher.decode(inputs, [self._audio_positions[i] for i in batch])
+        answers = self._searcher.decode(inputs, [self._audio_positions[i] for i in batch])
         return dict(zip(batch, answers, strict=True))
 
     @cached_property
@@ -148,11 +125,9 @@ class Decoder:
     def _reader(self) -> "StoreReader | AudioReader":
         from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
 
-        return (
-            StoreReader(self.store)
-            if self.store
-            else AudioReader(self.model.spec, self.model.trained.features)
-        )
+        if self.store:
+            return StoreReader(self.store)
+        return AudioReader(self.model.spec, self.model.trained.features)
 
     @cached_property
     def _read_pool(self) -> ThreadPoolExecutor:

@@ -6,12 +6,12 @@ first line holds a digest of everything that determines the answers; answers wit
 used.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from slam_asr.errors import UserError
 from slam_asr.models.searcher import Answer, Choice
@@ -26,8 +26,6 @@ UPLOADED_EVERY = 60.0
 
 class DecodeJournal:
     """The journal of one decoding, with its `answers` by utterance index.
-
-    It is a context manager that closes the journal's file.
 
     Args:
         folder: the stage's folder on local disk.
@@ -46,7 +44,6 @@ class DecodeJournal:
             self.answers |= answers_in(line)
         # The file is rewritten, because the last line that a killed process wrote may be incomplete.
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (head, *lines)))
-        self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if self.answers:
             log_line(f"resuming: {len(self.answers)} utterances are already decoded")
         self._uploaded = time.monotonic()
@@ -54,8 +51,8 @@ class DecodeJournal:
     def add(self, answers: dict[int, Answer]) -> None:
         """Record a batch's answers."""
         self.answers |= answers
-        self._file.write(json.dumps({index: asdict(answer) for index, answer in answers.items()}) + "\n")
-        self._file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({index: asdict(answer) for index, answer in answers.items()}) + "\n")
         if self.remote and time.monotonic() - self._uploaded > UPLOADED_EVERY:
             # The time is set before the upload, so that a failed upload is retried after the same interval.
             self._uploaded = time.monotonic()
@@ -70,33 +67,20 @@ class DecodeJournal:
 
     def discard(self) -> None:
         """Delete the journal, because the stage's results are complete."""
-        self._file.close()
         self.path.unlink()
         if self.remote and exists(self.remote):
             delete(self.remote)
-
-    def __enter__(self) -> "DecodeJournal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     @staticmethod
     def _lines(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
         """Return the complete lines after the first, or none if the first belongs to another decoding."""
         if not path.exists():
             return []
-        lines = list(_parse_complete(path.read_text(encoding="utf-8").split("\n")))
+        lines = []
+        with contextlib.suppress(ValueError):  # raised by the first incomplete line
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                lines.append(json.loads(line))
         return lines[1:] if lines[:1] == [head] else []
-
-
-def _parse_complete(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Parse lines up to the first incomplete one."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
 
 
 def answers_in(line: dict[str, Any]) -> dict[int, Answer]:

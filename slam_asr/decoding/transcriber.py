@@ -4,9 +4,11 @@ Each recording is divided at pauses (`pauses.py`). The segments of several recor
 batches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from slam_asr.artifacts.shipped import default_model
@@ -76,7 +78,6 @@ class Transcriber:
     """
 
     def __init__(self, model: "Model", recipe: Recipe, max_segment_seconds: float) -> None:
-        from slam_asr.decoding.model import require_capacity
         from slam_asr.models.precision import explain_precision, pick_device
         from slam_asr.models.searcher import Searcher
 
@@ -84,19 +85,13 @@ class Transcriber:
         model.require_ctc_head(self.options)
         explain_precision(self.options.precision, pick_device())  # raises if it cannot be used
         window = model.spec.window_samples
-        self.max_segment_seconds = (
-            min(max_segment_seconds, window / SAMPLE_RATE) if window else max_segment_seconds
-        )
+        self.max_segment_seconds = min(max_segment_seconds, (window or math.inf) / SAMPLE_RATE)
         prompt = model.prompt()
-        self._prompt_positions = len(prompt.main.before) + len(prompt.main.ids)
+        self._prompt_positions = prompt.main.positions
         longest = model.positions(model.spec.span_of(round(self.max_segment_seconds * SAMPLE_RATE)))
         # This check comes before the weights are loaded.
-        require_capacity(
-            [longest + self._prompt_positions],
-            lambda _: f"Audio of {self.max_segment_seconds:g} s",
-            self.options.max_new_tokens,
-            model,
-        )
+        name = f"Audio of {self.max_segment_seconds:g} s"
+        model.require_capacity([longest + self._prompt_positions], self.options, lambda _: name)
         self._searcher = Searcher(model.load(self.options, with_encoder=True), prompt, self.options)
         self._prepare = model.spec.preparer()
 
@@ -167,32 +162,21 @@ class Transcriber:
         """
         from slam_asr.models.searcher import plan_batches
 
-        pieces = [
-            (number, piece)
-            for number, (_, samples) in enumerate(recordings)
-            for piece in self.pieces(samples)
-        ]
+        divided = [self.pieces(samples) for _, samples in recordings]
+        pieces = [piece for of_recording in divided for piece in of_recording]
+        positions, options = [self.positions(piece) for piece in pieces], self.options
+        limits = options.max_new_tokens, options.beams, options.positions_per_batch
         # Batches contain pieces of similar length, of any recording, so answers do not come in order.
         segments: dict[int, Segment] = {}
-        for batch in plan_batches(
-            [self.positions(piece) for _, piece in pieces],
-            self.options.max_new_tokens,
-            self.options.beams,
-            self.options.positions_per_batch,
-        ):
-            answers = self.decode([pieces[i][1] for i in batch])
-            for i, answer in zip(batch, answers, strict=True):
-                piece = pieces[i][1]
-                segments[i] = Segment(piece.start, piece.end, answer.text, answer.cut)
+        for batch in plan_batches(positions, *limits):
+            for i, answer in zip(batch, self.decode([pieces[i] for i in batch]), strict=True):
+                segments[i] = Segment(pieces[i].start, pieces[i].end, answer.text, answer.cut)
             if meter is not None:
                 # The meter is updated once per batch: all of its segments are finished at the same time.
-                meter.update(round(sum(len(pieces[i][1].samples) for i in batch) / SAMPLE_RATE))
-        for number, (name, samples) in enumerate(recordings):
-            yield Transcript(
-                name,
-                len(samples) / SAMPLE_RATE,
-                [segments[i] for i, (recording, _) in enumerate(pieces) if recording == number],
-            )
+                meter.update(round(sum(len(pieces[i].samples) for i in batch) / SAMPLE_RATE))
+        in_order = (segments[i] for i in range(len(pieces)))
+        for (name, samples), of_recording in zip(recordings, divided, strict=True):
+            yield Transcript(name, len(samples) / SAMPLE_RATE, list(islice(in_order, len(of_recording))))
 
     def pieces(self, samples: "np.ndarray") -> list[Piece]:
         """Divide a recording at pauses.
@@ -203,14 +187,12 @@ class Transcriber:
         Returns:
             The pieces in order, without overlap; an empty list for silence. They are views of `samples`.
         """
-        return [
-            Piece(
-                samples[stretch.start : stretch.end],
-                *stretch.seconds,
-                self.model.positions(self.model.spec.span_of(stretch.end - stretch.start)),
-            )
-            for stretch in divide(samples, self.max_segment_seconds)
-        ]
+        pieces = []
+        for part in divide(samples, self.max_segment_seconds):
+            start, end = part.start / SAMPLE_RATE, part.stop / SAMPLE_RATE
+            positions = self.model.positions(self.model.spec.span_of(part.stop - part.start))
+            pieces.append(Piece(samples[part], start, end, positions))
+        return pieces
 
     def positions(self, piece: Piece) -> int:
         """Return the number of LLM positions of a piece's audio and the prompt."""

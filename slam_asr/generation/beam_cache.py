@@ -10,7 +10,6 @@ row per beam, in a buffer that is allocated once.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import cast
@@ -58,33 +57,22 @@ def expand_for_beams(
     Returns:
         The same cache object.
     """
+    padding_bias = None
     if mask is not None:
         first = cache.layers[0]
         assert isinstance(first, DynamicLayer) and first.keys is not None, "only plain caches are shared"
-        dtype = first.keys.dtype
         # The lowest finite number gives probability 0, as -inf does, but no NaN in a row that is all padding.
-        padding_bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-            mask == 0, torch.finfo(dtype).min
-        )[:, None, None]
-        cache.layers = [
-            SharedLayer(layer, beams, max_new_tokens, padding_bias)
-            for layer in cache.layers
-            if isinstance(layer, DynamicLayer)
-        ]
-    else:
-        cache.layers = [
-            BeamLayer(layer, beams, max_new_tokens)
-            if type(layer) is DynamicLayer
-            else _repeated(cast(DynamicLayer, layer), beams)
-            for layer in cache.layers
-        ]
+        lowest = torch.finfo(first.keys.dtype).min
+        padding_bias = first.keys.new_zeros(mask.shape).masked_fill_(mask == 0, lowest)[:, None, None]
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            # Another kind of layer, such as a sliding window, manages its own memory.
+            cast(DynamicLayer, layer).batch_repeat_interleave(beams)
+        elif padding_bias is not None:
+            cache.layers[i] = SharedLayer(layer, beams, max_new_tokens, padding_bias)
+        else:
+            cache.layers[i] = BeamLayer(layer, beams, max_new_tokens)
     return cache
-
-
-def _repeated(layer: DynamicLayer, beams: int) -> DynamicLayer:
-    """Repeat the rows of another kind of layer, such as a sliding window, which manages its own memory."""
-    layer.batch_repeat_interleave(beams)
-    return layer
 
 
 class BeamLayer(DynamicLayer):
@@ -149,9 +137,8 @@ class BeamLayer(DynamicLayer):
         """
         end = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
-            buffer[:, :, self.generated_from : end] = buffer[:, :, self.generated_from : end].index_select(
-                0, beam_idx.to(buffer.device)
-            )
+            generated = buffer[:, :, self.generated_from : end]
+            generated.copy_(generated.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Retain the rows `indices` [rows] int64, in ascending order. Others belong to settled utterances."""
@@ -295,40 +282,28 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
     prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
     token_scores = by_utterance(query @ key.transpose(-1, -2))
     # One softmax covers prefix and generated tokens, as if their keys were one tensor.
-    probabilities = (
-        torch.cat([prefix_scores, token_scores], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    )
+    scores = torch.cat([prefix_scores, token_scores], -1)
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     # The weighted sum of all values is the sum over the prefix, whose values the beams share, plus the sum
     # over each beam's own tokens.
-    output = (
-        by_beam(probabilities[..., :prefix] @ layer.prefix_values)
-        + by_beam(probabilities[..., prefix:]) @ value
-    )
-    return output.reshape(rows, 1, heads, -1)
+    of_prefix = by_beam(probabilities[..., :prefix] @ layer.prefix_values)
+    return (of_prefix + by_beam(probabilities[..., prefix:]) @ value).reshape(rows, 1, heads, -1)
 
+
+AttentionInterface.register(ATTENTION, attend)
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
 """Optional arguments by which an LLM asks its attention to change the scores or to mask further positions.
 `attend` does not support them."""
 
 
-@functools.cache
-def register_attention() -> None:
-    """Make `attend` known to transformers under the name `ATTENTION`, once."""
-    AttentionInterface.register(ATTENTION, attend)
-
-
 @contextlib.contextmanager
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
-    register_attention()
     # Parts of an LLM may have their own configurations, and each layer looks up its attention in its own.
     # Several modules may share a configuration, so configurations are collected by id.
-    configs = {
-        id(config): config
-        for module in llm.modules()
-        if (config := getattr(module, "config", None)) is not None
-    }.values()
+    found = (getattr(module, "config", None) for module in llm.modules())
+    configs = {id(config): config for config in found if config is not None}.values()
     usual = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = ATTENTION

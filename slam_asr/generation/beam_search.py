@@ -14,24 +14,13 @@ For each utterance, the search also reports whether rounding may have decided a 
 import contextlib
 import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from slam_asr.generation.beam_cache import (
-    CannotShare,
-    SharedLayer,
-    expand_for_beams,
-    is_plain,
-    shared_prefix_attention,
-)
+from slam_asr.generation import beam_cache
 from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
 from slam_asr.generation.prefill import forward, prefill
 from slam_asr.generation.search_state import NEARLY_TIED, SearchState, choose
@@ -78,19 +67,13 @@ def beam_search(
     Returns:
         The answers; None if the LLM's cache is not a `DynamicCache`, as in Mamba.
     """
-
-    def scorer() -> CtcScorer | None:
-        if spelling is None:
-            return None
-        stops = torch.tensor(generation.eos_token_id, device=embeddings.device)
-        return CtcScorer(spelling, ctc_weight, generation.num_beams, stops)
-
+    arguments = (llm, embeddings, mask, generation, spelling, ctc_weight)
     # An LLM may use `beam_cache.attend` as its attention, but need something that `attend` does not compute.
     # The search notices it at the first generated token, so starting over costs little.
     if getattr(llm, "_supports_attention_backend", False):
-        with contextlib.suppress(CannotShare):
-            return _search(llm, embeddings, mask, generation, scorer(), share=True)
-    return _search(llm, embeddings, mask, generation, scorer(), share=False)
+        with contextlib.suppress(beam_cache.CannotShare):
+            return _search(*arguments, share=True)
+    return _search(*arguments, share=False)
 
 
 def _search(
@@ -98,7 +81,8 @@ def _search(
     embeddings: torch.Tensor,
     mask: torch.Tensor,
     generation: GenerationConfig,
-    scorer: CtcScorer | None,
+    spelling: CtcSpelling | None,
+    ctc_weight: float,
     share: bool,
 ) -> Answers | None:
     """Search with or without a prefix that the beams share; see `beam_search`.
@@ -112,22 +96,22 @@ def _search(
     logits, cache = prefill(llm, embeddings, mask)
     if type(cache) is not DynamicCache:
         return None
-    share = share and is_plain(cache)
-    cache = expand_for_beams(cache, beams, max_new_tokens, mask if share else None)
+    share = share and beam_cache.is_plain(cache)
+    cache = beam_cache.expand_for_beams(cache, beams, max_new_tokens, mask if share else None)
     logits = logits.repeat_interleave(beams, 0)
     # The mask gets columns for all tokens to come. Each step uses the columns up to its own token.
     mask = torch.cat([mask, mask.new_ones(utterances, max_new_tokens)], 1).repeat_interleave(beams, 0)
     stops = torch.tensor(generation.eos_token_id, device=device)
+    scorer = None if spelling is None else CtcScorer(spelling, ctc_weight, beams, stops)
     processors = penalties(generation)
     state = SearchState.start(utterances, generation, device)
     # Collects the finished answers of all utterances, including those that have left `state`.
     result = SearchState.start(utterances, generation, device)
-    with shared_prefix_attention(llm) if share else contextlib.nullcontext():
+    with beam_cache.shared_prefix_attention(llm) if share else contextlib.nullcontext():
         for step in range(max_new_tokens):
             scores = _scores(logits, state, step, processors, scorer)
             state, continued_rows = choose(state, scores, step, stops, generation)
-            is_last = step + 1 == max_new_tokens
-            settled = torch.ones_like(state.improvable) if is_last else ~state.improvable
+            settled = ~state.improvable | (step + 1 == max_new_tokens)
             # Settled utterances may stay in the batch until it shrinks. Their answers no longer change, so
             # collecting them again does no harm.
             result.collect(state, settled)
@@ -148,20 +132,10 @@ def _search(
             positions = (lengths + step).repeat_interleave(beams)[:, None]
             step_mask = mask[:, : width + step + 1]
             logits, _ = forward(llm, positions, step_mask, input_ids=tokens, past_key_values=cache)
-            if share:
-                _require_attended(cache, step + 1)
+            # An LLM may ignore the registered attention. Its tokens have then not attended to the prefix.
+            if share and any(cast(Any, layer).attend_calls != step + 1 for layer in cache.layers):
+                raise beam_cache.CannotShare
     return _answers(result, generation)
-
-
-def _require_attended(cache: DynamicCache, steps: int) -> None:
-    """Require that the LLM has called `attend` for every layer in each of `steps` steps.
-
-    Raises:
-        CannotShare: the LLM ignored the registered attention, so its generated tokens did not attend to the
-            prefix.
-    """
-    if any(cast(SharedLayer, layer).attend_calls != steps for layer in cache.layers):
-        raise CannotShare
 
 
 def _scores(
@@ -213,16 +187,16 @@ def penalties(generation: GenerationConfig) -> LogitsProcessorList:
     return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else [])
 
 
-def without_penalties(generation: GenerationConfig, scores: bool = False) -> GenerationConfig:
+def without_penalties(generation: GenerationConfig) -> GenerationConfig:
     """Copy a configuration for transformers' `generate`, which receives the `penalties` separately.
 
     Args:
-        generation: same configuration as for `beam_search`.
-        scores: whether `generate` returns the answers' scores along with their ids.
+        generation: same configuration as for `beam_search`. After a beam search, `generate` returns the
+            answers' scores along with their ids.
     """
     # A copy, because the caller uses its own configuration, with its penalty, again for the next batch.
     generation = copy.copy(generation)
     generation.repetition_penalty = 1.0
     generation.return_dict_in_generate = True
-    generation.output_scores = scores
+    generation.output_scores = generation.num_beams > 1
     return generation

@@ -49,11 +49,7 @@ class CtcSpelling:
 
     @classmethod
     def of(
-        cls,
-        logits: torch.Tensor,
-        positions: list[int],
-        columns: torch.Tensor,
-        first_columns: torch.Tensor,
+        cls, logits: torch.Tensor, positions: list[int], columns: torch.Tensor, first_columns: torch.Tensor
     ) -> "CtcSpelling":
         """Normalise and pad logits.
 

@@ -5,7 +5,6 @@ from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from slam_asr.generation.beam_cache import is_plain
 
@@ -16,7 +15,7 @@ may a batch whose cache cannot be gathered from groups."""
 
 
 def forward(
-    llm: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor, **inputs: torch.Tensor | DynamicCache
+    llm: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor, **inputs: object
 ) -> tuple[torch.Tensor, object]:
     """Run the LLM.
 
@@ -32,13 +31,9 @@ def forward(
     """
     # Not every family accepts `position_ids` and `logits_to_keep`.
     accepted = inspect.signature(llm.forward).parameters
-    optional: dict[str, object] = {"position_ids": positions, "logits_to_keep": 1}
-    output = llm(
-        attention_mask=mask,
-        use_cache=True,
-        **inputs,
-        **{name: value for name, value in optional.items() if name in accepted},
-    )
+    optional = {"position_ids": positions, "logits_to_keep": 1}
+    inputs |= {name: value for name, value in optional.items() if name in accepted}
+    output = llm(attention_mask=mask, use_cache=True, **inputs)
     # The logits are in fp32, because the search compares sums of log probabilities that differ by 1e-4, far
     # below the resolution of bf16. LLMs with recurrent layers return their state under another name, so their
     # cache is None.
@@ -108,19 +103,13 @@ def _gather(
         The cache of all utterances.
     """
     utterances, width = shape
-    first = complete is None
-    complete = group if complete is None else complete
-    for full, part in zip(complete.layers, group.layers, strict=True):
-        assert isinstance(full, DynamicLayer) and isinstance(part, DynamicLayer), "the cache is plain"
-        keys, values = part.keys, part.values
-        assert keys is not None and values is not None, "the forward pass has filled the cache"
-        if first:
-            # The cache must not be uninitialised: masked positions still enter products, and a NaN there
-            # would reach the output.
-            full.keys, full.values = (
-                t.new_zeros(utterances, t.shape[1], width, t.shape[3]) for t in (keys, values)
-            )
-        assert full.keys is not None and full.values is not None, "allocated by the first group"
-        full.keys[rows, :, width - keys.shape[2] :] = keys
-        full.values[rows, :, width - values.shape[2] :] = values
-    return complete
+    result = group if complete is None else complete
+    for full, part in zip(result.layers, group.layers, strict=True):
+        for name in ("keys", "values"):
+            states = getattr(part, name)
+            if complete is None:
+                # The cache must not be uninitialised: masked positions still enter products, and a NaN there
+                # would reach the output.
+                setattr(full, name, states.new_zeros(utterances, states.shape[1], width, states.shape[3]))
+            getattr(full, name)[rows, :, width - states.shape[2] :] = states
+    return result

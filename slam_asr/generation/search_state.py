@@ -4,7 +4,7 @@ The rules are those of `GenerationMixin._beam_search` (transformers 5 with `earl
 more stop rule.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -114,18 +114,13 @@ def choose(
     nearly_tied = _is_near(scores[:, beams - 1], scores[:, beams])
     if beams > 1:
         nearly_tied |= _is_near(best[:, beams - 1], best[:, beams])
-    running_scores, order = best[:, :beams], order[:, :beams]
-    finished_ids, finished_scores, finished_lengths = _finish(state, candidates, step, generation)
+    order = order[:, :beams]
     # A beam's row in the cache is its number within the utterance, plus the utterance's first row.
     first_rows = torch.arange(utterances, device=scores.device)[:, None] * beams
-    extended = SearchState(
-        utterances=state.utterances,
+    extended = replace(
+        _finish(state, candidates, step, generation),
         ids=_gather_rows(candidates.ids, order),
-        scores=running_scores,
-        finished_ids=finished_ids,
-        finished_scores=finished_scores,
-        finished_lengths=finished_lengths,
-        improvable=state.improvable,
+        scores=best[:, :beams],
         # Utterances that were settled before this token ignore it, so it cannot cause a near tie in them.
         nearly_tied=state.nearly_tied | (nearly_tied & state.improvable),
     )
@@ -152,8 +147,8 @@ def _best_candidates(
 
 def _finish(
     state: SearchState, candidates: _Candidates, step: int, generation: GenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the ids, scores and lengths of the best finished answers, those that end now included."""
+) -> SearchState:
+    """Return the state with the best finished answers, those that end now included."""
     beams = state.scores.shape[1]
     # As in transformers, a candidate becomes a finished answer only if it is among the `beams` best of all.
     among_best = torch.arange(candidates.ends.shape[1], device=candidates.ends.device) < beams
@@ -162,7 +157,8 @@ def _finish(
     # Finished answers and those that end now compete for the same `beams` places.
     scores, places = torch.cat([state.finished_scores, ending_scores], 1).topk(beams)
     lengths = torch.cat([state.finished_lengths, ending * (step + 1)], 1).gather(1, places)
-    return _gather_rows(torch.cat([state.finished_ids, candidates.ids], 1), places), scores, lengths
+    ids = _gather_rows(torch.cat([state.finished_ids, candidates.ids], 1), places)
+    return replace(state, finished_ids=ids, finished_scores=scores, finished_lengths=lengths)
 
 
 def _is_improvable(state: SearchState, step: int, generation: GenerationConfig) -> torch.Tensor:

@@ -5,8 +5,7 @@ fp32, and their gradient needs as much again. `score_in_chunks` computes loss an
 targets at a time.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +19,7 @@ CHUNK = 2**25
 slower matrix products."""
 
 
-@dataclass
-class AnswerScores:
+class AnswerScores(NamedTuple):
     """Sums over the target tokens of a batch."""
 
     loss: torch.Tensor
@@ -116,7 +114,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 
-@torch.no_grad()
 def allows_chunks(llm: PreTrainedModel) -> bool:
     """Return whether `score_in_chunks` may be used with an LLM.
 

@@ -99,37 +99,30 @@ def remove_positions(
     remaining = batch.mask.bool()
     remaining[batch.is_audio] = ~dropped
     if batch.lengths is not None:
-        columns = remaining[0].nonzero()[:, 0]
+        columns = remaining[0].nonzero().T
         # Labels begin at the second column. With a label for the first column too, the same indices select
         # labels and columns.
-        labels = functional.pad(batch.labels, (1, 0), value=IGNORED)[:, columns][:, 1:]
-        changed = replace(
-            batch,
-            token_ids=batch.token_ids[:, columns],
-            is_audio=batch.is_audio[:, columns],
-            mask=batch.mask[:, columns],
-            labels=labels,
-            lengths=[int(part.sum()) for part in remaining[0].split(batch.lengths)],
-        )
-        return changed, embeddings[:, columns]
-    start = batch.answer_start
-    head = remaining[:, :start]
-    # A stable sort moves what is removed to the left, and preserves the order of what remains.
-    order = head.to(torch.uint8).argsort(dim=1, stable=True)
-    width = int(head.sum(1).max())
-    order = order[:, start - width :]
-    rest = torch.arange(start, batch.mask.shape[1], device=order.device).expand(len(order), -1)
-    columns = torch.cat([order, rest], 1)
-    mask = torch.cat([head, batch.mask[:, start:].bool()], 1).gather(1, columns).to(batch.mask.dtype)
+        labels = functional.pad(batch.labels, (1, 0), value=IGNORED).gather(1, columns)[:, 1:]
+        lengths = [int(part.sum()) for part in remaining[0].split(batch.lengths)]
+        batch = replace(batch, labels=labels, lengths=lengths)
+    else:
+        start, head = batch.answer_start, remaining[:, : batch.answer_start]
+        # A stable sort moves what is removed to the left, and preserves the order of what remains.
+        order = head.to(torch.uint8).argsort(dim=1, stable=True)
+        width = int(head.sum(1).max())
+        rest = torch.arange(start, batch.mask.shape[1], device=order.device).expand(len(order), -1)
+        columns = torch.cat([order[:, start - width :], rest], 1)
+        batch = replace(batch, answer_start=width)
+    places = torch.arange(len(columns), device=columns.device)[:, None], columns
+    mask = remaining[places]
     changed = replace(
         batch,
-        token_ids=batch.token_ids.gather(1, columns),
-        is_audio=batch.is_audio.gather(1, columns) & mask.bool(),
-        mask=mask,
-        answer_start=width,
+        token_ids=batch.token_ids[places],
+        is_audio=batch.is_audio[places] & mask,
+        mask=mask.to(batch.mask.dtype),
         padded=not bool(mask.all()),
     )
-    return changed, embeddings.gather(1, columns.unsqueeze(-1).expand(-1, -1, embeddings.shape[2]))
+    return changed, embeddings[places]
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -151,16 +144,9 @@ def collate(rows: list[Row]) -> Batch:
         token_ids[i, start:end] = torch.tensor(row.answer, dtype=torch.long)
         labels[i, : len(row.answer)] = torch.tensor(row.answer, dtype=torch.long)
         mask[i, left:end] = 1
-    return Batch(
-        [row.audio for row in rows],
-        [row.positions for row in rows],
-        token_ids,
-        is_audio,
-        mask,
-        labels,
-        start,
-        padded=not bool(mask.all()),
-    )
+    inputs, positions = [row.audio for row in rows], [row.positions for row in rows]
+    padded = not bool(mask.all())
+    return Batch(inputs, positions, token_ids, is_audio, mask, labels, start, padded)
 
 
 def pack(rows: list[Row]) -> Batch:
@@ -171,20 +157,13 @@ def pack(rows: list[Row]) -> Batch:
     # Audio positions get token id 0, a valid index. `Slam.embed` overwrites these positions' embeddings.
     ids, is_audio, labels = [], [], []
     for row in rows:
-        ids += [*row.before, *[0] * row.positions, *row.prompt, *row.answer]
-        is_audio += (
-            [False] * len(row.before) + [True] * row.positions + [False] * (len(row.prompt) + len(row.answer))
-        )
+        after = [*row.prompt, *row.answer]
+        ids += [*row.before, *[0] * row.positions, *after]
+        is_audio += [False] * len(row.before) + [True] * row.positions + [False] * len(after)
         labels += [*[IGNORED] * row.head, *row.answer]
-    return Batch(
-        [row.audio for row in rows],
-        [row.positions for row in rows],
-        torch.tensor([ids]),
-        torch.tensor([is_audio]),
-        torch.ones((1, len(ids)), dtype=torch.long),
-        # No position predicts the first token, so the labels start at the second.
-        torch.tensor([labels[1:]]),
-        answer_start=1,
-        padded=False,
-        lengths=[row.head + len(row.answer) for row in rows],
-    )
+    inputs, positions = [row.audio for row in rows], [row.positions for row in rows]
+    lengths = [row.head + len(row.answer) for row in rows]
+    mask = torch.ones((1, len(ids)), dtype=torch.long)
+    # No position predicts the first token, so the labels start at the second.
+    tensors = torch.tensor([ids]), torch.tensor([is_audio]), mask, torch.tensor([labels[1:]])
+    return Batch(inputs, positions, *tensors, answer_start=1, padded=False, lengths=lengths)

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ class CtcVocabulary:
         self._index = {token: index for index, token in enumerate(token_ids) if index}
         self._by_string = {_string(tokenizer, token): index for token, index in self._index.items()}
         self._longest = max(map(len, self._by_string), default=0)
-        self._pieces: dict[int, list[int]] = {}
+        self._pieces = {token: [index] for token, index in self._index.items()}
 
     def spell(self, text: str) -> list[int]:
         """Return a text's tokens as indices of `token_ids`; 0, the blank, is not among them.
@@ -38,19 +39,13 @@ class CtcVocabulary:
         A token that does not occur in the train transcripts is replaced by the fewest shorter tokens that
         spell it. Characters that no token spells are left out.
         """
-        spelled: list[int] = []
-        for token in self.tokenizer.encode(self._prefix + text, add_special_tokens=False):
-            if token in self._index:
-                spelled.append(self._index[token])
-            else:
-                spelled += self._pieces_of(token)
-        return spelled
+        tokens = self.tokenizer.encode(self._prefix + text, add_special_tokens=False)
+        return [piece for token in tokens for piece in self._pieces_of(token)]
 
     def text_of(self, indices: list[int]) -> str:
         """Return the text that indices of `token_ids` spell."""
-        text = self.tokenizer.decode([self.token_ids[i] for i in indices], skip_special_tokens=True)
-        assert isinstance(text, str), "one list of ids gives one text"
-        return text.strip()
+        ids = [self.token_ids[i] for i in indices]
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def columns(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the index in `token_ids` of each of the LLM's tokens.
@@ -130,6 +125,4 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _string(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    string = tokenizer.convert_ids_to_tokens(token)
-    assert isinstance(string, str), "one id gives one token"
-    return string
+    return cast(str, tokenizer.convert_ids_to_tokens(token))

@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-READ_DTYPES = DTYPES | {"fp8": torch.bfloat16}
-"""Dtype that a reader returns for each saved dtype. fp8 becomes bf16, whose rounding error is small compared
-with that of fp8."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -45,10 +42,13 @@ def quantize(frames: torch.Tensor, dtype: str) -> QuantizedFrames:
 
 
 def dequantize(values: QuantizedFrames) -> torch.Tensor:
-    """Convert the result of `quantize` to [frames, width] in the dtype that a reader returns."""
+    """Convert the result of `quantize` to [frames, width] in the dtype that a reader returns.
+
+    fp8 becomes bf16, whose rounding error is small compared with that of fp8. The other dtypes are unchanged.
+    """
     if values.scales is None:
         return values.frames
-    return (values.frames.float() * values.scales[:, None]).to(READ_DTYPES["fp8"])
+    return (values.frames.float() * values.scales[:, None]).to(torch.bfloat16)
 
 
 def bytes_per_frame(width: int, dtype: str) -> int:

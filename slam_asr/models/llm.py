@@ -5,6 +5,7 @@ layers, number of positions), it asks the loaded model or its configuration.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,26 +34,18 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def load_llm(
-    folder: Path,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a causal LM, frozen and in evaluation mode.
+def load_llm(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal LM on the CPU, frozen and in evaluation mode.
 
     Args:
         folder: contains the LLM's files in transformers' format.
         dtype: dtype of the weights.
-        device: device to which the weights are moved.
         trust_remote_code: whether the LLM's own Python code may run.
 
     Raises:
         ModelError: the folder has no causal LM that transformers can read, or weights are missing or damaged.
     """
-    llm = load_weights(AutoModelForCausalLM, folder, dtype, "LLM", trust_remote_code=trust_remote_code)
-    cast(nn.Module, llm).to(device)  # transformers wraps `to` in a way that hides its signature
-    return llm
+    return load_weights(AutoModelForCausalLM, folder, dtype, "LLM", trust_remote_code=trust_remote_code)
 
 
 def describe_llm(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -112,9 +105,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{one_sentence(error)}"
         ) from error
     # If files are missing, some classes do not raise, but return a tokenizer with special tokens only.
-    if len(tokenizer) == len(tokenizer.all_special_ids) or not tokenizer.encode(
-        "a", add_special_tokens=False
-    ):
+    only_special = len(tokenizer) == len(tokenizer.all_special_ids)
+    if only_special or not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(
             f"The LLM in {folder} has no tokenizer (tokenizer.json, tokenizer_config.json): "
             "add its files there."
@@ -134,14 +126,10 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config
         ModelError: the tokenizer belongs to another LLM.
     """
     # The configuration of a model that also reads images has a nested configuration for its LLM.
-    embeddings = getattr(config.get_text_config(), "vocab_size", None)
+    embeddings = getattr(config.get_text_config(), "vocab_size", None) or math.inf
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     unused = (unused | set(tokenizer.all_special_ids)) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    beyond = [
-        token
-        for token, i in tokenizer.get_vocab().items()
-        if embeddings is not None and i >= embeddings and i not in unused
-    ]
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= embeddings and i not in unused]
     if beyond:
         raise ModelError(
             f"The tokenizer in {folder} has {len(beyond)} tokens, such as {min(beyond)!r}, for which the LLM "
@@ -185,9 +173,7 @@ def llm_positions(folder: Path, trust_remote_code: bool = False) -> int | None:
 
 def llm_width(llm: PreTrainedModel) -> int:
     """Return the width of the LLM's input embeddings (d_llm)."""
-    width = llm.get_input_embeddings().embedding_dim
-    assert isinstance(width, int)
-    return width
+    return cast(int, llm.get_input_embeddings().embedding_dim)
 
 
 def set_tuning(llm: PreTrainedModel, options: Llm, seed: int) -> None:
@@ -244,13 +230,10 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
     Raises:
         ConfigurationError: a name in `options.targets` matches none of the LLM's linear layers.
     """
-    linear = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in llm.named_modules()
-            if isinstance(module, _linear_layers())
-        }
-    )
+    # GPT-2's linear layers have transposed weights and a class of their own.
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    modules = llm.named_modules()
+    linear = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, kinds)})
     # peft raises only if none of the names matches, so it would ignore one mistyped name among several.
     absent = [t for t in options.targets if t not in linear]
     if absent:
@@ -259,11 +242,6 @@ def require_targets(llm: PreTrainedModel, options: Lora) -> None:
             f"{nearest(absent[0], linear) or '.'} "
             f"Its linear layers: {', '.join(linear)}."
         )
-
-
-def _linear_layers() -> tuple[type, ...]:
-    # GPT-2's linear layers have transposed weights and a class of their own.
-    return nn.Linear, transformers.pytorch_utils.Conv1D
 
 
 def checkpoint_layers(model: nn.Module) -> None:

@@ -12,9 +12,8 @@ Not every model passes on what the function needs, and some compute attention in
 model that fails the trial gets padded batches.
 """
 
-import functools
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -78,7 +77,6 @@ def allow_packing(llm: PreTrainedModel) -> bool:
     # attention may compute something that sdpa cannot.
     if former != "sdpa":
         return False
-    _register()
     llm.eval()  # dropout, such as that of adapters, would make the trial's results differ
     # A class may ignore the request and leave its configuration unchanged, hence the first condition.
     llm.set_attn_implementation(NAME)
@@ -96,11 +94,8 @@ def _passes_trial(llm: PreTrainedModel) -> bool:
     # The texts differ in length and in tokens, so that the trial detects mixed-up positions and texts.
     texts = [(torch.arange(n, device=llm.device) * 7 + n) % embed.num_embeddings for n in (6, 9)]
     try:
-        packed = llm(
-            inputs_embeds=embed(torch.cat(texts)[None]),
-            use_cache=False,
-            **packed_arguments([6, 9], llm.device),
-        ).logits
+        arguments = packed_arguments([6, 9], llm.device)
+        packed = llm(inputs_embeds=embed(torch.cat(texts)[None]), use_cache=False, **arguments).logits
         alone = [llm(inputs_embeds=embed(text[None]), use_cache=False).logits for text in texts]
     # A model without `**kwargs` refuses `lengths` (TypeError), and `_attention` refuses changed scores
     # (ValueError). A model that uses the placeholder mask in code of its own may fail on its shape.
@@ -151,16 +146,13 @@ def _attention(
         raise ValueError("this attention changes its scores and cannot be packed")
     dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
     window = kwargs.get("sliding_window")
-    bounds = [0, *accumulate(lengths.values)]
     # The variable-length kernel supports neither fp32 nor dropout.
     if not dropout and query.is_cuda and query.dtype != torch.float32 and varlen is not None:
-        return _variable_length(query, key, value, bounds, max(lengths.values), scaling, window), None
-    outputs = [
-        _one_utterance(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, dropout
-        ).transpose(1, 2)
-        for a, b in pairwise(bounds)
-    ]
+        return _variable_length(query, key, value, lengths.values, scaling, window), None
+    # `split` and not slices: the gradient of each slice would be a tensor as long as the row.
+    sizes = lengths.values
+    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    outputs = [_one_utterance(q, k, v, scaling, window, dropout).transpose(1, 2) for q, k, v in pieces]
     return torch.cat(outputs, dim=1), None
 
 
@@ -180,16 +172,10 @@ def _one_utterance(
     # For utterances within the window's length, a sliding window equals plain causal attention, for which
     # faster kernels exist.
     band = _band(positions, window, query.device) if window and window < positions else None
+    grouped = key.shape[1] != query.shape[1]
+    # torch refuses a mask together with is_causal; the band is causal by itself.
     return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=band,
-        # torch refuses a mask together with is_causal; the band is causal by itself.
-        is_causal=band is None,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=key.shape[1] != query.shape[1],
+        query, key, value, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
     )
 
 
@@ -204,31 +190,21 @@ def _variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: list[int],
-    longest: int,
+    lengths: list[int],
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute the attention [1, positions, heads, head width] of all utterances with one kernel call.
-
-    `bounds` are the utterances' first positions, followed by the end of the row.
-    """
-    # Queries and keys have the same bounds, so `starts` and `longest` are passed twice.
-    starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+    """Compute the attention [1, positions, heads, head width] of all utterances with one kernel call."""
+    # Queries and keys have the same bounds, so `starts` and `longest` are passed twice. `starts` also has the
+    # end of the row.
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    longest = max(lengths)
     # The kernel takes [positions, heads, head width].
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    # Number of positions to the left and to the right that a position attends to. -1 means no limit.
+    span = (window - 1 if window else -1, 0)
     output = varlen.varlen_attn(
-        q,
-        k,
-        v,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scaling,
-        # Number of positions to the left and to the right that a position attends to. -1 means no limit.
-        window_size=(window - 1 if window else -1, 0),
-        enable_gqa=True,
+        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=span, enable_gqa=True
     )
     assert isinstance(output, torch.Tensor), "a tuple only comes with return_aux"
     return output[None]
@@ -239,13 +215,9 @@ def exclude_from_compilation() -> None:
 
     The function's operations depend on the utterances' lengths, so torch would recompile it for many batches.
     """
-    _register()
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
-@functools.cache
-def _register() -> None:
-    """Register the attention function, once: a later call must not undo `exclude_from_compilation`."""
-    AttentionInterface.register(NAME, _attention)
-    # Batches that are not packed get the masks that transformers builds for torch's attention.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(NAME, _attention)
+# Batches that are not packed get the masks that transformers builds for torch's attention.
+AttentionMaskInterface.register(NAME, sdpa_mask)

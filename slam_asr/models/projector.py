@@ -77,10 +77,8 @@ class ConvolutionProjector(SpeechProjector):
 
     def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
         super().__init__()
-        self.downsampling = options.downsampling
-        self.conv1d = nn.Conv1d(
-            encoder_width, encoder_width, options.downsampling, stride=options.downsampling
-        )
+        self.downsampling = k = options.downsampling
+        self.conv1d = nn.Conv1d(encoder_width, encoder_width, k, stride=k)
         self.linear1 = nn.Linear(encoder_width, options.hidden)
         self.linear2 = nn.Linear(options.hidden, llm_width)
 
@@ -146,9 +144,8 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
         [sum of positions, k · width], one utterance after another; and each utterance's number of positions.
     """
     counts = [len(u) // k for u in utterances]
-    return torch.cat(
-        [u[: n * k].reshape(n, k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
-    ), counts
+    groups = [u[: n * k].reshape(n, k * u.shape[1]) for u, n in zip(utterances, counts, strict=True)]
+    return torch.cat(groups), counts
 
 
 def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:

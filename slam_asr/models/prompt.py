@@ -11,6 +11,8 @@ of the user's turn, and an answer ends with the template's end-of-turn token.
 
 import random
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,11 @@ class TokenizedPrompt:
     """Token ids before the audio; empty in SLAM-LLM's layout."""
     ids: list[int]
     """Token ids of `text`."""
+
+    @property
+    def positions(self) -> int:
+        """Number of LLM positions of the prompt, without the audio."""
+        return len(self.before) + len(self.ids)
 
 
 class Prompt:
@@ -100,21 +107,18 @@ class Prompt:
 
     def answer_of(self, ids: list[int]) -> str:
         """Return the text of generated token ids up to the first end token."""
-        stops = [i for i, token in enumerate(ids) if token in self.stops]
-        text = self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
-        assert isinstance(text, str), "one list of ids gives one text"
-        return text.strip()
+        stops = self.stops
+        answer = list(takewhile(lambda token: token not in stops, ids))
+        return cast(str, self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def texts_around_audio(self, prompt: str, template: str) -> tuple[str, str]:
         """Return the texts before and after the audio, with the prompt filled into `llm.template`'s value."""
         if self.chat:
-            before, _, text = _chat(
-                self.tokenizer, [{"role": "user", "content": _MARK + prompt}], True
-            ).partition(_MARK)
+            turn = {"role": "user", "content": _MARK + prompt}
+            before, _, text = _chat(self.tokenizer, [turn], True).partition(_MARK)
             return before, text
-        before, mark, text = template.partition(AUDIO)
-        texts = (before, text) if mark else ("", template)
-        return texts[0].replace("{}", prompt), texts[1].replace("{}", prompt)
+        before, text = template.split(AUDIO, 1) if AUDIO in template else ("", template)
+        return before.replace("{}", prompt), text.replace("{}", prompt)
 
     def _tokenize(self, prompt: str, template: str) -> TokenizedPrompt:
         before, text = self.texts_around_audio(prompt, template)
@@ -142,7 +146,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
     try:
         text = tokenizer.apply_chat_template(
             turns,
-            tokenize=False,
+            tokenize=False,  # the result is a text
             add_generation_prompt=open_answer,
             # Otherwise, chat models such as Qwen3 would write down their thoughts before the transcript.
             enable_thinking=False,
@@ -154,8 +158,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_
             f"The chat template of {tokenizer.name_or_path} cannot be filled in, so set llm.template to a "
             f"text of your own: {one_sentence(error)}"
         ) from error
-    assert isinstance(text, str), "tokenize=False gives text"
-    return text
+    return cast(str, text)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -164,7 +167,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     tail = _chat(tokenizer, turns, False).partition(_MARK)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
     return next((i for i in ids if i in special), tokenizer.eos_token_id)

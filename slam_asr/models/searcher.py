@@ -105,38 +105,27 @@ class Searcher:
                 found = self.model.search(batch, self.generation, self.ctc_weight)
                 if found is not None:
                     return self._from_search(found)
-            watch = self._watch()
-            answers = [
-                self._answer(ids) for ids in self.model.generate(batch, self.generation, watch).tolist()
-            ]
-            if watch is not None and watch.close is not None:
-                for answer, close in zip(answers, watch.close.tolist(), strict=True):
-                    answer.close = close
-        return answers
+            watch = CloseCalls(torch.tensor(self.prompt.stops, device=batch.mask.device))
+            output = self.model.generate(batch, self.generation, watch if self.inference_only else None)
+            ids = output.sequences.tolist()
+            close = [False] * len(ids) if watch.close is None else watch.close.tolist()
+        return [self._answer(*pair) for pair in zip(ids, close, strict=True)]
 
     def _from_search(self, found: Answers) -> list[Answer]:
         answers = []
         nearly_tied: Sequence[bool | None] = found.nearly_tied or [None] * len(found.ids)
         for ids, scores, close in zip(found.ids.tolist(), found.scores.tolist(), nearly_tied, strict=True):
-            answer = self._answer(ids[0])
-            answer.close = close
+            answers.append(self._answer(ids[0], close))
             if len(ids) > 1:
-                answer.choices = [
-                    Choice(self.prompt.answer_of(row), score) for row, score in zip(ids, scores, strict=True)
-                ]
-            answers.append(answer)
+                texts = map(self.prompt.answer_of, ids)
+                answers[-1].choices = [Choice(*choice) for choice in zip(texts, scores, strict=True)]
         return answers
 
-    def _watch(self) -> CloseCalls | None:
-        if not self.inference_only:
-            return None
-        return CloseCalls(torch.tensor(self.prompt.stops, device=self.model.llm.device))
-
-    def _answer(self, ids: list[int]) -> Answer:
+    def _answer(self, ids: list[int], close: bool | None) -> Answer:
         # An answer whose end token is the last one that fits is complete. The length alone would count it as
         # cut.
         cut = not set(self.prompt.stops) & set(ids) and len(ids) >= self.generation.max_new_tokens
-        return Answer(self.prompt.answer_of(ids), cut, ids)
+        return Answer(self.prompt.answer_of(ids), cut, ids, close)
 
 
 def generation_of(options: Decoding, prompt: Prompt) -> GenerationConfig:

@@ -141,7 +141,7 @@ class Slam(nn.Module):
 
     def generate(
         self, batch: Batch, generation: GenerationConfig, watch: LogitsProcessor | None = None
-    ) -> torch.Tensor:
+    ) -> Any:  # transformers' GenerateOutput: one class per kind of search
         """Decode a batch with transformers' `generate`.
 
         Args:
@@ -150,9 +150,19 @@ class Slam(nn.Module):
             watch: called with the scores of each step, after the penalties.
 
         Returns:
-            Token ids [utterances · answers per utterance, tokens], padded after the end of each answer.
+            transformers' output: `sequences`, the token ids [utterances · answers per utterance, tokens],
+            padded after the end of each answer; and after a beam search, `sequences_scores`.
         """
-        return self._generate(batch, generation, watch).sequences
+        processors = penalties(generation)
+        if watch:
+            processors.append(watch)
+        batch, embeddings = self.prepare(batch)
+        return cast(Any, self.llm).generate(
+            inputs_embeds=embeddings,
+            attention_mask=batch.mask,
+            generation_config=without_penalties(generation),
+            logits_processor=processors,
+        )
 
     def search(self, batch: Batch, generation: GenerationConfig, ctc_weight: float = 0.0) -> Answers | None:
         """Decode a batch with our own search, or with transformers' beam search if ours cannot run the LLM.
@@ -182,32 +192,10 @@ class Slam(nn.Module):
                 f"{type(self.llm).__name__}: set it to 0."
             )
         if answers is None and generation.num_beams > 1:
-            output = self._generate(given, generation, scores=True)
-            answers_each = generation.num_return_sequences
-            answers = Answers(
-                output.sequences.unflatten(0, (-1, answers_each)),
-                output.sequences_scores.view(-1, answers_each),
-                None,
-            )
+            output, n = self.generate(given, generation), generation.num_return_sequences
+            ids, scores = output.sequences.unflatten(0, (-1, n)), output.sequences_scores.view(-1, n)
+            answers = Answers(ids, scores, None)
         return answers
-
-    def _generate(
-        self,
-        batch: Batch,
-        generation: GenerationConfig,
-        watch: LogitsProcessor | None = None,
-        scores: bool = False,
-    ) -> Any:  # transformers' GenerateOutput: one class per kind of search
-        processors = penalties(generation)
-        if watch:
-            processors.append(watch)
-        batch, embeddings = self.prepare(batch)
-        return cast(Any, self.llm).generate(
-            inputs_embeds=embeddings,
-            attention_mask=batch.mask,
-            generation_config=without_penalties(generation, scores),
-            logits_processor=processors,
-        )
 
     def try_llm(self, trial: Callable[[PreTrainedModel], bool]) -> bool:
         """Return `trial(llm)`.
@@ -257,9 +245,6 @@ class Slam(nn.Module):
         self, result: torch.Tensor | tuple[torch.Tensor, ...], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
         """Add CTC's loss to the LLM's; the counts remain the LLM's."""
-        if isinstance(result, torch.Tensor):
-            scores = score_answers(result, batch.labels)
-            result = (scores.loss, scores.sums)
         assert self.ctc is not None and self._projected is not None and batch.spelled is not None
-        loss, *counts = result
+        loss, *counts = score_answers(result, batch.labels) if isinstance(result, torch.Tensor) else result
         return loss + self.ctc.loss(self._projected, batch.positions, batch.spelled), *counts

@@ -60,7 +60,10 @@ def analyse(measured: Measured) -> dict[str, Any]:
     characters = character_errors(rows, measured.characters)
     normalised = measure(normalised_rows(rows), measured.characters)
     subsets = groups_of(rows, lambda row: row.subset)
-    all_indices = np.arange(len(rows))
+    speakers = groups_of(rows, lambda row: row.speaker)
+    faults = Counter(fault for row in rows for fault in faults_of(row, measured.characters))
+    silent = measured.words == 0
+    insertions = int(measured.errors[silent].sum())
 
     def numbers(indices: np.ndarray) -> dict[str, Any]:
         wrong, total = (int(n) for n in characters[indices].sum(0))
@@ -71,7 +74,7 @@ def analyse(measured: Measured) -> dict[str, Any]:
             "normalised": percent(normalised.total(indices)),
         }
 
-    overall = numbers(all_indices)
+    overall = numbers(np.arange(len(rows)))
     return {
         "unit": measured.unit,
         "all": overall,
@@ -79,18 +82,14 @@ def analyse(measured: Measured) -> dict[str, Any]:
             name: overall if len(subsets) == 1 else numbers(indices) for name, indices in subsets.items()
         },
         "durations": _by_duration(measured),
-        "speakers": {
-            name: counts_of(measured, indices)
-            for name, indices in groups_of(rows, lambda row: row.speaker).items()
-            if name
-        },
+        "speakers": {name: counts_of(measured, indices) for name, indices in speakers.items() if name},
         "confusions": {
             "substitutions": [[*pair, n] for pair, n in _most_frequent(measured.substituted)],
             "deletions": [[word, n] for word, n in _most_frequent(measured.deleted)],
             "insertions": [[word, n] for word, n in _most_frequent(measured.inserted)],
         },
-        "faults": _count_faults(measured),
-        "empty_references": _empty_references(measured),
+        "faults": {fault: faults[fault] for fault in ANSWER_FAULTS},
+        "empty_references": {"utterances": int(silent.sum()), "insertions": insertions},
     }
 
 
@@ -158,16 +157,6 @@ def _most_frequent(counter: Counter[Any]) -> list[tuple[Any, int]]:
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]
 
 
-def _count_faults(measured: Measured) -> dict[str, int]:
-    counted = Counter(fault for row in measured.rows for fault in faults_of(row, measured.characters))
-    return {fault: counted[fault] for fault in ANSWER_FAULTS}
-
-
-def _empty_references(measured: Measured) -> dict[str, int]:
-    silent = measured.words == 0
-    return {"utterances": int(silent.sum()), "insertions": int(measured.errors[silent].sum())}
-
-
 def faults_of(row: Hypothesis, characters: bool = False) -> list[str]:
     """Return the `ANSWER_FAULTS` of an answer. A loop or refusal is no fault if the reference has one too.
 
@@ -176,16 +165,13 @@ def faults_of(row: Hypothesis, characters: bool = False) -> list[str]:
         characters: whether characters are counted instead of words; a loop then repeats characters.
     """
     reference, hypothesis = comparable(row.reference).lower(), comparable(row.hypothesis).lower()
-    found = []
-    if loops(scored_text(hypothesis, characters)) and not loops(scored_text(reference, characters)):
-        found.append(LOOP)
-    if row.cut:
-        found.append(CUT)
-    if reference and not hypothesis:
-        found.append(EMPTY)
-    if _REFUSAL.search(hypothesis) and not _REFUSAL.search(reference):
-        found.append(REFUSAL)
-    return found
+    found = {
+        LOOP: loops(scored_text(hypothesis, characters)) and not loops(scored_text(reference, characters)),
+        CUT: row.cut,
+        EMPTY: reference and not hypothesis,
+        REFUSAL: _REFUSAL.search(hypothesis) and not _REFUSAL.search(reference),
+    }
+    return [fault for fault, is_found in found.items() if is_found]
 
 
 def loops(text: str) -> bool:

@@ -68,15 +68,9 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
     # A single subset would repeat the row of all utterances, and a subset without words has no rate.
-    with_rates = (
-        {name: indices for name, indices in subsets.items() if name and a.words[indices].sum()}
-        if len(subsets) > 1
-        else {}
-    )
-    return [
-        _compared(name, a, b, indices, seed)
-        for name, indices in [*with_rates.items(), (ALL, np.arange(len(pairs)))]
-    ]
+    groups = [group for group in subsets.items() if len(subsets) > 1 and group[0] and a.words[group[1]].sum()]
+    groups.append((ALL, np.arange(len(pairs))))
+    return [_compared(name, a, b, indices, seed) for name, indices in groups]
 
 
 def pair(
@@ -113,11 +107,11 @@ def pair(
     (_, first_rows), (_, second_rows) = sides
     pairs = [(row, second_rows[key]) for key, row in first_rows.items() if key in second_rows]
     characters = not separates_words(a.reference for a, _ in pairs)
-    differing = [
-        a.key
-        for a, b in pairs
-        if scored_text(a.reference, characters) != scored_text(b.reference, characters)
-    ]
+
+    def reference(row: Hypothesis) -> str:
+        return scored_text(row.reference, characters)
+
+    differing = [a.key for a, b in pairs if reference(a) != reference(b)]
     if differing:
         raise InputError(
             f"{first[0]} and {second[0]} have different references for {len(differing)} of {len(pairs)} "
@@ -154,6 +148,8 @@ def _compared(name: str, a: Measured, b: Measured, indices: np.ndarray, seed: in
     )
 
 
-def probability_text(p: float) -> str:
-    """Format a p-value with three decimals; values below 0.001 become `< 0.001`."""
+def probability_text(p: float | None) -> str:
+    """Format a p-value with three decimals; values below 0.001 become `< 0.001`, and None a dash."""
+    if p is None:
+        return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -3,8 +3,10 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from slam_asr.artifacts.hypotheses import Hypothesis
+from slam_asr.artifacts.word_errors import groups_of
 
 SHUFFLED = "shuffled audio"
 EMPTY = "empty output"
@@ -18,20 +20,13 @@ def shuffled_audio(rows: Sequence[Hypothesis], seed: int) -> list[Hypothesis]:
     along one cycle within each test subset, so no utterance retains its own. A subset of one utterance is
     left out.
     """
-    subsets: dict[str, list[Hypothesis]] = {}
-    for row in rows:
-        subsets.setdefault(row.subset, []).append(row)
     shuffled = []
-    for subset in sorted(subsets):
+    for subset, indices in groups_of(rows, lambda row: row.subset).items():
         # The rows are sorted first, so that the result does not depend on their order.
-        order = sorted(subsets[subset], key=lambda row: row.key)
+        order = sorted((rows[i] for i in indices), key=lambda row: row.key)
         random.Random(f"{seed}/{subset}").shuffle(order)
-        if len(order) < 2:
-            continue
-        successors = [*order[1:], order[0]]
-        shuffled += [
-            replace(row, hypothesis=other.hypothesis) for row, other in zip(order, successors, strict=True)
-        ]
+        if len(order) > 1:
+            shuffled += [replace(a, hypothesis=b.hypothesis) for a, b in pairwise([*order, order[0]])]
     return shuffled
 
 

@@ -12,55 +12,14 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from slam_asr.artifacts import writing_systems
 from slam_asr.artifacts.hypotheses import Hypothesis
-from slam_asr.artifacts.writing_systems import (
-    is_english,
-    looks_english,
-    normalise_any_language,
-    normalise_english,
-    whisper_english,
-)
 
 _PLAIN = re.compile(r"[a-z' ]*")
 """Matches text whose words can be normalised separately: it has no punctuation, digits or brackets."""
-_ALTERED = frozenset(
-    [
-        "hmm",
-        "mm",
-        "mhm",
-        "mmm",
-        "uh",
-        "um",
-        "wanna",
-        "gotta",
-        "gonna",
-        "imma",
-        "woulda",
-        "coulda",
-        "shoulda",
-        "mr",
-        "mrs",
-        "st",
-        "dr",
-        "prof",
-        "capt",
-        "gov",
-        "ald",
-        "gen",
-        "sen",
-        "rep",
-        "pres",
-        "rev",
-        "hon",
-        "asst",
-        "assoc",
-        "lt",
-        "col",
-        "jr",
-        "sr",
-        "esq",
-        "half",
-    ]
+_ALTERED = (
+    "hmm mm mhm mmm uh um wanna gotta gonna imma woulda coulda shoulda mr mrs st dr prof capt gov ald gen "
+    "sen rep pres rev hon asst assoc lt col jr sr esq half"
 )
 """Plain words that the normaliser replaces, besides all words that may be part of a number.
 
@@ -74,30 +33,30 @@ def normalisers_of(rows: Sequence[Hypothesis]) -> Iterator[Callable[[str], str]]
     An utterance without a language in its manifest counts as English, unless the references have letters that
     English hardly uses.
     """
-    may_be_english = looks_english(row.reference for row in rows)
+    may_be_english = writing_systems.looks_english(row.reference for row in rows)
     for row in rows:
-        english = is_english(row.language) if row.language else may_be_english
-        yield whisper_normaliser() if english else normalise_any_language
+        english = writing_systems.is_english(row.language) if row.language else may_be_english
+        yield whisper_normaliser() if english else writing_systems.normalise_any_language
 
 
 @functools.cache
 def whisper_normaliser() -> Callable[[str], str]:
     """Build a faster equivalent of transformers' normaliser for English: text → text with single spaces."""
-    altered = _ALTERED | whisper_english().standardize_numbers.words
+    altered = frozenset(_ALTERED.split()) | writing_systems.whisper_english().standardize_numbers.words
 
     @functools.lru_cache(maxsize=200_000)
     def normalise_stretch(words: tuple[str, ...], at_start: bool) -> str:
+        if at_start:
+            return writing_systems.normalise_english(" ".join(words))
         # The result for `and a half` depends on the word before it. A stretch that does not start the text
         # is therefore normalised after an `x`, which is part of no number; `[2:]` removes it and its space.
-        return (
-            normalise_english(" ".join(words)) if at_start else normalise_english(" ".join(("x", *words)))[2:]
-        )
+        return writing_systems.normalise_english(" ".join(("x", *words)))[2:]
 
     def normalise(text: str) -> str:
         text = text.lower()
         # Whisper's normaliser removes a space before an apostrophe, so two of the words below would be one.
         if not _PLAIN.fullmatch(text) or " '" in text:
-            return normalise_english(text)
+            return writing_systems.normalise_english(text)
         words = text.split()
         normalised: list[str] = []
         i = 0

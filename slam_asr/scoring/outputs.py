@@ -1,7 +1,6 @@
 """Readers of recognisers' output: this project's hypotheses, or files in the format of SLAM-LLM."""
 
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 from slam_asr.artifacts.hypotheses import HYPOTHESES, Hypothesis, read_hypotheses
@@ -24,8 +23,7 @@ def read_output(path: str) -> list[Hypothesis]:
     """
     if path.endswith(PREDICTIONS):
         return _read_pair(path)
-    file_in_folder = join(path, HYPOTHESES)
-    file = next(filter(exists, (file_in_folder, path)), None)
+    file = next(filter(exists, (join(path, HYPOTHESES), path)), None)
     if file is None:
         raise InputError(
             f"{path} contains no hypotheses: name a folder that decode or score wrote, a hypotheses.jsonl, "
@@ -43,8 +41,15 @@ def _read_pair(path: str) -> list[Hypothesis]:
                 "other, and both are needed."
             )
     hypotheses, reference_lines = _read_lines(fetch(path)), _read_lines(fetch(references))
-    _refuse_unpaired(path, sorted(hypotheses.keys() - reference_lines.keys()), "no reference")
-    _refuse_unpaired(references, sorted(reference_lines.keys() - hypotheses.keys()), "no hypothesis")
+    for file, keys, others, lack in (
+        (path, hypotheses, reference_lines, "no reference"),
+        (references, reference_lines, hypotheses, "no hypothesis"),
+    ):
+        if unpaired := sorted(keys.keys() - others.keys()):
+            raise InputError(
+                f"{file} has {len(unpaired)} utterances with {lack}, first {unpaired[0]}: "
+                "both files must contain the same utterances."
+            )
     return [Hypothesis(key, reference_lines[key], hypotheses[key]) for key in reference_lines]
 
 
@@ -62,17 +67,9 @@ def _read_lines(path: Path) -> dict[str, str]:
         # Two programs may write the same key in different Unicode forms (NFC and NFD).
         key = unicodedata.normalize("NFC", key)
         if not tab or key in texts:
-            what = "has no tab between key and text" if not tab else f"repeats the key {key}"
+            what = f"repeats the key {key}" if tab else "has no tab between key and text"
             raise InputError(
                 f"{path}, line {number} {what}: expected lines of key, tab, text, one per utterance."
             )
         texts[key] = text
     return texts
-
-
-def _refuse_unpaired(file: str, keys: Sequence[str], lack: str) -> None:
-    if keys:
-        raise InputError(
-            f"{file} has {len(keys)} utterances with {lack}, first {keys[0]}: "
-            "both files must contain the same utterances."
-        )

@@ -5,7 +5,7 @@ and it works in a sandboxed frame. The model's error rate is shown next to its c
 that ignores the audio: a rate means little if such output is almost as good.
 """
 
-import math
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -107,7 +107,8 @@ def write_report(
     }
     write_atomically(folder / PAGE, _page(numbers, measured, audio or {}))
     write_atomically(folder / MARKDOWN, _markdown(numbers))
-    write_json(folder / NUMBERS_FILE, _replace_non_finite(numbers))
+    # JSON has no NaN and no infinities: they become null.
+    write_json(folder / NUMBERS_FILE, json.loads(json.dumps(numbers), parse_constant=lambda name: None))
     return _metrics(numbers)
 
 
@@ -124,17 +125,12 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     named = {short: numbers["all"]}
     named |= {f"{short} {name}": counts for name, counts in numbers["subsets"].items() if name}
     named |= {f"{short} {name}": control["all"] for name, control in numbers["controls"].items()}
-    # A subset whose references are empty has no rate.
-    metrics = {name: counts["rate"] for name, counts in named.items() if counts["rate"] is not None}
+    metrics = {name: counts["rate"] for name, counts in named.items()}
     total = numbers["all"]
-    low, high = total["interval"] or (None, None)
-    optional = {
-        f"{short} 95 % low": low,
-        f"{short} 95 % high": high,
-        f"{short} normalised": total["normalised"],
-        "cer": total["cer"],
-    }
-    return metrics | {name: value for name, value in optional.items() if value is not None}
+    metrics[f"{short} 95 % low"], metrics[f"{short} 95 % high"] = total["interval"] or (None, None)
+    metrics |= {f"{short} normalised": total["normalised"], "cer": total["cer"]}
+    # A subset whose references are empty has no rate.
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def short_name(numbers: dict[str, Any]) -> str:
@@ -211,17 +207,14 @@ def _groups(numbers: dict[str, Any]) -> list[dict[str, Any]]:
         for group in numbers["durations"]
     ]
     speakers = sorted(numbers["speakers"].items(), key=lambda item: (-(item[1]["rate"] or 0), item[0]))
-    tables = []
-    if len(durations) > 1:
-        tables.append(_group_table("By length of the audio", "Audio", durations, ""))
-    if len(speakers) > 1:
-        note = (
-            f"The {MAX_SPEAKERS} speakers with the highest rates, out of {with_thousands(len(speakers))}."
-            if len(speakers) > MAX_SPEAKERS
-            else "Highest rates first."
-        )
-        tables.append(_group_table("By speaker", "Speaker", speakers[:MAX_SPEAKERS], note))
-    return tables
+    note = "Highest rates first."
+    if len(speakers) > MAX_SPEAKERS:
+        note = f"The {MAX_SPEAKERS} speakers with the highest rates, out of {with_thousands(len(speakers))}."
+    tables = [
+        ("By length of the audio", "Audio", durations, ""),
+        ("By speaker", "Speaker", speakers[:MAX_SPEAKERS], note),
+    ]
+    return [_group_table(*table) for table in tables if len(table[2]) > 1]
 
 
 def _group_table(
@@ -263,36 +256,36 @@ def interval_text(ends: Sequence[float] | None) -> str:
 
 def _markdown(numbers: dict[str, Any]) -> str:
     total = numbers["all"]
-    short, unit = short_name(numbers), numbers["unit"]
-    head = ["Subset", f"{short}, %", "95 % interval"]
-    head += ["Published, %"] if _has_published(numbers) else []
-    head += [f"{escape_markdown(capital(name))}, %" for name in numbers["controls"]]
-    head += ["Normalised, %", *(["CER, %"] if unit == "words" else [])]
-    head += ["Sub.", "Del.", "Ins.", capital(unit), "Utterances", "Hours"]
+    unit, has_published = numbers["unit"], _has_published(numbers)
+    counts = {"Sub.": "substitutions", "Del.": "deletions", "Ins.": "insertions"}
+    counts |= {capital(unit): "words", "Utterances": "utterances"}
+    table = [
+        [
+            ("Subset", escape_markdown(row["label"])),
+            (f"{short_name(numbers)}, %", rate_text(row["rate"])),
+            ("95 % interval", interval_text(row["interval"])),
+            *([("Published, %", rate_text(row["published"]))] if has_published else []),
+            *(
+                (f"{escape_markdown(capital(name))}, %", rate_text(rate))
+                for name, rate in zip(numbers["controls"], row["controls"], strict=True)
+            ),
+            ("Normalised, %", rate_text(row["normalised"])),
+            *([("CER, %", rate_text(row["cer"]))] if unit == "words" else []),
+            *((heading, with_thousands(row[key])) for heading, key in counts.items()),
+            ("Hours", f"{row['hours']:.2f}" if row["hours"] else "–"),
+        ]
+        for row in _table(numbers)
+    ]
     lines = [
         f"# {escape_markdown(numbers['title'])}",
         "",
         f"**{_LONG_NAMES[unit]} {rate_text(total['rate'])} %**: {with_thousands(total['errors'])} errors in "
         f"{with_thousands(total['words'])} {unit}, {with_thousands(total['utterances'])} utterances.",
         "",
-        f"| {' | '.join(head)} |",
-        f"| --- |{' ---: |' * (len(head) - 1)}",
+        *markdown_table(table, texts=1),
     ]
-    for row in _table(numbers):
-        cells = [escape_markdown(row["label"]), rate_text(row["rate"]), interval_text(row["interval"])]
-        cells += [rate_text(row["published"])] if _has_published(numbers) else []
-        cells += [rate_text(rate) for rate in row["controls"]]
-        cells += [rate_text(row["normalised"]), *([rate_text(row["cer"])] if unit == "words" else [])]
-        cells += [
-            with_thousands(row[key])
-            for key in ("substitutions", "deletions", "insertions", "words", "utterances")
-        ]
-        lines.append(f"| {' | '.join(cells)} | {_hours(row['hours'])} |")
-    wrong = [
-        f"{escape_markdown(fault)}: {with_thousands(count)}"
-        for fault, count in numbers["faults"].items()
-        if count
-    ]
+    faults = numbers["faults"].items()
+    wrong = [f"{escape_markdown(fault)}: {with_thousands(count)}" for fault, count in faults if count]
     if wrong:
         lines += ["", f"Answers that went wrong: {'; '.join(wrong)}."]
     for label, facts in (
@@ -300,17 +293,21 @@ def _markdown(numbers: dict[str, Any]) -> str:
         ("Decoded", decoding_facts(numbers["decoding"])),
     ):
         if facts:
-            lines += [
-                "",
-                f"{label}: "
-                + "; ".join(f"{escape_markdown(name)} {escape_markdown(value)}" for name, value in facts)
-                + ".",
-            ]
+            shown = "; ".join(escape_markdown(f"{name} {value}") for name, value in facts)
+            lines += ["", f"{label}: {shown}."]
     return "\n".join(lines) + "\n"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.2f}" if hours else "–"
+def markdown_table(rows: Sequence[Sequence[tuple[str, str]]], texts: int) -> list[str]:
+    """Return the lines of a table in Markdown.
+
+    Args:
+        rows: heading and text of each cell; all rows have the same headings.
+        texts: number of columns of text, which come first. All others have numbers, aligned on the right.
+    """
+    head = [heading for heading, _ in rows[0]]
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *([text for _, text in r] for r in rows))]
 
 
 def escape_markdown(text: str) -> str:
@@ -319,12 +316,3 @@ def escape_markdown(text: str) -> str:
     # whose replacements contain it.
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON cannot represent, with None."""
-    if isinstance(value, dict):
-        return {key: _replace_non_finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_replace_non_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,15 +32,9 @@ def worst_first(measured: Measured) -> list[int]:
 def compress(samples: np.ndarray) -> bytes:
     """Encode float32 samples [n] at 16 kHz as MP3, which every browser plays; a second takes about 3 kB."""
     content = io.BytesIO()
-    soundfile.write(
-        content,
-        samples[: round(MAX_SECONDS * SAMPLE_RATE)],
-        SAMPLE_RATE,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        compression_level=0.9,
-        bitrate_mode="VARIABLE",
-    )
+    shown = samples[: round(MAX_SECONDS * SAMPLE_RATE)]
+    quality = {"compression_level": 0.9, "bitrate_mode": "VARIABLE"}
+    soundfile.write(content, shown, SAMPLE_RATE, "MPEG_LAYER_III", format="MP3", **quality)
     return content.getvalue()
 
 
@@ -75,13 +69,8 @@ def encode_audio(
 
 def write_audio(folder: Path, encoded: dict[Name, str]) -> None:
     """Save a work shard's audio for the report of the complete decoding."""
-    write_atomically(
-        folder / AUDIO,
-        "".join(
-            json.dumps({"key": key, "subset": subset, "mp3": text}) + "\n"
-            for (key, subset), text in encoded.items()
-        ),
-    )
+    rows = [{"key": key, "subset": subset, "mp3": text} for (key, subset), text in encoded.items()]
+    write_atomically(folder / AUDIO, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_audio(files: Sequence[Path]) -> dict[Name, str]:

@@ -12,7 +12,7 @@ from slam_asr.pages.curves import RUN_MARKERS, draw_runs, is_number, thinned
 from slam_asr.pages.render import render, with_thousands
 from slam_asr.progress import clock
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
-from slam_asr.scoring.report import escape_markdown, interval_text, rate_text, short_name
+from slam_asr.scoring.report import escape_markdown, interval_text, markdown_table, rate_text, short_name
 from slam_asr.storage import write_atomically, write_json
 
 PAGE, MARKDOWN, RUNS = "runs.html", "runs.md", "runs.json"
@@ -101,7 +101,7 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     runs.sort(key=lambda run: (run.rate, run.name))
     best = runs[0]
     for run in runs[1:]:
-        if _same_test(best.rows, run.rows):
+        if _references(best) == _references(run):
             # The last comparison is the one over all subsets. The seed is fixed, so that the page is the same
             # each time.
             pairs, _ = pair((best.name, best.rows), (run.name, run.rows), common=False)
@@ -109,13 +109,9 @@ def read_runs(files: dict[str, tuple[Path, Path]], known: dict[str, Variation]) 
     return runs
 
 
-def _same_test(first: Sequence[Hypothesis], second: Sequence[Hypothesis]) -> bool:
-    """Return whether two runs decoded the same utterances and have the same references for them."""
-
-    def references(rows: Sequence[Hypothesis]) -> dict[tuple[str, str], str]:
-        return {(row.key, row.subset): row.reference for row in rows}
-
-    return references(first) == references(second)
+def _references(run: Run) -> dict[tuple[str, str], str]:
+    """Return the references of a run's utterances. Two runs can be compared if these are the same."""
+    return {(row.key, row.subset): row.reference for row in run.rows}
 
 
 def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
@@ -127,15 +123,17 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
     }
     # Runs that decode one model with different options share its training, so their curves are the same.
     same_training = len({json.dumps(training) for training in trainings.values()}) == 1
-    subsets = (
-        sorted({name for row in rows for name in row["subsets"]})
-        if any(len(row["subsets"]) > 1 for row in rows)
-        else []
-    )
+    has_subsets = any(len(row["subsets"]) > 1 for row in rows)
+    subsets = sorted({name for row in rows for name in row["subsets"]}) if has_subsets else []
     dev = [key for key in _LAST_ON_DEV if any(key in row["dev"] for row in rows)]
     page = render(
         PAGE,
-        filters={"rate": rate_text, "interval": interval_text, "clock": clock, "probability": _probability},
+        filters={
+            "rate": rate_text,
+            "interval": interval_text,
+            "clock": clock,
+            "probability": probability_text,
+        },
         title=title,
         rows=rows,
         short=short_name(runs[0].numbers),
@@ -153,44 +151,20 @@ def write_comparison(folder: Path, title: str, runs: Sequence[Run]) -> None:
 
 def _markdown(title: str, rows: Sequence[dict[str, Any]], subsets: Sequence[str]) -> str:
     by_words = rows[0]["unit"] == "words"
-    head = [
-        "Run",
-        "Changes",
-        "WER, %" if by_words else "CER, %",
-        "95 % interval",
-        *(f"{escape_markdown(name)}, %" for name in subsets),
-        "Worse by",
-        "p",
-        *(["CER, %"] if by_words else []),
-        "Steps",
-        "Training",
+    table = [
+        [
+            ("Run", escape_markdown(row["name"])),
+            ("Changes", escape_markdown(row["changes"])),
+            ("WER, %" if by_words else "CER, %", rate_text(row["rate"])),
+            ("95 % interval", interval_text(row["interval"])),
+            *((f"{escape_markdown(name)}, %", rate_text(row["subsets"].get(name))) for name in subsets),
+            ("Worse by", rate_text(row["worse_by"])),
+            ("p", probability_text(row["p"])),
+            *([("CER, %", rate_text(row["cer"]))] if by_words else []),
+            ("Steps", "–" if row["steps"] is None else with_thousands(row["steps"])),
+            ("Training", "–" if row["seconds"] is None else clock(row["seconds"])),
+        ]
+        for row in rows
     ]
-    lines = [
-        f"# {escape_markdown(title)}: {len(rows)} runs",
-        "",
-        f"| {' | '.join(head)} |",
-        f"| --- | --- |{' ---: |' * (len(head) - 2)}",
-    ]
-    for row in rows:
-        cells = [
-            escape_markdown(row["name"]),
-            escape_markdown(row["changes"]),
-            rate_text(row["rate"]),
-            interval_text(row["interval"]),
-        ]
-        cells += [rate_text(row["subsets"].get(name)) for name in subsets]
-        cells += [
-            "–" if row["worse_by"] is None else f"{row['worse_by']:.2f}",
-            _probability(row["p"]),
-            *([rate_text(row["cer"])] if by_words else []),
-        ]
-        cells += [
-            "–" if row["steps"] is None else with_thousands(row["steps"]),
-            "–" if row["seconds"] is None else clock(row["seconds"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _probability(p: float | None) -> str:
-    return "–" if p is None else probability_text(p)
+    heading = f"# {escape_markdown(title)}: {len(rows)} runs"
+    return "\n".join([heading, "", *markdown_table(table, texts=2)]) + "\n"

@@ -38,15 +38,10 @@ def interval(errors: np.ndarray, words: np.ndarray, seed: int = 0) -> tuple[floa
     if len(errors) < 2 or not words.sum():
         return None
     rng = np.random.default_rng(seed)
-    rates = []
+    samples = (rng.integers(len(errors), size=len(errors)) for _ in range(RESAMPLES))
     # A rate is a ratio of sums: errors and words of a unit are drawn together, because long units have more
-    # of both.
-    for _ in range(RESAMPLES):
-        sample = rng.integers(len(errors), size=len(errors))
-        # A sample may consist only of units without words; such a sample has no rate.
-        reference_words = words[sample].sum()
-        if reference_words:
-            rates.append(errors[sample].sum() / reference_words)
+    # of both. A sample may consist only of units without words; such a sample has no rate.
+    rates = [errors[sample].sum() / total for sample in samples if (total := words[sample].sum())]
     low, high = np.percentile(rates, _LEVEL)
     return float(low), float(high)
 
@@ -66,9 +61,7 @@ def interval_over(
         The lower and upper limit as fractions; None if there are fewer than two groups or no words.
     """
     sums = [(errors[indices].sum(), words[indices].sum()) for indices in groups.values()]
-    if not sums:
-        return None
-    group_errors, group_words = np.array(sums).T
+    group_errors, group_words = np.array(sums, dtype=np.int64).reshape(-1, 2).T
     return interval(group_errors, group_words, seed)
 
 

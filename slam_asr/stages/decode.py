@@ -83,8 +83,8 @@ def decode(
 
     def work(folder: Path) -> Outcome:
         remote = folder_or_prefix if is_s3(folder_or_prefix) else None
-        with DecodeJournal(folder, decoding_digest, remote) as journal:
-            decoded, facts = _decode(decoder, shard, journal, processes)
+        journal = DecodeJournal(folder, decoding_digest, remote)
+        decoded, facts = _decode(decoder, shard, journal, processes)
         _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.discard()
         if not any(row.reference.strip() for row, _ in decoded):

@@ -106,7 +106,7 @@ class SampleTranscriber:
         """Return the LLM's answer for each utterance, keyed by the utterance's index."""
         examples = self.reader.examples
         searcher = Searcher(model, self.prompt, self.options, inference_only=False)
-        prompt_positions = len(self.prompt.main.before) + len(self.prompt.main.ids)
+        prompt_positions = self.prompt.main.positions
         positions = [int(examples.audio_positions[i]) + prompt_positions for i in self.indices]
         texts_by_index: dict[int, str] = {}
         limit, budget = self.options.max_new_tokens, self.options.positions_per_batch

@@ -177,17 +177,17 @@ def test_a_journal_from_other_options_is_not_used(model, manifest, tiny_recipe, 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path):
     answer = Answer("text", False, [1, 2], choices=[Choice("text", -0.5), Choice("tex", -0.75)])
-    with DecodeJournal(tmp_path, "d") as first:
-        first.add({3: answer})
-        first.add({4: answer})
+    first = DecodeJournal(tmp_path, "d")
+    first.add({3: answer})
+    first.add({4: answer})
     file = tmp_path / FILE
     file.write_text(file.read_text()[:-7])
-    with DecodeJournal(tmp_path, "d") as second:
-        assert second.answers == {3: answer}
-        second.add({4: answer})
-    with DecodeJournal(tmp_path, "d") as third:
-        assert third.answers == {3: answer, 4: answer}
-        third.discard()
+    second = DecodeJournal(tmp_path, "d")
+    assert second.answers == {3: answer}
+    second.add({4: answer})
+    third = DecodeJournal(tmp_path, "d")
+    assert third.answers == {3: answer, 4: answer}
+    third.discard()
     assert not file.exists()
 
 
@@ -195,14 +195,12 @@ def test_another_machine_resumes_from_object_storage(bucket, tmp_path, monkeypat
     monkeypatch.setattr(journal, "UPLOADED_EVERY", -1.0)
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    with DecodeJournal(tmp_path / "here", "d", f"s3://{bucket.name}/decoded") as first:
-        first.add({1: Answer("text", False, [1])})
-    with DecodeJournal(tmp_path / "there", "d", f"s3://{bucket.name}/decoded") as second:
-        assert list(second.answers) == [1]
-        second.discard()
+    DecodeJournal(tmp_path / "here", "d", f"s3://{bucket.name}/decoded").add({1: Answer("text", False, [1])})
+    second = DecodeJournal(tmp_path / "there", "d", f"s3://{bucket.name}/decoded")
+    assert list(second.answers) == [1]
+    second.discard()
     (tmp_path / "third").mkdir()
-    with DecodeJournal(tmp_path / "third", "d", f"s3://{bucket.name}/decoded") as third:
-        assert not third.answers
+    assert not DecodeJournal(tmp_path / "third", "d", f"s3://{bucket.name}/decoded").answers
 
 
 @pytest.mark.slow
@@ -357,7 +355,7 @@ def test_a_model_without_a_ctc_head_is_refused_before_weights_are_loaded(
     model, manifest, tiny_recipe, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "slam_asr.decoding.model.read_projector", lambda *_: pytest.fail("weights were loaded")
+        "slam_asr.artifacts.model_folder.read_projector", lambda *_: pytest.fail("weights were loaded")
     )
     with pytest.raises(UserError, match=r"ctc_weight is 0\.3, but .* has no CTC head: set it to 0, or train"):
         decode(

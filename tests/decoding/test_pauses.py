@@ -40,7 +40,7 @@ def test_cuts_are_in_the_pauses():
     assert len(parts) > 1
     for part in parts:
         assert any(abs(part.start - start) <= (MARGIN_SECONDS + 0.05) * SAMPLE_RATE for start, _ in bursts)
-        assert any(abs(part.end - end) <= (MARGIN_SECONDS + 0.05) * SAMPLE_RATE for _, end in bursts)
+        assert any(abs(part.stop - end) <= (MARGIN_SECONDS + 0.05) * SAMPLE_RATE for _, end in bursts)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -51,9 +51,9 @@ def test_parts_are_short_enough_and_contain_all_speech(seed, longest):
     parts = divide(samples, longest)
     covered = np.zeros(len(samples), bool)
     for part in parts:
-        assert 0 < part.end - part.start <= longest * SAMPLE_RATE
-        assert not covered[part.start : part.end].any()
-        covered[part.start : part.end] = True
+        assert 0 < part.stop - part.start <= longest * SAMPLE_RATE
+        assert not covered[part.start : part.stop].any()
+        covered[part.start : part.stop] = True
     is_speech = np.zeros(len(samples), bool)
     for start, end in bursts:
         is_speech[start:end] = True
@@ -64,7 +64,7 @@ def test_parts_are_short_enough_and_contain_all_speech(seed, longest):
 def test_speech_without_pauses_is_divided_too():
     samples, _ = recording([65], [0.01])
     parts = divide(samples, 20)
-    assert sum(p.end - p.start for p in parts) >= 0.99 * len(samples) and len(parts) >= 4
+    assert sum(p.stop - p.start for p in parts) >= 0.99 * len(samples) and len(parts) >= 4
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,15 @@ def test_silence_has_no_parts(samples):
 def test_one_short_word_is_one_part():
     samples, _ = recording([0.4], [3])
     (part,) = divide(samples, 20)
-    assert part.start == 0 and part.end < 1.0 * SAMPLE_RATE
+    assert part.start == 0 and part.stop < 1.0 * SAMPLE_RATE
 
 
 def test_real_speech_is_divided_into_few_parts_that_contain_every_loud_sample(libri_mini):
     files = sorted(libri_mini.glob("test-other/*/*/*.flac"))[:12]
     samples = np.concatenate([soundfile.read(f, dtype="float32")[0] for f in files])
     parts = divide(samples, 25)
-    assert all(p.end - p.start <= 25 * SAMPLE_RATE for p in parts)
+    assert all(p.stop - p.start <= 25 * SAMPLE_RATE for p in parts)
     loud = np.abs(samples) > 0.1 * np.abs(samples).max()
-    covered = sum(loud[p.start : p.end].sum() for p in parts)
+    covered = sum(loud[p.start : p.stop].sum() for p in parts)
     assert covered == loud.sum()
     assert len(parts) < 2.5 * len(samples) / SAMPLE_RATE / 25 + 1

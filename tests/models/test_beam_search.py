@@ -8,7 +8,6 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
 from slam_asr.generation import beam_cache, prefill
-from slam_asr.generation import beam_search as search_module
 from slam_asr.generation.beam_cache import SharedLayer, expand_for_beams
 from slam_asr.generation.beam_search import beam_search, penalties, without_penalties
 from tests.models.test_llm_families import FAMILIES, SIZES
@@ -57,7 +56,7 @@ def search_by_transformers(llm, embeddings, mask, generation):
     output = llm.generate(
         inputs_embeds=embeddings,
         attention_mask=mask,
-        generation_config=without_penalties(generation, scores=True),
+        generation_config=without_penalties(generation),
         logits_processor=penalties(generation),
     )
     answers = generation.num_return_sequences
@@ -195,7 +194,7 @@ def test_beams_share_the_prefix(family, monkeypatch):
     llm, (embeddings, mask) = random_llm(family), random_batch()
     usual, caches = llm.config._attn_implementation, []
     monkeypatch.setattr(
-        search_module,
+        beam_cache,
         "expand_for_beams",
         lambda *arguments: caches.append(expand_for_beams(*arguments)) or caches[-1],
     )
@@ -209,8 +208,6 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
-    # Only the first call registers `attend`. If it came later, it would replace `function`.
-    beam_cache.register_attention()
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield

@@ -3,6 +3,7 @@
 Worker processes import this module and torch, but not transformers, so that they start fast.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -107,22 +108,18 @@ class Waveform:
 Preparer = LogMel | Waveform
 
 
-_FILTERS: dict[int, torch.Tensor] = {}
-
-
+@functools.cache
 def _mel_filters(bins: int) -> torch.Tensor:
     """Return filters [201 frequencies, bins]: triangles of unit area on Slaney's mel scale, as in librosa."""
-    if bins not in _FILTERS:
-        frequencies = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)
-        corners = _hertz(np.linspace(0.0, _mel(SAMPLE_RATE / 2), bins + 2))
-        slopes = corners[None, :] - frequencies[:, None]
-        widths = np.diff(corners)
-        rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
-        # Each filter rises from its left corner to its centre and falls to its right corner; 0 elsewhere.
-        triangles = np.maximum(0.0, np.minimum(rising, falling))
-        # A triangle of height 1 and width w has the area w / 2, so a height of 2 / w gives unit area.
-        _FILTERS[bins] = torch.from_numpy(triangles * (2.0 / (corners[2:] - corners[:-2]))).float()
-    return _FILTERS[bins]
+    frequencies = np.linspace(0, SAMPLE_RATE / 2, _FFT // 2 + 1)
+    corners = _hertz(np.linspace(0.0, _mel(SAMPLE_RATE / 2), bins + 2))
+    slopes = corners[None, :] - frequencies[:, None]
+    widths = np.diff(corners)
+    rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
+    # Each filter rises from its left corner to its centre and falls to its right corner; 0 elsewhere.
+    triangles = np.maximum(0.0, np.minimum(rising, falling))
+    # A triangle of height 1 and width w has the area w / 2, so a height of 2 / w gives unit area.
+    return torch.from_numpy(triangles * (2.0 / (corners[2:] - corners[:-2]))).float()
 
 
 # Slaney's mel scale is linear up to 1 kHz (15 mel). Above, it is logarithmic: 27 mel per factor of 6.4.

@@ -82,9 +82,10 @@ class WaveformEncoder(SpeechEncoder):
 
     def __init__(self, spec: WaveformSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__(spec, dtype, device)
-        first = self._first_convolution()
+        model: Any = self.model  # the class of its feature extractor differs between the models
+        first = model.feature_extractor.conv_layers[0]
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-            first.layer_norm = MaskedGroupNorm(first.layer_norm)
+            first.layer_norm = MaskedGroupNorm(first.layer_norm, first.conv)
 
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Encode all utterances in one batch: pad their waveforms with zeros, and mask the padding.
@@ -105,50 +106,39 @@ class WaveformEncoder(SpeechEncoder):
         mask = None
         if len(set(lengths.tolist())) > 1:
             mask = (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None]).long()
-        self._set_group_norm_lengths(None if mask is None else lengths)
+        for norm in self.model.modules():
+            if isinstance(norm, MaskedGroupNorm):
+                norm.samples = None if mask is None else lengths
         # Utterances that are too short for a frame were not in the batch. The others take the outputs in
         # order.
         outputs = iter(self.model(waveforms, attention_mask=mask).last_hidden_state)
         return [next(outputs)[:n] if n else waveforms.new_zeros(0, self.spec.width) for n in frames]
 
-    def _first_convolution(self) -> Any:
-        """Return the first layer of the feature extractor. Its class differs between the models."""
-        model: Any = self.model
-        return model.feature_extractor.conv_layers[0]
-
-    def _set_group_norm_lengths(self, lengths: torch.Tensor | None) -> None:
-        """Pass the utterances' lengths to the first convolution's norm, if this norm is computed over time.
-
-        Args:
-            lengths: [utterances] int64, in samples; None if the batch has no padding.
-        """
-        first = self._first_convolution()
-        norm = getattr(first, "layer_norm", None)
-        if isinstance(norm, MaskedGroupNorm):
-            kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
-            # The output length of an unpadded convolution. Utterances too short for a single frame are not in
-            # the batch.
-            norm.lengths = None if lengths is None else (lengths - kernel) // stride + 1
-
 
 class MaskedGroupNorm(nn.Module):
-    """A group norm with one channel per group. Its statistics exclude padding."""
+    """A group norm with one channel per group. Its statistics exclude padding.
 
-    def __init__(self, norm: nn.GroupNorm) -> None:
+    Args:
+        norm: the norm that this one replaces; its weights are shared.
+        convolution: the unpadded convolution of the waveform whose outputs are normalised.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, convolution: nn.Conv1d) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.lengths: torch.Tensor | None = None
-        """[utterances] int64: number of each utterance's frames after the first convolution, without padding.
-        None if the batch has no padding."""
+        self.kernel, self.stride = convolution.kernel_size[0], convolution.stride[0]
+        self.samples: torch.Tensor | None = None
+        """[utterances] int64: each utterance's length in samples, enough for at least one frame. None if the
+        batch has no padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise [utterances, channels, frames] over the frames; the shape is unchanged."""
-        if self.lengths is None:
+        if self.samples is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
         # The norm is computed in fp32, because sums over thousands of frames would be inexact in half
         # precision. Padding is set to 0 after the mean is subtracted, so that it adds nothing to the
         # variance. https://github.com/facebookresearch/fairseq/issues/3227 shows what padding does otherwise.
-        x, count = hidden.float(), self.lengths[:, None, None]
+        x, count = hidden.float(), ((self.samples - self.kernel) // self.stride + 1)[:, None, None]
         valid = torch.arange(x.shape[2], device=x.device) < count
         centred = (x - (x * valid).sum(2, keepdim=True) / count) * valid
         scaled = centred * torch.rsqrt((centred**2).sum(2, keepdim=True) / count + self.eps)

@@ -86,21 +86,15 @@ class WhisperEncoder(SpeechEncoder):
         columns = self.spec.window_samples // COLUMN_SAMPLES
         # A spectrogram that is shorter than the window ends with a column of silence. Repeating that column
         # fills the window.
-        padded = [
-            functional.pad(w[None], (0, columns - w.shape[1]), mode="replicate")[0]
-            for u in utterances
-            for w in u.inputs
-        ]
-        windows = torch.stack(padded).to(
-            self.device, self.dtype, non_blocking=True
-        )  # [windows, bins, columns]
+        inputs = [window[None] for utterance in utterances for window in utterance.inputs]
+        padded = [functional.pad(i, (0, columns - i.shape[2]), mode="replicate") for i in inputs]
+        # [windows, bins, columns]
+        windows = torch.cat(padded).to(self.device, self.dtype, non_blocking=True)
         # On a CPU, the activations of several windows do not fit into the caches. With eight at a time, a
         # window took 1.3 times as long as alone, with the same output.
         at_once = 1 if self.device.type == "cpu" else len(windows)
-        hidden = torch.cat(
-            [self.model(part).last_hidden_state for part in windows.split(at_once)]
-        )  # [windows, frames, width]
-        parts = hidden.split([len(u.inputs) for u in utterances])
+        hidden = torch.cat([self.model(part).last_hidden_state for part in windows.split(at_once)])
+        parts = hidden.split([len(u.inputs) for u in utterances])  # each [windows, frames, width]
         return [
             p.flatten(0, 1)[: self.spec.frames_of(u.samples)] for p, u in zip(parts, utterances, strict=True)
         ]
