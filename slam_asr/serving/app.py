@@ -46,9 +46,8 @@ def build_app(service: Service) -> FastAPI:
     """Return the ASGI application of a server."""
     # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="slam-asr", version=__version__, docs_url=None, redoc_url=None)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(Exception, _failed)
+    for kind in (Refusal, HTTPException, Exception):
+        app.add_exception_handler(kind, _refused)
     _add_transcriptions(app, service)
     _add_models(app, service)
     _add_probes(app, service)
@@ -160,10 +159,6 @@ def _authorise(service: Service, request: Request) -> None:
 async def _refused(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = Refusal(error.status_code, f"{error.detail}.", headers=dict(error.headers or {}))
-    assert isinstance(error, Refusal), "this handler is registered for these two exceptions"
+    elif not isinstance(error, Refusal):
+        error = Refusal(500, "The server failed on this request: see its log.")
     return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _failed(_: Request, __: Exception) -> Response:
-    refusal = Refusal(500, "The server failed on this request: see its log.")
-    return JSONResponse(refusal.body, refusal.status)

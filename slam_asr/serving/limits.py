@@ -69,15 +69,3 @@ class Refusal(Exception):
 def unavailable(why: str) -> Refusal:
     """Return the refusal of a request that may succeed on another server, or on this one a little later."""
     return Refusal(503, why, "unavailable", headers={"Retry-After": "2"})
-
-
-def too_late(deadline: float) -> Refusal:
-    """Return the refusal of a request that was not finished within `deadline` seconds."""
-    return Refusal(
-        504,
-        f"The transcript was not finished within {deadline:g} s: send a shorter recording, or try again "
-        "when the server is less busy.",
-        "deadline_exceeded",
-        # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
-        headers={"x-should-retry": "false"},
-    )

@@ -24,7 +24,7 @@ from slam_asr.cores import usable_cores
 from slam_asr.progress import log_line
 from slam_asr.serving.answers import MEDIA_TYPES, Decoded, as_event, body_of, events_of
 from slam_asr.serving.batcher import Batcher, DecodingError, Recognizer
-from slam_asr.serving.limits import Limits, Refusal, too_late, unavailable
+from slam_asr.serving.limits import Limits, Refusal, unavailable
 from slam_asr.serving.metrics import Metrics
 from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
 
@@ -157,11 +157,10 @@ class Service:
         Raises:
             Refusal: the model failed.
         """
-        job, index = self.batcher.submit(pieces), 0
+        job, remaining = self.batcher.submit(pieces), iter(pieces)
         try:
             async for answer in job.answers():
-                yield Decoded.of(pieces[index], answer, self.served.stops)
-                index += 1
+                yield Decoded.of(next(remaining), answer, self.served.stops)
         except DecodingError as error:
             traceback.print_exception(error.__cause__)
             raise Refusal(500, "The model failed on this recording: see the server's log.") from error
@@ -241,7 +240,14 @@ class Exchange:
         try:
             yield
         except TimeoutError:
-            raise too_late(self.service.limits.deadline) from None
+            raise Refusal(
+                504,
+                f"The transcript was not finished within {self.service.limits.deadline:g} s: send a shorter "
+                "recording, or try again when the server is less busy.",
+                "deadline_exceeded",
+                # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
+                headers={"x-should-retry": "false"},
+            ) from None
 
     def finish(self, status: int) -> None:
         """Count and log the end of the request. The log line contains nothing of the transcript."""

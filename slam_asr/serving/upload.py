@@ -34,6 +34,7 @@ _UNSUPPORTED = {
     "known_speaker_references": "speakers are not distinguished",
 }
 """Parameters that request something that this server cannot give, and the reason."""
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _OVERHEAD = 1_000_000
 """Bytes that a body may have in addition to the file, for boundaries and other fields."""
 _MAX_FIELDS, _MAX_FIELD_BYTES = 64, 65_536
@@ -129,7 +130,7 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value != ""}
     file = form.get("file")
     if not isinstance(file, UploadFile):
-        raise Refusal(400, "There is no file: send it as the form's field `file`.", param="file")
+        raise _wrong("file", "There is no file: send it as the form's field `file`.")
     if fields.get("model", names[0]) not in names:
         raise Refusal(
             404,
@@ -139,22 +140,21 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
         )
     form_format = fields.get("response_format", "json")
     if form_format not in FORMATS:
-        raise Refusal(
-            400,
-            f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}.",
-            param="response_format",
+        raise _wrong(
+            "response_format", f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}."
         )
-    stream = _boolean(fields, "stream")
+    stream = _BOOLEANS.get(fields.get("stream", "false").lower())
+    if stream is None:
+        raise _wrong("stream", "stream must be true or false.")
     if stream and form_format in ("srt", "vtt"):
-        raise Refusal(400, f"{form_format} cannot be streamed: use json or verbose_json.", param="stream")
+        raise _wrong("stream", f"{form_format} cannot be streamed: use json or verbose_json.")
     for name, reason in _UNSUPPORTED.items():
         if fields.keys() & {name, f"{name}[]"}:
-            raise Refusal(400, f"{name} cannot be used, because {reason}: leave it out.", param=name)
+            raise _wrong(name, f"{name} cannot be used, because {reason}: leave it out.")
     if "word" in form.getlist("timestamp_granularities[]") + form.getlist("timestamp_granularities"):
-        raise Refusal(
-            400,
+        raise _wrong(
+            "timestamp_granularities",
             "This server gives no times of words, only of segments: leave timestamp_granularities out.",
-            param="timestamp_granularities",
         )
     _require_greedy(fields)
     given = _language(fields, language)
@@ -164,38 +164,32 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     return Order(_safe_name(file.filename), form_format, stream, given or language, sorted(ignored))
 
 
+def _wrong(field: str, why: str) -> Refusal:
+    """Return the refusal of a form because of one of its fields."""
+    return Refusal(400, why, param=field)
+
+
 def _require_greedy(fields: Mapping[str, str]) -> None:
     try:
         temperature = float(fields.get("temperature", "0"))
     except ValueError:
         temperature = -1
     if temperature != 0:
-        raise Refusal(
-            400,
-            "temperature can only be 0, because the search is not random: leave it out.",
-            param="temperature",
+        raise _wrong(
+            "temperature", "temperature can only be 0, because the search is not random: leave it out."
         )
 
 
 def _language(fields: Mapping[str, str], language: str) -> str:
     given = fields.get("language", "").lower()
     if not re.fullmatch(r"([a-z]{2,3}(-[a-z0-9]+)?)?", given):
-        raise Refusal(400, f"language is {given[:50]}: write it as ISO 639-1, such as en.", param="language")
+        raise _wrong("language", f"language is {given[:50]}: write it as ISO 639-1, such as en.")
     if given and language and given.partition("-")[0] != language:
-        raise Refusal(
-            400,
+        raise _wrong(
+            "language",
             f"The model transcribes only {language}, not {given}: leave language out, or use another model.",
-            param="language",
         )
     return given
-
-
-def _boolean(fields: Mapping[str, str], name: str) -> bool:
-    values = {"true": True, "1": True, "false": False, "0": False}
-    value = values.get(fields.get(name, "false").lower())
-    if value is None:
-        raise Refusal(400, f"{name} must be true or false.", param=name)
-    return value
 
 
 def _safe_name(name: str | None) -> str:
@@ -214,7 +208,8 @@ class Body:
     """
 
     def __init__(self, request: Request, limits: Limits) -> None:
-        self._receive, self._max_bytes, self._count = request.receive, limits.bytes + _OVERHEAD, 0
+        self._receive, self._limits, self._count = request.receive, limits, 0
+        self._max_bytes = limits.bytes + _OVERHEAD
         announced = request.headers.get("content-length", "0")
         # A client may announce any length, so the bytes that arrive are counted as well.
         self._announced = int(announced) if announced.isdecimal() else 0
@@ -233,7 +228,7 @@ class Body:
         """
         # Refused before the first byte is read. If the length is missing or wrong, `receive` finds out.
         if self._announced > self._max_bytes:
-            raise _too_large(self._max_bytes)
+            raise _too_large(self._limits)
         try:
             return await self.request.form(
                 max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
@@ -272,15 +267,14 @@ class Body:
         self._count += len(message.get("body", b""))
         # If this was the last part, `decode_audio` compares the file alone with its own limit.
         if self._count > self._max_bytes and not self.ended:
-            raise _too_large(self._max_bytes)
+            raise _too_large(self._limits)
         return message
 
 
-def _too_large(max_bytes: int) -> Refusal:
+def _too_large(limits: Limits) -> Refusal:
     return Refusal(
         413,
-        f"The upload is larger than {(max_bytes - _OVERHEAD) / 1e6:g} MB: send a shorter recording or a "
-        "compressed one.",
+        f"The upload is larger than {limits.megabytes:g} MB: send a shorter recording or a compressed one.",
         "file_too_large",
         "file",
     )
@@ -295,7 +289,7 @@ def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
     """
     content = file.file.read()
     if len(content) > limits.bytes:
-        raise _too_large(limits.bytes + _OVERHEAD)
+        raise _too_large(limits)
     try:
         return read_clip(name, limits.seconds, content=content)
     except AudioError as error:
