@@ -24,7 +24,7 @@ from slam_asr.config.recipe import (
     shipped_recipes,
     with_base_models_of,
 )
-from slam_asr.config.schema import nearest
+from slam_asr.config.schema import is_within, nearest
 from slam_asr.errors import ConfigurationError, exit_on_user_error
 from slam_asr.options import (
     Command,
@@ -162,7 +162,8 @@ def run(command: str, arguments: list[str]) -> Any:
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
     if trained:
-        given = _given_keys(arguments, parser)
+        sections = {f.name for f in fields(Recipe)}
+        given = [name for name in given_options(parser, arguments) if is_within(name, sections)]
         _refuse_ineffective(command, given)
         values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
@@ -306,12 +307,6 @@ def _has_recipe_option(arguments: list[str]) -> bool:
     )
 
 
-def _given_keys(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """Return the recipe's keys that the command line sets."""
-    sections = {f.name for f in fields(Recipe)}
-    return [name for name in given_options(parser, arguments) if name.partition(".")[0] in sections]
-
-
 def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
     """Refuse an option for a key of the recipe that has no effect on a model that is already trained.
 
@@ -319,13 +314,11 @@ def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
         ConfigurationError: the command line has such an option.
     """
     effective = EFFECTIVE_KEYS[command]
-    for key in given:
-        if not any(key == name or key.startswith(f"{name}.") for name in effective):
-            raise ConfigurationError(
-                f"--{key} has no effect on a model that is already trained, because the recipe of its "
-                f"training decides it: leave it out. Keys with an effect on {command}: "
-                f"{', '.join(effective)}."
-            )
+    if ineffective := [key for key in given if not is_within(key, effective)]:
+        raise ConfigurationError(
+            f"--{ineffective[0]} has no effect on a model that is already trained, because the recipe of its "
+            f"training decides it: leave it out. Keys with an effect on {command}: {', '.join(effective)}."
+        )
 
 
 def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) -> Recipe:

@@ -78,14 +78,13 @@ class Recipe:
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence for each contradiction that the sections cannot find themselves."""
-        shortest = math.ceil(self.data.min_duration * FRAMES_PER_SECOND)
+        shortest, group = math.ceil(self.data.min_duration * FRAMES_PER_SECOND), self.projector.downsampling
         groups_frames = self.encoder.frames == "speech" and self.projector.kind != "q-former"
-        if groups_frames and shortest < self.projector.downsampling:
+        if groups_frames and shortest < group:
             yield (
                 f"data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
-                "utterances without an audio position at projector.downsampling "
-                f"{self.projector.downsampling}: raise data.min_duration to "
-                f"{self.projector.downsampling / FRAMES_PER_SECOND} or more."
+                f"utterances without an audio position at projector.downsampling {group}: raise "
+                f"data.min_duration to {group / FRAMES_PER_SECOND} or more."
             )
         if self.gate.active and self.publish.registry == "none":
             yield (
@@ -161,9 +160,7 @@ def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
         trained,
         encoder=replace(trained.encoder, name=encoder.name),
         llm=replace(
-            trained.llm,
-            name=llm.name,
-            trust_remote_code=given is not None and llm.trust_remote_code,
+            trained.llm, name=llm.name, trust_remote_code=given is not None and llm.trust_remote_code
         ),
     )
 
@@ -221,9 +218,8 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Only three settings of the features matter: the dtype, to which features are rounded, and the two that
     # determine the order of the utterances.
-    values["features"] = {
-        key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
-    }
+    features = values["features"]
+    values["features"] = {key: features[key] for key in ("dtype", "shard_megabytes", "window_shards")}
     return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}
 
 

@@ -9,7 +9,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
@@ -243,6 +243,11 @@ def keys_of(section: type, prefix: str = "") -> list[str]:
         if is_dataclass(f.default_factory):
             keys += keys_of(f.default_factory, f"{prefix}{f.name}.")
     return keys
+
+
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Return whether a key, given by its full name, is one of some sections or keys, or in one of them."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def as_int(value: Any) -> Any:
