@@ -171,16 +171,10 @@ def propose(
             options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
-            rows = min(
-                _rows_that_fit(memory, one, capacity)
-                for memory in memory_of_phases(changed, processes, on_gpu)
-            )
-            if not rows:
-                continue
-            return {
-                f"training.{name}": value
-                for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()
-            }
+            phases = memory_of_phases(changed, processes, on_gpu)
+            if rows := min(_rows_that_fit(memory, one, capacity) for memory in phases):
+                options |= _budget(recipe, one.length, rows, processes)
+                return {f"training.{name}": value for name, value in options.items()}
     return {}
 
 
