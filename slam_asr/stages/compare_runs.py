@@ -53,13 +53,11 @@ def compare_runs(
         write_comparison(folder, title or ranked[0].numbers["title"], ranked)
         best, worst = ranked[0], ranked[-1]
         short = short_name(best.numbers)
-        metrics = {f"best {short.lower()}": best.rate} | {
-            f"{short.lower()} {run.name}": run.rate for run in ranked
-        }
+        rates = {f"{short.lower()} {run.name}": run.rate for run in ranked}
         return Outcome(
             f"{len(ranked)} runs: best {best.name}, {short} {best.rate:.2f} %; "
             f"worst {worst.name}, {worst.rate:.2f} %",
-            metrics,
+            {f"best {short.lower()}": best.rate, **rates},
             {"order": [run.name for run in ranked]},
         )
 
