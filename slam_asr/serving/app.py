@@ -17,28 +17,17 @@ from slam_asr.serving.upload import FORMATS, Body, require_same_origin
 
 _FAILED = "failed"
 """State of a server whose decoding thread has ended: it does not recover by itself."""
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "model": {"type": "string"},
-                        "response_format": {"type": "string", "enum": list(FORMATS), "default": "json"},
-                        "stream": {"type": "boolean", "default": False},
-                        "language": {"type": "string"},
-                        "temperature": {"type": "number", "enum": [0]},
-                        "prompt": {"type": "string"},
-                    },
-                }
-            }
-        },
-    }
+_FIELDS = {
+    "file": {"type": "string", "format": "binary"},
+    "model": {"type": "string"},
+    "response_format": {"type": "string", "enum": list(FORMATS), "default": "json"},
+    "stream": {"type": "boolean", "default": False},
+    "language": {"type": "string"},
+    "temperature": {"type": "number", "enum": [0]},
+    "prompt": {"type": "string"},
 }
+_SCHEMA = {"type": "object", "required": ["file"], "properties": _FIELDS}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 """Schema of the transcription form, for /openapi.json. FastAPI does not know the form, which `Body` reads."""
 
 

@@ -194,9 +194,8 @@ class Exchange:
         served = self.service.served
         async with contextlib.AsyncExitStack() as owned:
             owned.enter_context(self.service.counted())
-            with self._in_time():
-                async with asyncio.timeout_at(self._deadline):
-                    form = await self.body.form()
+            async with self._in_time():
+                form = await self.body.form()
             owned.push_async_callback(form.close)
             order = read_order(form, served.names, served.language)
             headers = {"x-ignored-parameters": ", ".join(order.ignored)} if order.ignored else {}
@@ -209,36 +208,36 @@ class Exchange:
             return Response(text, media_type=MEDIA_TYPES[order.format], headers=headers)
 
     async def _complete(self, form: FormData, order: Order) -> str:
-        with self._in_time():
-            async with (
-                asyncio.timeout_at(self._deadline),
-                self.service.pieces_of(form, order.name) as (self._duration, pieces),
-            ):
-                self._segments = len(pieces)
-                decoded = [part async for part in self.service.decoded(pieces)]
+        async with (
+            self._in_time(),
+            self.service.pieces_of(form, order.name) as (self._duration, pieces),
+        ):
+            self._segments = len(pieces)
+            decoded = [part async for part in self.service.decoded(pieces)]
         return body_of(order.format, self._duration, order.language, decoded)
 
     async def _events(self, form: FormData, order: Order) -> AsyncGenerator[str, None]:
         # The HTTP status has already been sent, so a refusal becomes an event.
         try:
-            with self._in_time():
-                async with (
-                    asyncio.timeout_at(self._deadline),
-                    self.service.pieces_of(form, order.name) as (self._duration, pieces),
-                    contextlib.aclosing(self.service.decoded(pieces)) as decoded,
-                ):
-                    self._segments = len(pieces)
-                    async for event in events_of(order.format, self._duration, decoded):
-                        yield event
+            async with (
+                self._in_time(),
+                self.service.pieces_of(form, order.name) as (self._duration, pieces),
+                contextlib.aclosing(self.service.decoded(pieces)) as decoded,
+            ):
+                self._segments = len(pieces)
+                async for event in events_of(order.format, self._duration, decoded):
+                    yield event
             self.finish(200)
         except Refusal as refusal:
             self.finish(refusal.status)
             yield as_event(refusal.body)
 
-    @contextlib.contextmanager
-    def _in_time(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Refuse the request if its deadline passes within the context."""
         try:
-            yield
+            async with asyncio.timeout_at(self._deadline):
+                yield
         except TimeoutError:
             raise Refusal(
                 504,
