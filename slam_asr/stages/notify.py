@@ -76,15 +76,15 @@ class _Seen:
 def _from_api(api: str, run_id: str, state: str) -> _Seen:
     """Ask the API about the run, a few times if it does not show yet how the steps ended."""
     seen = _Seen()
-    for pause in (*PAUSES, None):
+    for pause in (0.0, *PAUSES):
+        time.sleep(pause)
         answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
         seen.name = (answer.get("run") or {}).get("name") or seen.name
         if (workflow := workflow_of(answer)) is not None:
             seen.phase = workflow.phase_of("exit-handler-1")
             seen.step, seen.reason = failure_of(workflow, run_id)
-        if seen.step or state == "SUCCEEDED" or seen.phase == "Succeeded" or pause is None:
+        if seen.step or state == "SUCCEEDED" or seen.phase == "Succeeded":
             break
-        time.sleep(pause)
     return seen
 
 
