@@ -4,10 +4,9 @@ The options are the function's parameters, spelled with dashes; their help is th
 `--recipe` names a stage's recipe, and each key of a recipe is an option too: `--training.max_steps 200`.
 """
 
-import importlib
 import inspect
 import itertools
-import re
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -133,7 +132,7 @@ def run(command: str, arguments: list[str]) -> Any:
             f"There is no command {command}{nearest(command, list(COMMANDS)) or '.'} "
             f"Commands: {', '.join(COMMANDS)}."
         )
-    function = _imported(COMMANDS[command])
+    function: Callable[..., Any] = pkgutil.resolve_name(COMMANDS[command])
     parameters = inspect.signature(function).parameters
     recipe_parameter = parameters.get("recipe")
     trained = _recipe_of_model(command, arguments) if recipe_parameter else None
@@ -175,18 +174,11 @@ def run(command: str, arguments: list[str]) -> Any:
     return result
 
 
-def _imported(place: str) -> Callable[..., Any]:
-    """Import a function, given as `module:function`."""
-    module, name = place.split(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
-
-
 def _description(command: str, function: Callable[..., Any]) -> str:
     """Return the first lines of a command's help."""
     summary = (inspect.getdoc(function) or "").split("\n")[0]
     facts = OTHER_COMMANDS[command].facts if command in OTHER_COMMANDS else ""
-    return f"{_imported(facts)()} {summary}" if facts else summary
+    return f"{pkgutil.resolve_name(facts)()} {summary}" if facts else summary
 
 
 def positionals_of(command: str) -> str:
@@ -301,10 +293,8 @@ def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
 
 def _has_recipe_option(arguments: list[str]) -> bool:
     names = {f.name for f in fields(Recipe)} | {"recipe"}
-    return any(
-        argument.startswith("--") and re.split(r"[.=]", argument[2:], maxsplit=1)[0] in names
-        for argument in arguments
-    )
+    given = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return any(is_within(name, names) for name in given)
 
 
 def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
@@ -338,7 +328,3 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
     return None
-
-
-if __name__ == "__main__":
-    main()

@@ -104,10 +104,8 @@ def exit_on_user_error() -> Iterator[None]:
     limit_threads()
     try:
         yield
-    except UserError as error:
-        _exit(str(error), EXIT_CODE)
-    except OSError as error:
-        explained = from_os_error(error)
+    except (UserError, OSError) as error:
+        explained = from_os_error(error) if isinstance(error, OSError) else error
         if explained is None:
             raise
         _exit(str(explained), EXIT_CODE)

@@ -208,8 +208,7 @@ def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> t
     """
     spelled, notes = [], {}
     for argument in arguments:
-        match = _OPTION.fullmatch(argument)
-        if match:
+        if match := _OPTION.fullmatch(argument):
             name = _known_name(match[1], known)
             if name != match[1] and (match[1] in RENAMED_OPTIONS or name == option_name(match[1][2:])):
                 notes[match[1]] = f"{match[1]} is now spelled {name}"
@@ -289,22 +288,18 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
     text = str(error)
     options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     help_hint = f"; see `{parser.prog} --help`."
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
-    if unknown:
+    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)", text):
         known = [option.removeprefix("--") for option in options.values()]
         hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
         return f"Unknown option --{unknown[1]}{hint or help_hint}"
     # This pattern also matches unknown options, so it comes second.
-    stray = re.search(r"unrecognized arguments: (\S+)", text)
-    if stray and stray[1].startswith("-"):
-        return f"Unknown option {stray[1]}{help_hint}"
-    if stray:
+    if stray := re.search(r"unrecognized arguments: (\S+)", text):
+        if stray[1].startswith("-"):
+            return f"Unknown option {stray[1]}{help_hint}"
         return f"{stray[1]} follows no option: each value follows the name of its option{help_hint}"
-    valueless = re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text)
-    if valueless:
+    if valueless := re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text):
         return f"{valueless[1]} lacks a value{help_hint}"
-    missing = re.search(r"arguments are required: (.*)", text)
-    if missing:
+    if missing := re.search(r"arguments are required: (.*)", text):
         # Arguments by position are named as in the usage line.
         words = itertools.takewhile(lambda word: "-" not in word[:2], (parser.usage or "").split())
         shown = options | {w.strip("[]…").lower(): w.strip("[]") for w in words if w.strip("[]…").isupper()}

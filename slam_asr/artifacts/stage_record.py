@@ -176,11 +176,16 @@ def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, A
         ConfigurationError: the folder holds results of other inputs and `overwrite` is false.
     """
     if not overwrite:
-        changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
+        changed = ", ".join(different_inputs(inputs, done.inputs))
         raise ConfigurationError(
             f"{folder} holds the results of {done.stage} with other inputs "
-            f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
+            f"(changed: {changed}): choose another --output or add --overwrite true."
         )
+
+
+def different_inputs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the names, sorted, of the inputs in which two records differ."""
+    return sorted(name for name in one | other if one.get(name) != other.get(name))
 
 
 def read_record(folder: str | Path) -> Record | None:

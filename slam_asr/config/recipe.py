@@ -198,8 +198,7 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     ):
         del values["training"][key]
     assert isinstance(recipe.training.deepspeed, dict), "load_recipe has read the file, if it was a path"
-    optimizer = recipe.training.deepspeed.get("optimizer")
-    if optimizer:
+    if optimizer := recipe.training.deepspeed.get("optimizer"):
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     # These keys did not exist in earlier versions. They are left out where they have no effect, so that the
     # inputs of a training run from an earlier version still match.

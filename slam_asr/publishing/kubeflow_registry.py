@@ -28,7 +28,8 @@ from slam_asr.publishing.registry import SCORES, Properties, Version
 ADDRESS, TOKEN = "MODEL_REGISTRY_URL", "MODEL_REGISTRY_TOKEN"
 """Environment variables with the server's address and with a token for it. If no token is set, the client
 reads one from the file that KF_PIPELINES_SA_TOKEN_PATH names, or uses the pod's own token."""
-_AUTHOR, _FORMAT, _FORMAT_VERSION = "slam-asr", "slam-asr", "2"
+_AUTHOR = "slam-asr"
+_FORMAT = {"model_format_name": "slam-asr", "model_format_version": "2"}
 _PATIENCE = 60.0
 """Maximum time of a request in seconds. The client itself would wait for five minutes."""
 
@@ -85,7 +86,6 @@ class KubeflowRegistry:
 
     def register(self, fingerprint: str, uri: str, description: str, properties: Properties) -> Version:
         """Register a model, unless it is registered already, and return its version."""
-        model_format = {"model_format_name": _FORMAT, "model_format_version": _FORMAT_VERSION}
         with self._explained():
             known = self._find(fingerprint)
             if known is None:
@@ -95,14 +95,13 @@ class KubeflowRegistry:
                     version=fingerprint,
                     version_description=description,
                     metadata=properties,
-                    **model_format,
+                    **_FORMAT,
                 )
             elif self.client.get_model_artifact(self.name, fingerprint) is None:
                 # An earlier attempt ended after the request for the version and before the one for its
                 # artifact. No public method of the client adds an artifact to an existing version.
-                self.client.async_runner(
-                    self.client._register_model_artifact(known, self.name, uri, **model_format)
-                )
+                request = self.client._register_model_artifact(known, self.name, uri, **_FORMAT)
+                self.client.async_runner(request)
         return _version(known) if known else Version(fingerprint, str(properties[SCORES]))
 
     def _find(self, fingerprint: str) -> ModelVersion | None:

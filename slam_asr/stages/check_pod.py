@@ -189,8 +189,8 @@ def _meet_other_nodes(check: PodCheck) -> Finding:
             "connects them in NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME of the profile's environment.",
         )
     others = round(total.item()) - 1
-    nodes_reached = f"{others} other node{'s' * (others != 1)}"
-    return Finding(GOOD, subject, f"reaches {nodes_reached} through {address} with {backend}")
+    reached = f"{others} other node{'s' * (others != 1)}"
+    return Finding(GOOD, subject, f"reaches {reached} through {address} with {backend}")
 
 
 def main(arguments: list[str]) -> None:
@@ -198,8 +198,7 @@ def main(arguments: list[str]) -> None:
     with exit_on_user_error():
         if len(arguments) != 1:
             raise ConfigurationError("One argument is needed: the JSON of a PodCheck.")
-        problems = [finding for finding in check_pod(arguments[0]) if finding.sign == BAD]
-        if problems:
+        if problems := [finding for finding in check_pod(arguments[0]) if finding.sign == BAD]:
             raise ClusterError("; ".join(f"{p.subject}: {p.detail.rstrip('.')}" for p in problems) + ".")
 
 

@@ -71,8 +71,7 @@ def _check(runs: list[str]) -> None:
             f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
             "that score wrote; give two or more."
         )
-    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
-    if repeated:
+    if repeated := sorted({folder for folder in runs if runs.count(folder) > 1}):
         raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
     for folder in runs:
         if not exists(join(folder, NUMBERS_FILE)):

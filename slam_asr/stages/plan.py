@@ -105,8 +105,8 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
 def _print_work(result: Plan, gpus: Gpus) -> None:
     unit = "GPU" if gpus.number else "CPU"
     log_line(
-        f"\nwork: {result.steps:,} steps; each {unit} peaks at {gpus.peak / 1e12:g} TFLOP/s, of which encoding "
-        f"is assumed to reach {ENCODING_SHARE:.0%} and training {TRAINING_SHARE:.0%}:"
+        f"\nwork: {result.steps:,} steps; each {unit} peaks at {gpus.peak / 1e12:g} TFLOP/s, of which "
+        f"encoding is assumed to reach {ENCODING_SHARE:.0%} and training {TRAINING_SHARE:.0%}:"
     )
     for name, stage in result.stages.items():
         units = f"{stage.gpus} {unit}{'s' * (stage.gpus > 1)}"
@@ -114,10 +114,6 @@ def _print_work(result: Plan, gpus: Gpus) -> None:
     # The stages run on different numbers of GPUs, so the sum of their durations would not show the cost.
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
     log_line(f"  {'GPU-hours' if gpus.number else 'hours':<18}{total:12,.1f}")
-    if result.proposal:
-        command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
-        log_line(f"\nproposed: {command}")
-    else:
-        log_line(
-            "\nno combination of options fits: use more or larger GPUs, a smaller LLM, or `--llm.tuning lora`"
-        )
+    proposed = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
+    larger = "use more or larger GPUs, a smaller LLM, or `--llm.tuning lora`"
+    log_line(f"\nproposed: {proposed}" if proposed else f"\nno combination of options fits: {larger}")

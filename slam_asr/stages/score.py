@@ -13,7 +13,7 @@ from slam_asr.artifacts.hypotheses import (
     write_hypotheses,
 )
 from slam_asr.artifacts.model_folder import read_config
-from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
+from slam_asr.artifacts.stage_record import Outcome, Record, different_inputs, require_record, run_stage
 from slam_asr.artifacts.writing_systems import separates_words
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
@@ -149,18 +149,13 @@ def _complete_parts(records: list[Record]) -> list[Record]:
             )
         by_number[number] = record
         other = records[0]
-        changed = sorted(
-            key
-            for key in record.inputs | other.inputs
-            if key != "part" and record.inputs.get(key) != other.inputs.get(key)
-        )
+        changed = [name for name in different_inputs(record.inputs, other.inputs) if name != "part"]
         if changed or total != _numbers(other)[1]:
             raise InputError(
                 f"{record.folder} and {other.folder} are parts of different decodings "
                 f"(different: {', '.join(changed) or 'number of parts'}): decode all with the same inputs."
             )
-    missing = [f"{number}/{total}" for number in range(1, total + 1) if number not in by_number]
-    if missing:
+    if missing := [f"{number}/{total}" for number in range(1, total + 1) if number not in by_number]:
         raise InputError(
             f"The decoding lacks {len(missing)} of {total} parts, first {missing[0]}: "
             f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."

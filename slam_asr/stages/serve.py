@@ -84,8 +84,7 @@ def serve(
 
 
 def _check(limits: Limits) -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(
             f"slam-asr serve needs packages that are not installed ({', '.join(missing)}): run "
             "`pip install 'slam-asr[serve]'`."
