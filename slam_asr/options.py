@@ -261,13 +261,10 @@ def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[st
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
-        if not _is_list(option, known):
-            expanded.append(argument)
-            continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("-"):
+        is_list, values = _is_list(option, known), [value] if equals else []
+        while is_list and not equals and rest and not rest[0].startswith("-"):
             values.append(rest.pop(0))
-        if not values:
+        if not is_list or not values:
             expanded.append(argument)
             continue
         if values[0].startswith("[") and values[-1].endswith("]"):

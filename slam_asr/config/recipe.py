@@ -38,6 +38,11 @@ from slam_asr.storage import is_s3, read_bytes
 MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
 """Keys that describe the base models of a trained model, and that users may change after training: where the
 base models are, and whether the LLM's own code may run."""
+_DISTRIBUTION = ("nodes", "processes", "engine", "zero_stage", "offload_optimizer", "deepspeed")
+_KERNELS = ("positions_per_batch", "packing", "gradient_checkpointing", "compile", "liger")
+_CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "checkpoints")
+_LOGS = ("log_every", "nonfinite_steps", "samples", "trackers")
+"""Keys of the section `training` that change the trained weights by rounding errors at most."""
 FRAMES_PER_SECOND = 50
 """Frames per second of audio: every supported encoder gives one frame per 20 ms."""
 
@@ -156,12 +161,11 @@ def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
             LLM's own code may not run: only the user may allow that, not a recipe that comes with a model.
     """
     encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
+    allowed = given is not None and llm.trust_remote_code
     return replace(
         trained,
         encoder=replace(trained.encoder, name=encoder.name),
-        llm=replace(
-            trained.llm, name=llm.name, trust_remote_code=given is not None and llm.trust_remote_code
-        ),
+        llm=replace(trained.llm, name=llm.name, trust_remote_code=allowed),
     )
 
 
@@ -176,26 +180,7 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     The engine, for example, is left out: all engines give the same weights up to rounding.
     """
     values = asdict(recipe)
-    for key in (
-        "nodes",
-        "processes",
-        "engine",
-        "zero_stage",
-        "log_every",
-        "positions_per_batch",
-        "offload_optimizer",
-        "deepspeed",
-        "packing",
-        "gradient_checkpointing",
-        "compile",
-        "liger",
-        "nonfinite_steps",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoints",
-        "samples",
-        "trackers",
-    ):
+    for key in (*_DISTRIBUTION, *_KERNELS, *_CHECKPOINTS, *_LOGS):
         del values["training"][key]
     assert isinstance(recipe.training.deepspeed, dict), "load_recipe has read the file, if it was a path"
     if optimizer := recipe.training.deepspeed.get("optimizer"):

@@ -124,14 +124,8 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     hidden = load.rows * load.audio * (2 * projector.hidden + shapes.width) * size
     embedded = 3 * load.rows * load.length * shapes.width * size
     activations = saved + inputs + hidden + embedded + _transient(shapes, load, size)
-    return Memory(
-        frozen,
-        weights_and_gradients,
-        optimizer,
-        activations * FRAGMENTATION,
-        _logits(shapes, load, size),
-        CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
-    )
+    logits, overhead = _logits(shapes, load, size), CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD
+    return Memory(frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, logits, overhead)
 
 
 def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
@@ -146,18 +140,15 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
     """
     recipe, size = shapes.recipe, DTYPES[shapes.recipe.training.precision].itemsize
     trained, tokens, positions = shapes.projector_parameters, shapes.vocabulary, load.rows * load.audio
-    # Bytes of two copies of the frames; of the hidden layer before and after its activation function; and of
-    # outputs, expected embeddings and their difference.
-    per_position = (
-        2 * recipe.projector.downsampling * shapes.encoder.width * size
-        + 2 * recipe.projector.hidden * size
-        + shapes.width * (size + 8)
-    )
+    # Two copies of the frames; the hidden layer before and after its activation function; and outputs,
+    # expected embeddings and their difference.
+    inputs = 2 * recipe.projector.downsampling * shapes.encoder.width * size
+    hidden, outputs = 2 * recipe.projector.hidden * size, shapes.width * (size + 8)
     return Memory(
         _encoder_bytes(shapes, on_gpu) + tokens * shapes.width * size,
         2 * trained * size,
         float(trained * (8 if size == 4 else 16)),
-        positions * per_position * FRAGMENTATION,
+        positions * (inputs + hidden + outputs) * FRAGMENTATION,
         positions * tokens * CTC_LOGIT_BYTES,
         CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
     )

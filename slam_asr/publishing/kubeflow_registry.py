@@ -89,14 +89,8 @@ class KubeflowRegistry:
         with self._explained():
             known = self._find(fingerprint)
             if known is None:
-                self.client.register_model(
-                    self.name,
-                    uri,
-                    version=fingerprint,
-                    version_description=description,
-                    metadata=properties,
-                    **_FORMAT,
-                )
+                facts = {"version_description": description, "metadata": properties}
+                self.client.register_model(self.name, uri, version=fingerprint, **facts, **_FORMAT)
             elif self.client.get_model_artifact(self.name, fingerprint) is None:
                 # An earlier attempt ended after the request for the version and before the one for its
                 # artifact. No public method of the client adds an artifact to an existing version.

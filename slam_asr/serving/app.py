@@ -115,12 +115,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def page() -> Response:
         # A new nonce for each answer: the browser runs only the script and the style that carry it.
         nonce = secrets.token_urlsafe(16)
+        model, needs_key = service.served.names[0], service.served.keys is not None
         text = render(
-            "serve.html",
-            nonce=nonce,
-            model=service.served.names[0],
-            seconds=service.limits.seconds,
-            needs_key=service.served.keys is not None,
+            "serve.html", nonce=nonce, model=model, seconds=service.limits.seconds, needs_key=needs_key
         )
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
@@ -128,15 +125,13 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         )
         # Users type an API key into the page, so no other page may frame it, and no script of another origin
         # may run in it.
-        return HTMLResponse(
-            text,
-            headers={
-                "Content-Security-Policy": policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-store",
-            },
-        )
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        return HTMLResponse(text, headers=headers)
 
 
 def _authorise(service: Service, request: Request) -> None:

@@ -218,11 +218,8 @@ def _write(
 
 def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
     """Return the options that can change the transcripts."""
-    return {
-        key: value
-        for key, value in asdict(decoding).items()
-        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
-    }
+    others = ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
+    return {key: value for key, value in asdict(decoding).items() if key not in others}
 
 
 def _rates(facts: dict[str, Any]) -> dict[str, float]:

@@ -24,15 +24,8 @@ from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_a
 
 STAGE = "score"
 
-_SUMMED = (
-    "seconds",
-    "audio_hours",
-    "hours_decoded",
-    "utterances",
-    "answers_cut",
-    "empty_answers",
-    "close_calls",
-)
+_TIMES = ("seconds", "audio_hours", "hours_decoded")
+_COUNTS = ("utterances", "answers_cut", "empty_answers", "close_calls")
 """Facts of a decoding that are added up over its work shards."""
 
 
@@ -124,11 +117,10 @@ def _report(
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the facts of all parts together: sums for `_SUMMED`, and the first part's values for others."""
-    facts = dict(records[0].facts)
-    return facts | {
-        key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
-    }
+    """Return the facts of all parts together: sums of times and counts, and the first part's other values."""
+    facts = records[0].facts
+    summed = [key for key in (*_TIMES, *_COUNTS) if key in facts]
+    return facts | {key: round(sum(record.facts[key] for record in records), 4) for key in summed}
 
 
 def _complete_parts(records: list[Record]) -> list[Record]:
