@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slam_asr.config.schema import nearest, new_parser, one_sentence
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3
 
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
@@ -118,8 +118,6 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
         print(f"note: {'; '.join(notes)}", file=sys.stderr, flush=True)
     try:
         values = vars(parser.instantiate(parser.parse_args(_expand_lists(arguments, known))))
-    except UserError:
-        raise
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigurationError(_complaint(parser, error)) from error
     named = known["--recipe"].default if "--recipe" in known else None

@@ -19,11 +19,8 @@ import yaml
 
 from slam_asr.config.decoding import Decoding as Decoding
 from slam_asr.config.deepspeed import adopt
-from slam_asr.config.publication import Gate as Gate
-from slam_asr.config.publication import Publish as Publish
-from slam_asr.config.publication import valid_name
+from slam_asr.config.publication import Gate, Publish, valid_name
 from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problems, typed
-from slam_asr.config.sections import Beginning as Beginning
 from slam_asr.config.sections import Columns as Columns
 from slam_asr.config.sections import Data as Data
 from slam_asr.config.sections import Encoder as Encoder

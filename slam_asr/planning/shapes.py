@@ -177,11 +177,11 @@ class Shapes:
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
         key = ("bytes", self.recipe.training.precision, length, checkpointed)
         if key not in self._cache:
-            self._cache[key] = _saved_bytes(self._llm(checkpointed), 1, length)
+            self._cache[key] = _saved_bytes(self._llm(checkpointed), length)
         return self._cache[key]
 
 
-def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
+def _saved_bytes(llm: "PreTrainedModel", length: int) -> int:
     # Meta tensors have no data pointer, so a storage is identified by the address of its C++ object. `saved`
     # holds one tensor per storage, so that views count once, and no address is reused for another storage.
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
@@ -193,7 +193,7 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
         return tensor
 
     dtype = next(llm.parameters()).dtype
-    embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
+    embeddings = torch.empty(1, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         # Multiplied by 1, so that the input is not a leaf tensor: in training it comes from the projector.
         # `base_model` is the LLM without its output layer, whose logits `memory` counts separately.

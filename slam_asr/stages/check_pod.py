@@ -189,8 +189,8 @@ def _meet_other_nodes(check: PodCheck) -> Finding:
             "connects them in NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME of the profile's environment.",
         )
     others = round(total.item()) - 1
-    reached = f"{others} other node{'s' * (others != 1)}"
-    return Finding(GOOD, subject, f"reaches {reached} through {address} with {backend}")
+    nodes_reached = f"{others} other node{'s' * (others != 1)}"
+    return Finding(GOOD, subject, f"reaches {nodes_reached} through {address} with {backend}")
 
 
 def main(arguments: list[str]) -> None:
