@@ -170,14 +170,10 @@ def _wrong(field: str, why: str) -> Refusal:
 
 
 def _require_greedy(fields: Mapping[str, str]) -> None:
-    try:
-        temperature = float(fields.get("temperature", "0"))
-    except ValueError:
-        temperature = -1
-    if temperature != 0:
-        raise _wrong(
-            "temperature", "temperature can only be 0, because the search is not random: leave it out."
-        )
+    with contextlib.suppress(ValueError):
+        if float(fields.get("temperature", "0")) == 0:
+            return
+    raise _wrong("temperature", "temperature can only be 0, because the search is not random: leave it out.")
 
 
 def _language(fields: Mapping[str, str], language: str) -> str:

@@ -19,7 +19,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
 from slam_asr.scoring.report import write_report
-from slam_asr.scoring.report_audio import AUDIO, Name, read_audio
+from slam_asr.scoring.report_audio import AUDIO, read_audio
 from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically
 
 STAGE = "score"
@@ -78,12 +78,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
             # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
-        outcome = _report(
-            folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
-        )
-        # `publish` needs these digests, which the report does not show.
-        outcome.facts["manifests"] = records[0].inputs.get("manifests", [])
-        return outcome
+        return _report(folder, recipe, rows, config.training, records)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
@@ -94,12 +89,7 @@ def _files_named(records: Sequence[Record], name: str) -> list[Path]:
 
 
 def _report(
-    folder: Path,
-    recipe: Recipe,
-    rows: Sequence[Hypothesis],
-    training: dict[str, Any],
-    facts: dict[str, Any],
-    audio: dict[Name, str],
+    folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: dict[str, Any], parts: list[Record]
 ) -> Outcome:
     """Write the report of all utterances, with the controls that the recipe requests.
 
@@ -110,8 +100,11 @@ def _report(
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
         controls = {SHUFFLED: shuffled, **controls}
+    facts, audio = _joined(parts), read_audio(_files_named(parts, AUDIO))
     metrics = write_report(folder, recipe, rows, controls, training, facts, audio)
     write_for_slam_llm(folder, rows)
+    # `publish` needs these digests, which the report does not show.
+    facts["manifests"] = parts[0].inputs.get("manifests", [])
     name, rate = next(iter(metrics.items()))  # `wer`, or `cer` where spaces do not separate words
     return Outcome(f"{name.upper()} {rate:.2f} % on {len(rows)} utterances", metrics, facts)
 
