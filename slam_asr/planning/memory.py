@@ -169,9 +169,8 @@ def _encoder_bytes(shapes: Shapes, on_gpu: bool) -> float:
     """Return the bytes of an encoder that runs on the fly. It is not sharded: every process holds a copy."""
     if shapes.recipe.caches_features:
         return 0.0
-    return (
-        shapes.encoder_parameters * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
-    )
+    dtype = DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)]
+    return shapes.encoder_parameters * dtype.itemsize
 
 
 def _gathered(shapes: Shapes) -> float:

@@ -144,9 +144,8 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     if not machine.on_gpu or machine.host is None:
         return
     takes = PROCESS_OVERHEAD * machine.local_processes
-    what = (
-        f"{machine.local_processes} training process{'es need' if machine.local_processes > 1 else ' needs'}"
-    )
+    several = machine.local_processes > 1
+    what = f"{machine.local_processes} training process{'es need' if several else ' needs'}"
     remedy = "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host holds the shards of its own processes.

@@ -38,6 +38,10 @@ class Recognizer(Protocol):
         """Decode a batch; return an answer for each piece, in the same order."""
 
 
+OnLoaded = Callable[[BaseException | None], None]
+"""A function that is called when a model is loaded, or with the exception that prevented it."""
+
+
 class DecodingError(Exception):
     """The model failed on a piece; `__cause__` is the exception that it raised."""
 
@@ -88,11 +92,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        load: Callable[[], Recognizer],
-        wait: float,
-        metrics: Metrics,
-        on_loaded: Callable[[BaseException | None], None],
+        self, load: Callable[[], Recognizer], wait: float, metrics: Metrics, on_loaded: OnLoaded
     ) -> None:
         self.wait, self.metrics = wait, metrics
         self.recognizer: Recognizer | None = None

@@ -23,7 +23,7 @@ from slam_asr.artifacts.transcript import Piece
 from slam_asr.cores import usable_cores
 from slam_asr.progress import log_line
 from slam_asr.serving.answers import MEDIA_TYPES, Decoded, as_event, body_of, events_of
-from slam_asr.serving.batcher import Batcher, DecodingError, Recognizer
+from slam_asr.serving.batcher import Batcher, DecodingError, OnLoaded, Recognizer
 from slam_asr.serving.limits import Limits, Refusal, unavailable
 from slam_asr.serving.metrics import Metrics
 from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
@@ -63,7 +63,7 @@ class Service:
         on_loaded: called in the batcher's thread when the model is loaded, or failed to load.
     """
 
-    def __init__(self, served: Served, on_loaded: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, served: Served, on_loaded: OnLoaded) -> None:
         self.served, self.limits = served, served.limits
         self.metrics = Metrics()
         self.batcher = Batcher(served.load, self.limits.wait, self.metrics, on_loaded)
@@ -208,10 +208,7 @@ class Exchange:
             return Response(text, media_type=MEDIA_TYPES[order.format], headers=headers)
 
     async def _complete(self, form: FormData, order: Order) -> str:
-        async with (
-            self._in_time(),
-            self.service.pieces_of(form, order.name) as (self._duration, pieces),
-        ):
+        async with self._in_time(), self.service.pieces_of(form, order.name) as (self._duration, pieces):
             self._segments = len(pieces)
             decoded = [part async for part in self.service.decoded(pieces)]
         return body_of(order.format, self._duration, order.language, decoded)
