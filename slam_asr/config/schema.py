@@ -158,10 +158,8 @@ def bounded(
         The dataclass's field. Its declared type is that of the default, as with `dataclasses.field`.
     """
     bounds = {"at least": at_least, "at most": at_most, "above": above}
-    default_and_bounds: Any = field(
-        default=default, metadata={words: limit for words, limit in bounds.items() if limit is not None}
-    )
-    return default_and_bounds
+    set_bounds = {words: limit for words, limit in bounds.items() if limit is not None}
+    return field(default=default, metadata=set_bounds)
 
 
 def bounds_of(key: Field[Any]) -> str:

@@ -93,8 +93,7 @@ def read_variations(path: str) -> list[dict[str, Any]]:
 
 
 def _grid(values: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    not_lists = [key for key, choices in values.items() if not isinstance(choices, list) or not choices]
-    if not_lists:
+    if not_lists := [key for key, choices in values.items() if not isinstance(choices, list) or not choices]:
         raise ConfigurationError(f"The variations {path} give {not_lists[0]} no list of values: {_EXAMPLE}.")
     return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
 

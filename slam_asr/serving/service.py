@@ -101,12 +101,8 @@ class Service:
         if not self.ready:
             raise unavailable("The model is being loaded: try again in a few seconds.")
         if self.in_progress >= self.limits.requests:
-            raise Refusal(
-                429,
-                f"{self.in_progress} requests are in progress, as many as this server accepts: try again.",
-                "rate_limit_exceeded",
-                headers={"Retry-After": "1"},
-            )
+            why = f"{self.in_progress} requests are in progress, as many as this server accepts: try again."
+            raise Refusal(429, why, "rate_limit_exceeded", headers={"Retry-After": "1"})
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -236,14 +232,10 @@ class Exchange:
             async with asyncio.timeout_at(self._deadline):
                 yield
         except TimeoutError:
-            raise Refusal(
-                504,
-                f"The transcript was not finished within {self.service.limits.deadline:g} s: send a shorter "
-                "recording, or try again when the server is less busy.",
-                "deadline_exceeded",
-                # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
-                headers={"x-should-retry": "false"},
-            ) from None
+            late = f"The transcript was not finished within {self.service.limits.deadline:g} s"
+            why = f"{late}: send a shorter recording, or try again when the server is less busy."
+            # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
+            raise Refusal(504, why, "deadline_exceeded", headers={"x-should-retry": "false"}) from None
 
     def finish(self, status: int) -> None:
         """Count and log the end of the request. The log line contains nothing of the transcript."""

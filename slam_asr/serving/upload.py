@@ -37,8 +37,8 @@ _UNSUPPORTED = {
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _OVERHEAD = 1_000_000
 """Bytes that a body may have in addition to the file, for boundaries and other fields."""
-_MAX_FIELDS, _MAX_FIELD_BYTES = 64, 65_536
-"""Maximum number of a form's fields besides the file, and maximum size of each in bytes."""
+_FORM_LIMITS = {"max_files": 1, "max_fields": 64, "max_part_size": 65_536}
+"""Maximum numbers of a form's files and of its fields besides them, and maximum size of a field in bytes."""
 _PATIENCE = 30.0
 """Seconds without a new byte after which an upload is refused."""
 
@@ -77,12 +77,8 @@ class Keys:
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
         # All keys are compared, as digests of equal length, so the time reveals nothing about a key.
         if sum(hmac.compare_digest(given, known) for known in self._digests) == 0:
-            raise Refusal(
-                401,
-                "The API key is missing or wrong: send the header `Authorization: Bearer KEY`.",
-                "invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            why = "The API key is missing or wrong: send the header `Authorization: Bearer KEY`."
+            raise Refusal(401, why, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:
@@ -132,17 +128,12 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     if not isinstance(file, UploadFile):
         raise _wrong("file", "There is no file: send it as the form's field `file`.")
     if fields.get("model", names[0]) not in names:
-        raise Refusal(
-            404,
-            f"There is no model {fields['model'][:100]} here: use {names[0]}, or leave the model out.",
-            "model_not_found",
-            "model",
-        )
+        why = f"There is no model {fields['model'][:100]} here: use {names[0]}, or leave the model out."
+        raise Refusal(404, why, "model_not_found", "model")
     form_format = fields.get("response_format", "json")
     if form_format not in FORMATS:
-        raise _wrong(
-            "response_format", f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}."
-        )
+        why = f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}."
+        raise _wrong("response_format", why)
     stream = _BOOLEANS.get(fields.get("stream", "false").lower())
     if stream is None:
         raise _wrong("stream", "stream must be true or false.")
@@ -152,10 +143,8 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
         if fields.keys() & {name, f"{name}[]"}:
             raise _wrong(name, f"{name} cannot be used, because {reason}: leave it out.")
     if "word" in form.getlist("timestamp_granularities[]") + form.getlist("timestamp_granularities"):
-        raise _wrong(
-            "timestamp_granularities",
-            "This server gives no times of words, only of segments: leave timestamp_granularities out.",
-        )
+        why = "This server gives no times of words, only of segments: leave timestamp_granularities out."
+        raise _wrong("timestamp_granularities", why)
     _require_greedy(fields)
     given = _language(fields, language)
     ignored = {name.removesuffix("[]") for name in _IGNORED if name in fields}
@@ -181,10 +170,8 @@ def _language(fields: Mapping[str, str], language: str) -> str:
     if not re.fullmatch(r"([a-z]{2,3}(-[a-z0-9]+)?)?", given):
         raise _wrong("language", f"language is {given[:50]}: write it as ISO 639-1, such as en.")
     if given and language and given.partition("-")[0] != language:
-        raise _wrong(
-            "language",
-            f"The model transcribes only {language}, not {given}: leave language out, or use another model.",
-        )
+        why = f"The model transcribes only {language}, not {given}: leave language out, or use another model."
+        raise _wrong("language", why)
     return given
 
 
@@ -226,9 +213,7 @@ class Body:
         if self._announced > self._max_bytes:
             raise _too_large(self._limits)
         try:
-            return await self.request.form(
-                max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-            )
+            return await self.request.form(**_FORM_LIMITS)
         except (HTTPException, KeyError, ValueError) as error:
             why = error.detail if isinstance(error, HTTPException) else "it is damaged"
             raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
@@ -256,9 +241,8 @@ class Body:
         try:
             message = await asyncio.wait_for(self._receive(), _PATIENCE)
         except TimeoutError:
-            raise Refusal(
-                408, f"No byte of the upload arrived for {_PATIENCE:g} s: send it again.", "upload_stopped"
-            ) from None
+            why = f"No byte of the upload arrived for {_PATIENCE:g} s: send it again."
+            raise Refusal(408, why, "upload_stopped") from None
         self.ended = not message.get("more_body", False)
         self._count += len(message.get("body", b""))
         # If this was the last part, `decode_audio` compares the file alone with its own limit.
@@ -268,12 +252,8 @@ class Body:
 
 
 def _too_large(limits: Limits) -> Refusal:
-    return Refusal(
-        413,
-        f"The upload is larger than {limits.megabytes:g} MB: send a shorter recording or a compressed one.",
-        "file_too_large",
-        "file",
-    )
+    why = f"The upload is larger than {limits.megabytes:g} MB: send a shorter recording or a compressed one."
+    return Refusal(413, why, "file_too_large", "file")
 
 
 def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
