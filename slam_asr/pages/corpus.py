@@ -31,24 +31,18 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
         recipe: the recipe, whose data section the page shows.
         statistics: the counts from `corpora.statistics`.
     """
-    splits = statistics["splits"]
-    total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
+    splits, alphabet = statistics["splits"], statistics["alphabet"]
     values = {
         "corpus": corpus,
         "kind": kind,
         "data": recipe.data,
-        "splits": splits,
-        "total": total,
+        "total": {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")},
         "histogram": draw_histogram(splits),
-        "characters": characters(statistics["alphabet"]),
-        "distinct": len(statistics["alphabet"]),
-        "left_out": max(0, len(statistics["alphabet"]) - MAX_CHARACTERS),
-        "rejected": statistics["rejected"],
+        "characters": characters(alphabet),
+        "left_out": max(0, len(alphabet) - MAX_CHARACTERS),
         "reasons": _reasons(statistics),
-        "held_out": statistics["dev_held_out_of_train"],
-        "converted": statistics["converted"],
     }
-    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **values))
+    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **values, **statistics))
 
 
 def hours(value: float) -> str:

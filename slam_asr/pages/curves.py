@@ -34,9 +34,8 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
     """
     points = with_thinned_curves(training)
     samples = training.get("samples") or []
-    write_atomically(
-        path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
-    )
+    page = render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
+    write_atomically(path, page)
 
 
 def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
