@@ -146,10 +146,8 @@ def run(command: str, arguments: list[str]) -> Any:
     if takes_recipe:
         add_recipe_options(parser, recipe)
     elif recipe_parameter:
-        parser.add_argument(
-            "--recipe",
-            help="a shipped recipe or a YAML file, where one is needed; each of its keys is then an option",
-        )
+        help_text = "a shipped recipe or a YAML file, where one is needed; each of its keys is then an option"
+        parser.add_argument("--recipe", help=help_text)
     if command in STEP_FUNCTIONS:
         parser.add_argument(
             "--pointer",

@@ -123,10 +123,8 @@ def exit_on_user_error() -> Iterator[None]:
         )
     # This includes `Stopped`, which has an exit code of its own.
     except KeyboardInterrupt as interruption:
-        _exit(
-            str(interruption) or "interrupted; run the same command again to resume",
-            getattr(interruption, "code", 130),
-        )
+        message = str(interruption) or "interrupted; run the same command again to resume"
+        _exit(message, getattr(interruption, "code", 130))
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -78,9 +78,8 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
     # Imported here because it is slow, and the list of all commands does without it.
     import docstring_parser
 
-    help_texts = {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(described).params
-    }
+    documented = docstring_parser.parse_from_object(described).params
+    help_texts = {p.arg_name: p.description or "" for p in documented}
     for name, parameter in inspect.signature(described).parameters.items():
         if name == "recipe":
             continue

@@ -157,13 +157,10 @@ def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
         given: the user's recipe. If None, the base models are looked for where they were in training, and the
             LLM's own code may not run: only the user may allow that, not a recipe that comes with a model.
     """
-    encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
-    allowed = given is not None and llm.trust_remote_code
-    return replace(
-        trained,
-        encoder=replace(trained.encoder, name=encoder.name),
-        llm=replace(trained.llm, name=llm.name, trust_remote_code=allowed),
-    )
+    named = given or trained
+    allowed = given is not None and given.llm.trust_remote_code
+    llm = replace(trained.llm, name=named.llm.name, trust_remote_code=allowed)
+    return replace(trained, encoder=replace(trained.encoder, name=named.encoder.name), llm=llm)
 
 
 def dump_recipe(recipe: Recipe) -> str:

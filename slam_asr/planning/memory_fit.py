@@ -56,10 +56,8 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
     if memory.total / MAX_OVERESTIMATE > capacity:
         raise ConfigurationError(f"{_too_much(memory, machine)}: {_remedy(shapes, longest, machine)}.")
     if memory.total > USABLE * capacity:
-        log_line(
-            f"warning: {_too_much(memory, machine)}, which may not be enough: "
-            f"{_remedy(shapes, longest, machine)}"
-        )
+        remedy = _remedy(shapes, longest, machine)
+        log_line(f"warning: {_too_much(memory, machine)}, which may not be enough: {remedy}")
     _require_host(shapes, machine)
 
 
@@ -150,10 +148,8 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host holds the shards of its own processes.
         takes += shapes.host_optimizer_bytes * machine.local_processes / machine.processes
-        what, remedy = (
-            "training.offload_optimizer needs",
-            "more machines or more memory, or --llm.tuning lora",
-        )
+        what = "training.offload_optimizer needs"
+        remedy = "more machines or more memory, or --llm.tuning lora"
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
             f"{what} about {takes / 1e9:.3g} GB of memory on this host, which has "

@@ -115,11 +115,8 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
         # A fully trained encoder or LLM is in the model folder, and `open_model` refuses another name for it.
         return requested.name if same and own.tuning != "full" else own.name
 
-    return replace(
-        recipe,
-        encoder=replace(recipe.encoder, name=place(recipe.encoder, trained.encoder)),
-        llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)),
-    )
+    encoder = replace(recipe.encoder, name=place(recipe.encoder, trained.encoder))
+    return replace(recipe, encoder=encoder, llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)))
 
 
 def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
@@ -150,10 +147,9 @@ def _decode(
     processes = min(processes, len(remaining))
     hours = _hours(decoder, in_shard)
     log_line(decoder.model.describe(decoder.recipe.decoding.precision))
-    beams, several = decoder.recipe.decoding.beams, f" and {processes} processes" * (processes > 1)
-    log_line(
-        f"decoding {len(in_shard)} utterances, {hours:.2f} h, with {beams} beam{'s' * (beams > 1)}{several}"
-    )
+    beams = decoder.recipe.decoding.beams
+    how = f"{beams} beam{'s' * (beams > 1)}" + f" and {processes} processes" * (processes > 1)
+    log_line(f"decoding {len(in_shard)} utterances, {hours:.2f} h, with {how}")
     if processes == 1:
         # The weights are loaded before the clock starts, so that the reported speed is that of decoding.
         decoder.load()

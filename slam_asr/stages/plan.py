@@ -42,14 +42,9 @@ def plan(
     """
     if gpus < 0:
         raise ConfigurationError(f"--gpus is {gpus} but must be at least 0.")
-    for name, value in (
-        ("gpu-memory", gpu_memory),
-        ("hours", hours),
-        ("utterance-seconds", utterance_seconds),
-        ("test-hours", test_hours),
-        ("gpu-tflops", gpu_tflops),
-        ("gpu-bandwidth", gpu_bandwidth),
-    ):
+    numbers = {"gpu-memory": gpu_memory, "hours": hours, "utterance-seconds": utterance_seconds}
+    numbers |= {"test-hours": test_hours, "gpu-tflops": gpu_tflops, "gpu-bandwidth": gpu_bandwidth}
+    for name, value in numbers.items():
         # `value <= 0` would accept NaN.
         if not value > 0:
             raise ConfigurationError(f"--{name} is {value} but must be above 0.")

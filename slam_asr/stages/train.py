@@ -124,22 +124,12 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
     shown = write_page(folder, recipe, audio_and_time)
     curve, validation = shown["curve"], shown["validation"]
     last = validation[-1] if validation else curve[-1]
-    facts |= {
-        "recipe": recipe.name,
-        "encoder": recipe.encoder.name,
-        "llm": recipe.llm.name,
-        **checked.base,
-        "train_utterances": count,
-        "train_hours": round(hours, 4),
-        **shown,
-    }
+    facts |= {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name, **checked.base}
+    facts |= {"train_utterances": count, "train_hours": round(hours, 4), **shown}
     accuracy = f"{'dev ' if validation else ''}accuracy {last['accuracy']:.3f}"
     summary = f"{facts['steps']} steps, {accuracy}, loss {last['loss']:.3f}"
-    metrics: dict[str, Any] = {
-        "steps": facts["steps"],
-        "loss": round(curve[-1]["loss"], 4),
-        "accuracy": round(curve[-1]["accuracy"], 4),
-    }
+    metrics: dict[str, Any] = {"steps": facts["steps"]}
+    metrics |= {name: round(curve[-1][name], 4) for name in ("loss", "accuracy")}
     if "beginning" in shown:
         metrics["steps of the beginning"] = shown["beginning"]["curve"][-1]["step"]
         if points := shown["beginning"]["validation"]:
