@@ -43,6 +43,7 @@ from slam_asr.version import describe_version
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record; `--pointer` also writes a pointer to it."""
 _FACTS = "slam_asr.artifacts.shipped:describe_default"
+_MAINTENANCE = "slam_asr.features.maintenance"
 OTHER_COMMANDS = {
     "transcribe": Command(
         "slam_asr.stages.transcribe:transcribe", "FILES…", "transcribe audio to text or subtitles", _FACTS
@@ -61,18 +62,12 @@ OTHER_COMMANDS = {
     "copy-models": Command(
         "slam_asr.pretrained.copy_to_bucket:copy_models", "[RECIPE]", "copy a recipe's models to a bucket"
     ),
-    "features ls": Command(
-        "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"
-    ),
+    "features ls": Command(f"{_MAINTENANCE}:list_store", "STORE", "list what a feature store contains"),
     "features verify": Command(
-        "slam_asr.features.maintenance:verify_store",
-        "STORE",
-        "check that a feature store is complete and undamaged",
+        f"{_MAINTENANCE}:verify_store", "STORE", "check that a feature store is complete and undamaged"
     ),
     "features prune": Command(
-        "slam_asr.features.maintenance:prune_store",
-        "STORE",
-        "delete what is no longer needed from a feature store",
+        f"{_MAINTENANCE}:prune_store", "STORE", "delete what is no longer needed from a feature store"
     ),
 }
 COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_COMMANDS.items()}

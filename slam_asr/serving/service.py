@@ -29,6 +29,8 @@ from slam_asr.serving.metrics import Metrics
 from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
 
 T = TypeVar("T")
+Events = AsyncGenerator[str, None]
+"""Formatted server-sent events."""
 
 CLIENT_GONE = 499
 """The status, in logs and metrics, of a request whose client disconnected before the end of the answer."""
@@ -209,7 +211,7 @@ class Exchange:
             decoded = [part async for part in self.service.decoded(pieces)]
         return body_of(order.format, self._duration, order.language, decoded)
 
-    async def _events(self, form: FormData, order: Order) -> AsyncGenerator[str, None]:
+    async def _events(self, form: FormData, order: Order) -> Events:
         # The HTTP status has already been sent, so a refusal becomes an event.
         try:
             async with (
@@ -261,11 +263,7 @@ class _EventStream(StreamingResponse):
     """
 
     def __init__(
-        self,
-        exchange: Exchange,
-        events: AsyncGenerator[str, None],
-        owned: contextlib.AsyncExitStack,
-        headers: dict[str, str],
+        self, exchange: Exchange, events: Events, owned: contextlib.AsyncExitStack, headers: dict[str, str]
     ) -> None:
         # Without these headers, proxies could hold back the events.
         headers = headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
