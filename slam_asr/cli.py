@@ -4,10 +4,9 @@ The options are the function's parameters, spelled with dashes; their help is th
 `--recipe` names a stage's recipe, and each key of a recipe is an option too: `--training.max_steps 200`.
 """
 
-import importlib
 import inspect
 import itertools
-import re
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -24,7 +23,7 @@ from slam_asr.config.recipe import (
     shipped_recipes,
     with_base_models_of,
 )
-from slam_asr.config.schema import nearest
+from slam_asr.config.schema import is_within, nearest
 from slam_asr.errors import ConfigurationError, exit_on_user_error
 from slam_asr.options import (
     Command,
@@ -44,6 +43,7 @@ from slam_asr.version import describe_version
 STEP_FUNCTIONS = {name: step.function for name, step in STEPS.items() if step.function}
 """Steps that are commands. Each writes a folder with a record; `--pointer` also writes a pointer to it."""
 _FACTS = "slam_asr.artifacts.shipped:describe_default"
+_MAINTENANCE = "slam_asr.features.maintenance"
 OTHER_COMMANDS = {
     "transcribe": Command(
         "slam_asr.stages.transcribe:transcribe", "FILES…", "transcribe audio to text or subtitles", _FACTS
@@ -62,18 +62,12 @@ OTHER_COMMANDS = {
     "copy-models": Command(
         "slam_asr.pretrained.copy_to_bucket:copy_models", "[RECIPE]", "copy a recipe's models to a bucket"
     ),
-    "features ls": Command(
-        "slam_asr.features.maintenance:list_store", "STORE", "list what a feature store contains"
-    ),
+    "features ls": Command(f"{_MAINTENANCE}:list_store", "STORE", "list what a feature store contains"),
     "features verify": Command(
-        "slam_asr.features.maintenance:verify_store",
-        "STORE",
-        "check that a feature store is complete and undamaged",
+        f"{_MAINTENANCE}:verify_store", "STORE", "check that a feature store is complete and undamaged"
     ),
     "features prune": Command(
-        "slam_asr.features.maintenance:prune_store",
-        "STORE",
-        "delete what is no longer needed from a feature store",
+        f"{_MAINTENANCE}:prune_store", "STORE", "delete what is no longer needed from a feature store"
     ),
 }
 COMMANDS = STEP_FUNCTIONS | {name: command.function for name, command in OTHER_COMMANDS.items()}
@@ -133,7 +127,7 @@ def run(command: str, arguments: list[str]) -> Any:
             f"There is no command {command}{nearest(command, list(COMMANDS)) or '.'} "
             f"Commands: {', '.join(COMMANDS)}."
         )
-    function = _imported(COMMANDS[command])
+    function: Callable[..., Any] = pkgutil.resolve_name(COMMANDS[command])
     parameters = inspect.signature(function).parameters
     recipe_parameter = parameters.get("recipe")
     trained = _recipe_of_model(command, arguments) if recipe_parameter else None
@@ -147,10 +141,8 @@ def run(command: str, arguments: list[str]) -> Any:
     if takes_recipe:
         add_recipe_options(parser, recipe)
     elif recipe_parameter:
-        parser.add_argument(
-            "--recipe",
-            help="a shipped recipe or a YAML file, where one is needed; each of its keys is then an option",
-        )
+        help_text = "a shipped recipe or a YAML file, where one is needed; each of its keys is then an option"
+        parser.add_argument("--recipe", help=help_text)
     if command in STEP_FUNCTIONS:
         parser.add_argument(
             "--pointer",
@@ -162,7 +154,8 @@ def run(command: str, arguments: list[str]) -> Any:
     if takes_recipe:
         values["recipe"] = pop_recipe(values)
     if trained:
-        given = _given_keys(arguments, parser)
+        sections = {f.name for f in fields(Recipe)}
+        given = [name for name in given_options(parser, arguments) if is_within(name, sections)]
         _refuse_ineffective(command, given)
         values["recipe"] = _with_known_models(values["recipe"], trained, given)
     pointer = values.pop("pointer", None)
@@ -174,18 +167,11 @@ def run(command: str, arguments: list[str]) -> Any:
     return result
 
 
-def _imported(place: str) -> Callable[..., Any]:
-    """Import a function, given as `module:function`."""
-    module, name = place.split(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
-
-
 def _description(command: str, function: Callable[..., Any]) -> str:
     """Return the first lines of a command's help."""
     summary = (inspect.getdoc(function) or "").split("\n")[0]
     facts = OTHER_COMMANDS[command].facts if command in OTHER_COMMANDS else ""
-    return f"{_imported(facts)()} {summary}" if facts else summary
+    return f"{pkgutil.resolve_name(facts)()} {summary}" if facts else summary
 
 
 def positionals_of(command: str) -> str:
@@ -300,16 +286,8 @@ def _recipe_of_model(command: str, arguments: list[str]) -> Recipe | None:
 
 def _has_recipe_option(arguments: list[str]) -> bool:
     names = {f.name for f in fields(Recipe)} | {"recipe"}
-    return any(
-        argument.startswith("--") and re.split(r"[.=]", argument[2:], maxsplit=1)[0] in names
-        for argument in arguments
-    )
-
-
-def _given_keys(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """Return the recipe's keys that the command line sets."""
-    sections = {f.name for f in fields(Recipe)}
-    return [name for name in given_options(parser, arguments) if name.partition(".")[0] in sections]
+    given = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return any(is_within(name, names) for name in given)
 
 
 def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
@@ -319,13 +297,11 @@ def _refuse_ineffective(command: str, given: Sequence[str]) -> None:
         ConfigurationError: the command line has such an option.
     """
     effective = EFFECTIVE_KEYS[command]
-    for key in given:
-        if not any(key == name or key.startswith(f"{name}.") for name in effective):
-            raise ConfigurationError(
-                f"--{key} has no effect on a model that is already trained, because the recipe of its "
-                f"training decides it: leave it out. Keys with an effect on {command}: "
-                f"{', '.join(effective)}."
-            )
+    if ineffective := [key for key in given if not is_within(key, effective)]:
+        raise ConfigurationError(
+            f"--{ineffective[0]} has no effect on a model that is already trained, because the recipe of its "
+            f"training decides it: leave it out. Keys with an effect on {command}: {', '.join(effective)}."
+        )
 
 
 def _with_known_models(recipe: Recipe, trained: Recipe, given: Sequence[str]) -> Recipe:
@@ -345,7 +321,3 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
     return None
-
-
-if __name__ == "__main__":
-    main()

@@ -104,10 +104,8 @@ def exit_on_user_error() -> Iterator[None]:
     limit_threads()
     try:
         yield
-    except UserError as error:
-        _exit(str(error), EXIT_CODE)
-    except OSError as error:
-        explained = from_os_error(error)
+    except (UserError, OSError) as error:
+        explained = from_os_error(error) if isinstance(error, OSError) else error
         if explained is None:
             raise
         _exit(str(explained), EXIT_CODE)
@@ -125,10 +123,8 @@ def exit_on_user_error() -> Iterator[None]:
         )
     # This includes `Stopped`, which has an exit code of its own.
     except KeyboardInterrupt as interruption:
-        _exit(
-            str(interruption) or "interrupted; run the same command again to resume",
-            getattr(interruption, "code", 130),
-        )
+        message = str(interruption) or "interrupted; run the same command again to resume"
+        _exit(message, getattr(interruption, "code", 130))
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from slam_asr.config.schema import nearest, new_parser, one_sentence
-from slam_asr.errors import ConfigurationError, UserError
+from slam_asr.errors import ConfigurationError
 from slam_asr.storage import is_s3
 
 RENAMED_OPTIONS = {"--shard": "--work-shard"}
@@ -78,9 +78,8 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
     # Imported here because it is slow, and the list of all commands does without it.
     import docstring_parser
 
-    help_texts = {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(described).params
-    }
+    documented = docstring_parser.parse_from_object(described).params
+    help_texts = {p.arg_name: p.description or "" for p in documented}
     for name, parameter in inspect.signature(described).parameters.items():
         if name == "recipe":
             continue
@@ -118,8 +117,6 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str,
         print(f"note: {'; '.join(notes)}", file=sys.stderr, flush=True)
     try:
         values = vars(parser.instantiate(parser.parse_args(_expand_lists(arguments, known))))
-    except UserError:
-        raise
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigurationError(_complaint(parser, error)) from error
     named = known["--recipe"].default if "--recipe" in known else None
@@ -208,8 +205,7 @@ def _canonical_spelling(arguments: Sequence[str], known: Mapping[str, Any]) -> t
     """
     spelled, notes = [], {}
     for argument in arguments:
-        match = _OPTION.fullmatch(argument)
-        if match:
+        if match := _OPTION.fullmatch(argument):
             name = _known_name(match[1], known)
             if name != match[1] and (match[1] in RENAMED_OPTIONS or name == option_name(match[1][2:])):
                 notes[match[1]] = f"{match[1]} is now spelled {name}"
@@ -262,13 +258,10 @@ def _expand_lists(arguments: Sequence[str], known: Mapping[str, Any]) -> list[st
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
-        if not _is_list(option, known):
-            expanded.append(argument)
-            continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("-"):
+        is_list, values = _is_list(option, known), [value] if equals else []
+        while is_list and not equals and rest and not rest[0].startswith("-"):
             values.append(rest.pop(0))
-        if not values:
+        if not is_list or not values:
             expanded.append(argument)
             continue
         if values[0].startswith("[") and values[-1].endswith("]"):
@@ -289,22 +282,18 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
     text = str(error)
     options = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     help_hint = f"; see `{parser.prog} --help`."
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
-    if unknown:
+    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)", text):
         known = [option.removeprefix("--") for option in options.values()]
         hint = nearest(unknown[1], known).replace("did you mean ", "did you mean --")
         return f"Unknown option --{unknown[1]}{hint or help_hint}"
     # This pattern also matches unknown options, so it comes second.
-    stray = re.search(r"unrecognized arguments: (\S+)", text)
-    if stray and stray[1].startswith("-"):
-        return f"Unknown option {stray[1]}{help_hint}"
-    if stray:
+    if stray := re.search(r"unrecognized arguments: (\S+)", text):
+        if stray[1].startswith("-"):
+            return f"Unknown option {stray[1]}{help_hint}"
         return f"{stray[1]} follows no option: each value follows the name of its option{help_hint}"
-    valueless = re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text)
-    if valueless:
+    if valueless := re.search(r"argument (\S+?),?(?:/\S+)?: expected (?:one|at least one) argument", text):
         return f"{valueless[1]} lacks a value{help_hint}"
-    missing = re.search(r"arguments are required: (.*)", text)
-    if missing:
+    if missing := re.search(r"arguments are required: (.*)", text):
         # Arguments by position are named as in the usage line.
         words = itertools.takewhile(lambda word: "-" not in word[:2], (parser.usage or "").split())
         shown = options | {w.strip("[]…").lower(): w.strip("[]") for w in words if w.strip("[]…").isupper()}

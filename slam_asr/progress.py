@@ -62,9 +62,8 @@ class Meter:
         return clock((self.total - self.done) * (time.monotonic() - self.started) / self.done)
 
     def _line(self) -> None:
-        now = time.monotonic()
-        self.last_line = now
-        rate = self.done / max(now - self.started, 1e-9)
+        self.last_line = time.monotonic()
+        rate = self.done / max(self.last_line - self.started, 1e-9)
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
         fields = [f"{self.label}: {count} {self.unit}", f"{rate:.1f} {self.unit}/s"]
         if self.total and self.done < self.total:

@@ -33,9 +33,8 @@ class ProcessFailure(RuntimeError):
 
 def is_gpu_failure(error: BaseException) -> bool:
     """Whether a failure is usually over when the program starts again."""
-    return isinstance(error, ProcessFailure) or (
-        isinstance(error, RuntimeError) and bool(GPU_FAILURE.search(str(error)))
-    )
+    matches = GPU_FAILURE.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and (matches or isinstance(error, ProcessFailure))
 
 
 def start_again_after(error: BaseException) -> None:
@@ -43,11 +42,8 @@ def start_again_after(error: BaseException) -> None:
     restarts = int(os.environ.get(RESTARTS) or 0)
     if restarts >= len(PAUSES):
         return
-    pause = PAUSES[restarts]
-    log_line(
-        f"{first_line(error)}. In {pause:g} s, the program starts again (restart {restarts + 1} of "
-        f"{len(PAUSES)})"
-    )
+    pause, count = PAUSES[restarts], f"restart {restarts + 1} of {len(PAUSES)}"
+    log_line(f"{first_line(error)}. In {pause:g} s, the program starts again ({count})")
     time.sleep(pause)
     os.environ[RESTARTS] = str(restarts + 1)
     sys.stdout.flush()

@@ -92,6 +92,12 @@ class Record(Outcome):
         return fetch(join(self.folder, name))
 
 
+def result_folder(output: str, inputs: dict[str, Any]) -> str:
+    """Return the address of a stage's folder: an absolute path or URI, with `{fingerprint}` replaced."""
+    folder = output.replace(FINGERPRINT, digest(inputs)[:16])
+    return folder.rstrip("/") if is_s3(folder) else str(local_path(folder).absolute())
+
+
 def run_stage(
     stage: str,
     output: str,
@@ -120,9 +126,8 @@ def run_stage(
         OSError: the local folder cannot be written.
         StorageError: the bucket cannot be written. A small file is written as a test before the work begins.
     """
-    output = output.replace(FINGERPRINT, digest(inputs)[:16])
-    remote = is_s3(output)
-    folder = output.rstrip("/") if remote else str(local_path(output).absolute())
+    folder = result_folder(output, inputs)
+    remote = is_s3(folder)
     locked_folder = cache_folder() / "work" / digest(folder)[:24] if remote else Path(folder)
     # If the output is in object storage, each set of inputs has its own work folder. An unfinished run with
     # other inputs may have left files, which must not be uploaded with these results.
@@ -171,11 +176,16 @@ def require_permission_to_replace(folder: str, done: Record, inputs: dict[str, A
         ConfigurationError: the folder holds results of other inputs and `overwrite` is false.
     """
     if not overwrite:
-        changed = sorted(k for k in inputs | done.inputs if inputs.get(k) != done.inputs.get(k))
+        changed = ", ".join(different_inputs(inputs, done.inputs))
         raise ConfigurationError(
             f"{folder} holds the results of {done.stage} with other inputs "
-            f"(changed: {', '.join(changed)}): choose another --output or add --overwrite true."
+            f"(changed: {changed}): choose another --output or add --overwrite true."
         )
+
+
+def different_inputs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the names, sorted, of the inputs in which two records differ."""
+    return sorted(name for name in one | other if one.get(name) != other.get(name))
 
 
 def read_record(folder: str | Path) -> Record | None:

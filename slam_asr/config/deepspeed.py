@@ -81,9 +81,8 @@ def adopt(values: dict[str, Any], where: str) -> None:
     _take_optimizer(settings, named)
     # DeepSpeed would compute a missing batch or accumulation from the number of processes, which is not known
     # here.
-    if settings.pop("train_batch_size", None) is not None and not (
-        training.get("utterances_per_batch") and training.get("accumulation")
-    ):
+    batch_and_accumulation = training.get("utterances_per_batch") and training.get("accumulation")
+    if settings.pop("train_batch_size", None) is not None and not batch_and_accumulation:
         raise ConfigurationError(
             f"{named} sets train_batch_size without train_micro_batch_size_per_gpu and "
             "gradient_accumulation_steps: set all three, or leave all three out and set "

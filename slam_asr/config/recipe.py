@@ -19,11 +19,8 @@ import yaml
 
 from slam_asr.config.decoding import Decoding as Decoding
 from slam_asr.config.deepspeed import adopt
-from slam_asr.config.publication import Gate as Gate
-from slam_asr.config.publication import Publish as Publish
-from slam_asr.config.publication import valid_name
+from slam_asr.config.publication import Gate, Publish, valid_name
 from slam_asr.config.schema import as_int, keys_of, nearest, parse_yaml, problems, typed
-from slam_asr.config.sections import Beginning as Beginning
 from slam_asr.config.sections import Columns as Columns
 from slam_asr.config.sections import Data as Data
 from slam_asr.config.sections import Encoder as Encoder
@@ -38,6 +35,11 @@ from slam_asr.storage import is_s3, read_bytes
 MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
 """Keys that describe the base models of a trained model, and that users may change after training: where the
 base models are, and whether the LLM's own code may run."""
+_DISTRIBUTION = ("nodes", "processes", "engine", "zero_stage", "offload_optimizer", "deepspeed")
+_KERNELS = ("positions_per_batch", "packing", "gradient_checkpointing", "compile", "liger")
+_CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "checkpoints")
+_LOGS = ("log_every", "nonfinite_steps", "samples", "trackers")
+"""Keys of the section `training` that change the trained weights by rounding errors at most."""
 FRAMES_PER_SECOND = 50
 """Frames per second of audio: every supported encoder gives one frame per 20 ms."""
 
@@ -78,14 +80,13 @@ class Recipe:
 
     def contradictions(self) -> Iterator[str]:
         """Yield a sentence for each contradiction that the sections cannot find themselves."""
-        shortest = math.ceil(self.data.min_duration * FRAMES_PER_SECOND)
+        shortest, group = math.ceil(self.data.min_duration * FRAMES_PER_SECOND), self.projector.downsampling
         groups_frames = self.encoder.frames == "speech" and self.projector.kind != "q-former"
-        if groups_frames and shortest < self.projector.downsampling:
+        if groups_frames and shortest < group:
             yield (
                 f"data.min_duration ({self.data.min_duration} s, {shortest} frames) leaves the shortest "
-                "utterances without an audio position at projector.downsampling "
-                f"{self.projector.downsampling}: raise data.min_duration to "
-                f"{self.projector.downsampling / FRAMES_PER_SECOND} or more."
+                f"utterances without an audio position at projector.downsampling {group}: raise "
+                f"data.min_duration to {group / FRAMES_PER_SECOND} or more."
             )
         if self.gate.active and self.publish.registry == "none":
             yield (
@@ -156,16 +157,10 @@ def with_base_models_of(trained: Recipe, given: Recipe | None) -> Recipe:
         given: the user's recipe. If None, the base models are looked for where they were in training, and the
             LLM's own code may not run: only the user may allow that, not a recipe that comes with a model.
     """
-    encoder, llm = (given.encoder, given.llm) if given else (trained.encoder, trained.llm)
-    return replace(
-        trained,
-        encoder=replace(trained.encoder, name=encoder.name),
-        llm=replace(
-            trained.llm,
-            name=llm.name,
-            trust_remote_code=given is not None and llm.trust_remote_code,
-        ),
-    )
+    named = given or trained
+    allowed = given is not None and given.llm.trust_remote_code
+    llm = replace(trained.llm, name=named.llm.name, trust_remote_code=allowed)
+    return replace(trained, encoder=replace(trained.encoder, name=named.encoder.name), llm=llm)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -179,30 +174,10 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     The engine, for example, is left out: all engines give the same weights up to rounding.
     """
     values = asdict(recipe)
-    for key in (
-        "nodes",
-        "processes",
-        "engine",
-        "zero_stage",
-        "log_every",
-        "positions_per_batch",
-        "offload_optimizer",
-        "deepspeed",
-        "packing",
-        "gradient_checkpointing",
-        "compile",
-        "liger",
-        "nonfinite_steps",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoints",
-        "samples",
-        "trackers",
-    ):
+    for key in (*_DISTRIBUTION, *_KERNELS, *_CHECKPOINTS, *_LOGS):
         del values["training"][key]
     assert isinstance(recipe.training.deepspeed, dict), "load_recipe has read the file, if it was a path"
-    optimizer = recipe.training.deepspeed.get("optimizer")
-    if optimizer:
+    if optimizer := recipe.training.deepspeed.get("optimizer"):
         values["training"]["deepspeed"] = {"optimizer": optimizer}
     # These keys did not exist in earlier versions. They are left out where they have no effect, so that the
     # inputs of a training run from an earlier version still match.
@@ -221,9 +196,8 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Only three settings of the features matter: the dtype, to which features are rounded, and the two that
     # determine the order of the utterances.
-    values["features"] = {
-        key: values["features"][key] for key in ("dtype", "shard_megabytes", "window_shards")
-    }
+    features = values["features"]
+    values["features"] = {key: features[key] for key in ("dtype", "shard_megabytes", "window_shards")}
     return {section: values[section] for section in ("encoder", "features", "projector", "llm", "training")}
 
 

@@ -9,7 +9,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
@@ -158,10 +158,8 @@ def bounded(
         The dataclass's field. Its declared type is that of the default, as with `dataclasses.field`.
     """
     bounds = {"at least": at_least, "at most": at_most, "above": above}
-    default_and_bounds: Any = field(
-        default=default, metadata={words: limit for words, limit in bounds.items() if limit is not None}
-    )
-    return default_and_bounds
+    set_bounds = {words: limit for words, limit in bounds.items() if limit is not None}
+    return field(default=default, metadata=set_bounds)
 
 
 def bounds_of(key: Field[Any]) -> str:
@@ -243,6 +241,11 @@ def keys_of(section: type, prefix: str = "") -> list[str]:
         if is_dataclass(f.default_factory):
             keys += keys_of(f.default_factory, f"{prefix}{f.name}.")
     return keys
+
+
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Return whether a key, given by its full name, is one of some sections or keys, or in one of them."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def as_int(value: Any) -> Any:

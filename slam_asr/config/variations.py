@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, settings_that_affect_weights
-from slam_asr.config.schema import as_int, nearest, read_yaml
+from slam_asr.config.schema import as_int, is_within, nearest, read_yaml
 from slam_asr.errors import ConfigurationError, StorageError, UserError
 from slam_asr.storage import read_bytes
 
@@ -59,10 +59,8 @@ class Variation:
 
     def describe(self) -> str:
         """Return the changes in words: `projector.layers 2, training.learning_rate 0.0001`."""
-        return (
-            ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
-            or "the recipe unchanged"
-        )
+        changes = ", ".join(f"{key} {_shown(value)}" for key, value in self.overrides.items())
+        return changes or "the recipe unchanged"
 
 
 def read_variations(path: str) -> list[dict[str, Any]]:
@@ -95,8 +93,7 @@ def read_variations(path: str) -> list[dict[str, Any]]:
 
 
 def _grid(values: dict[str, Any], path: str) -> list[dict[str, Any]]:
-    not_lists = [key for key, choices in values.items() if not isinstance(choices, list) or not choices]
-    if not_lists:
+    if not_lists := [key for key, choices in values.items() if not isinstance(choices, list) or not choices]:
         raise ConfigurationError(f"The variations {path} give {not_lists[0]} no list of values: {_EXAMPLE}.")
     return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
 
@@ -126,8 +123,8 @@ def resolve(recipe: Recipe, entries: Sequence[Any]) -> list[Variation]:
         overrides = {str(key): value for key, value in entry.items() if key != "name"}
         for key in overrides:
             _check_key(key, where)
-        variation = Variation(str(entry.get("name") or _default_name(overrides)), overrides)
-        name = variation.name
+        name = str(entry.get("name") or _default_name(overrides))
+        variation = Variation(name, overrides)
         if not _NAME.fullmatch(name):
             raise ConfigurationError(
                 f"{where} is named {name!r}: a name has 1 to 80 characters, without slashes, line breaks and "
@@ -201,12 +198,11 @@ def require_distinct_trainings(recipe: Recipe, variations: Sequence[Variation]) 
 
 
 def _check_key(key: str, where: str) -> None:
-    for shared in SHARED:
-        if key == shared or key.startswith(f"{shared}."):
-            raise ConfigurationError(
-                f"{where} changes {key}, but all variations share {', '.join(SHARED[1:-1])} and "
-                f"{SHARED[-1]}: change it for all of them with --{key}, or run the recipe by itself."
-            )
+    if is_within(key, SHARED):
+        raise ConfigurationError(
+            f"{where} changes {key}, but all variations share {', '.join(SHARED[1:-1])} and {SHARED[-1]}: "
+            f"change it for all of them with --{key}, or run the recipe by itself."
+        )
     if key not in recipe_keys():
         raise ConfigurationError(
             f"{where} changes {key}, which is not a key of a recipe{nearest(key, recipe_keys()) or '.'}"

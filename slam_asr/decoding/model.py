@@ -36,6 +36,17 @@ class Model:
     llm_folder: Path
     """Folder of the base LLM, or of the model's own LLM if all weights of the LLM were trained."""
 
+    def describe(self, precision: str) -> str:
+        """Name the base models, and explain the precision of decoding on this machine, for the log.
+
+        Raises:
+            ConfigurationError: this machine's device cannot compute in this precision.
+        """
+        from slam_asr.models.precision import explain_precision, pick_device
+
+        how = explain_precision(precision, pick_device())
+        return f"models: {self.trained.encoder.name} + projector + {self.trained.llm.name}; {how}"
+
     def prompt(self) -> "Prompt":
         """Load the tokenizer and tokenise the prompt."""
         from slam_asr.models.llm import load_tokenizer

@@ -5,6 +5,7 @@ is never logged. The messages of urllib3's errors contain the URL, so only the n
 logged.
 """
 
+import html
 import json
 import os
 import time
@@ -82,13 +83,12 @@ def send(notice: Notice, form: str, url: str) -> bool:
     kind, body = _FORMATS[form](notice)
     problem = "its URL is empty or does not begin with http:// or https://"
     if url.startswith(("http://", "https://")):
-        for pause in (*PAUSES, None):
+        for pause in (0.0, *PAUSES):
+            time.sleep(pause)
             problem = _post(url, kind, body)
             if not problem:
                 log_line("the notice was sent")
                 return True
-            if pause is not None:
-                time.sleep(pause)
     log_line(f"warning: the notice of the run's end ({notice.state}) did not reach the webhook: {problem}")
     return False
 
@@ -111,7 +111,7 @@ def _slack(notice: Notice) -> tuple[str, bytes]:
     The characters `&`, `<` and `>` are escaped, because Slack uses them for markup:
     https://docs.slack.dev/messaging/formatting-message-text
     """
-    text = notice.text().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = html.escape(notice.text(), quote=False)
     return "application/json", json.dumps({"text": text}, ensure_ascii=False).encode()
 
 

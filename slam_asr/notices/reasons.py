@@ -6,178 +6,124 @@ Argo.
 """
 
 import re
-from dataclasses import dataclass
 
 from slam_asr.notices.workflow import Node, Workflow
 from slam_asr.steps import STEPS
 
-
-@dataclass(frozen=True)
-class _Explanation:
-    """How to explain the messages that a pattern matches."""
-
-    pattern: str
-    sentence: str
-    """What happened, and what to do.
-
-    Names in braces stand for the pattern's groups, and for `namespace`, `key` and `logs` (see `explain`).
-    """
-    waits: str = ""
-    """What the pod waits for, if it has not started; otherwise empty."""
-
-
-_EXPLANATIONS = (
+_EXPLANATIONS = {
     # Pods that Kubernetes refuses to create.
-    _Explanation(
-        r'service ?account "(?P<account>[^"]+)" not found',
+    r'service ?account "(?P<account>[^"]+)" not found': (
         "the service account {account} does not exist in the namespace {namespace}: apply the manifests to "
-        "that namespace (docs/how-to/cluster-setup.md), or correct service_account in the profile",
+        "that namespace (docs/how-to/cluster-setup.md), or correct service_account in the profile"
     ),
-    _Explanation(
-        r"exceeded quota: (?P<quota>[^,]+),(?P<numbers>.*)",
+    r"exceeded quota: (?P<quota>[^,]+),(?P<numbers>.*)": (
         "the namespace's quota {quota} is used up ({numbers}): wait for other runs to end, raise the quota, "
-        "or lower steps.{key} in the profile",
+        "or lower steps.{key} in the profile"
     ),
-    _Explanation(
-        r"(?P<limit>(maximum|minimum) \w+ usage per \w+ is [^,.]+)",
+    r"(?P<limit>(maximum|minimum) \w+ usage per \w+ is [^,.]+)": (
         "the namespace's LimitRange refuses the pod ({limit}): correct steps.{key} in the profile, or the "
-        "LimitRange",
+        "LimitRange"
     ),
-    _Explanation(
-        r"violates PodSecurity \"(?P<level>[^\"]+)\"",
+    r"violates PodSecurity \"(?P<level>[^\"]+)\"": (
         "the pod security level {level} of the namespace refuses the pod: use the backend of Kubeflow "
-        "Pipelines 2.16 or later, or enforce `baseline` (docs/how-to/cluster-setup.md)",
+        "Pipelines 2.16 or later, or enforce `baseline` (docs/how-to/cluster-setup.md)"
     ),
-    _Explanation(
-        r"admission webhook \"(?P<webhook>[^\"]+)\" denied the request: (?P<words>.*)",
-        "the cluster's admission webhook {webhook} refuses the pod: {words}",
+    r"admission webhook \"(?P<webhook>[^\"]+)\" denied the request: (?P<words>.*)": (
+        "the cluster's admission webhook {webhook} refuses the pod: {words}"
     ),
     # Pods that wait for a node.
-    _Explanation(
-        r"persistentvolumeclaim \"(?P<claim>[^\"]+)\" not found",
-        "the volume {claim} does not exist in the namespace {namespace}: apply the manifests, or correct "
-        "models.claim in the profile",
-        waits="for its volume",
+    r"persistentvolumeclaim \"(?P<claim>[^\"]+)\" not found": (
+        "for its volume | the volume {claim} does not exist in the namespace {namespace}: apply the "
+        "manifests, or correct models.claim in the profile"
     ),
-    _Explanation(
-        r"unbound immediate PersistentVolumeClaims",
-        "a volume has no storage: check the storage class of the claim in models.claim "
-        "(`kubectl get pvc -n {namespace}`)",
-        waits="for its volume",
+    r"unbound immediate PersistentVolumeClaims": (
+        "for its volume | a volume has no storage: check the storage class of the claim in models.claim "
+        "(`kubectl get pvc -n {namespace}`)"
     ),
-    _Explanation(
-        r"Insufficient (?P<resource>[\w.-]+/[\w-]+(\.[\w-]+)*)",
-        "no node has enough free {resource}: wait for other pods to end, or lower steps.{key}.gpus in the "
-        "profile",
-        waits="for a GPU",
+    r"Insufficient (?P<resource>[\w.-]+/[\w-]+(\.[\w-]+)*)": (
+        "for a GPU | no node has enough free {resource}: wait for other pods to end, or lower "
+        "steps.{key}.gpus in the profile"
     ),
-    _Explanation(
-        r"Insufficient (?P<resource>cpu|memory|ephemeral-storage|pods)",
-        "no node has enough free {resource}: wait for other pods to end, add a node, or lower steps.{key} in "
-        "the profile",
-        waits="for a node",
+    r"Insufficient (?P<resource>cpu|memory|ephemeral-storage|pods)": (
+        "for a node | no node has enough free {resource}: wait for other pods to end, add a node, or lower "
+        "steps.{key} in the profile"
     ),
-    _Explanation(
-        r"untolerated taint(\(s\))? (?P<taint>\{[^}]*\})",
-        "every suitable node has a taint {taint}: name it in steps.{key}.tolerations of the profile",
-        waits="for a node",
+    r"untolerated taint(\(s\))? (?P<taint>\{[^}]*\})": (
+        "for a node | every suitable node has a taint {taint}: name it in steps.{key}.tolerations of the "
+        "profile"
     ),
-    _Explanation(
-        r"untolerated taint",
-        "every suitable node has a taint: name it in steps.{key}.tolerations of the profile (`kubectl "
-        "describe nodes` shows taints)",
-        waits="for a node",
+    r"untolerated taint": (
+        "for a node | every suitable node has a taint: name it in steps.{key}.tolerations of the profile "
+        "(`kubectl describe nodes` shows taints)"
     ),
-    _Explanation(
-        r"didn't match Pod's node affinity/selector",
-        "no node has the labels of steps.{key}.node_selector: correct them in the profile",
-        waits="for a node",
+    r"didn't match Pod's node affinity/selector": (
+        "for a node | no node has the labels of steps.{key}.node_selector: correct them in the profile"
     ),
-    _Explanation(
-        r"^(SchedulingGated|Scheduling is blocked)",
-        "Kueue has not admitted the pod: `kubectl describe localqueue -n {namespace}` shows the queue",
-        waits="in its Kueue queue",
+    r"^(SchedulingGated|Scheduling is blocked)": (
+        "in its Kueue queue | Kueue has not admitted the pod: `kubectl describe localqueue -n {namespace}` "
+        "shows the queue"
     ),
-    _Explanation(
-        r"^Unschedulable",
-        "no node can run the pod: correct steps.{key} in the profile, or add a node",
-        waits="for a node",
+    r"^Unschedulable": (
+        "for a node | no node can run the pod: correct steps.{key} in the profile, or add a node"
     ),
     # Pods that cannot start on their node.
-    _Explanation(
-        r"(ImagePullBackOff|ErrImagePull).*(unauthorized|denied|authentication required|403|401)",
-        "the registry refuses the image to the nodes: name a secret with its login in images.pull_secrets of "
-        "the profile",
-        waits="for its image",
+    r"(ImagePullBackOff|ErrImagePull).*(unauthorized|denied|authentication required|403|401)": (
+        "for its image | the registry refuses the image to the nodes: name a secret with its login in "
+        "images.pull_secrets of the profile"
     ),
-    _Explanation(
-        r"(ImagePullBackOff|ErrImagePull|ErrImageNeverPull|InvalidImageName|ImageInspectError)",
-        "its image cannot be pulled: push it (`make images REGISTRY=… PUSH=1`), load it into the nodes, or "
-        "correct images.names in the profile",
-        waits="for its image",
+    r"(ImagePullBackOff|ErrImagePull|ErrImageNeverPull|InvalidImageName|ImageInspectError)": (
+        "for its image | its image cannot be pulled: push it (`make images REGISTRY=… PUSH=1`), load it into "
+        "the nodes, or correct images.names in the profile"
     ),
-    _Explanation(
-        r"secret \"(?P<secret>[^\"]+)\" not found",
-        "the secret {secret} does not exist in the namespace {namespace}: create it "
-        "(docs/how-to/cluster-setup.md)",
-        waits="for its secret",
+    r"secret \"(?P<secret>[^\"]+)\" not found": (
+        "for its secret | the secret {secret} does not exist in the namespace {namespace}: create it "
+        "(docs/how-to/cluster-setup.md)"
     ),
-    _Explanation(
-        r"configmap \"(?P<name>[^\"]+)\" not found",
-        "the ConfigMap {name} does not exist in the namespace {namespace}: apply the manifests to it",
-        waits="for its configuration",
+    r"configmap \"(?P<name>[^\"]+)\" not found": (
+        "for its configuration | the ConfigMap {name} does not exist in the namespace {namespace}: apply the "
+        "manifests to it"
     ),
-    _Explanation(
-        r"(MountVolume|AttachVolume|Unable to attach or mount volumes)",
-        "a volume cannot be mounted: `kubectl get events -n {namespace}` shows why",
-        waits="for its volume",
+    r"(MountVolume|AttachVolume|Unable to attach or mount volumes)": (
+        "for its volume | a volume cannot be mounted: `kubectl get events -n {namespace}` shows why"
     ),
-    _Explanation(
-        r"CreateContainer(Config)?Error|RunContainerError|StartError",
-        "its container cannot be created: `kubectl get events -n {namespace}` shows why",
-        waits="for its container",
+    r"CreateContainer(Config)?Error|RunContainerError|StartError": (
+        "for its container | its container cannot be created: `kubectl get events -n {namespace}` shows why"
     ),
-    _Explanation(
-        r"exec format error",
+    r"exec format error": (
         "its image was built for another processor architecture than that of its node: build the image for "
-        "the node's architecture",
+        "the node's architecture"
     ),
-    _Explanation(
-        r"^(ContainerCreating|PodInitializing)", "its containers are being created", waits="to start"
-    ),
+    r"^(ContainerCreating|PodInitializing)": "to start | its containers are being created",
     # Pods that ended.
-    _Explanation(
-        r"OOMKilled|exit code 137",
+    r"OOMKilled|exit code 137": (
         "it needed more memory than its limit (OOMKilled): raise steps.{key}.memory in the profile, or use "
-        "smaller batches; `slam-asr plan` estimates what training needs",
+        "smaller batches; `slam-asr plan` estimates what training needs"
     ),
-    _Explanation(
-        r"low on resource: (?P<resource>[\w-]+)",
-        "its node ran short of {resource} and evicted it: raise steps.{key}.scratch or memory in the profile",
+    r"low on resource: (?P<resource>[\w-]+)": (
+        "its node ran short of {resource} and evicted it: raise steps.{key}.scratch or memory in the profile"
     ),
-    _Explanation(
-        r"Evicted",
+    r"Evicted": (
         "its node evicted it, usually for lack of memory or disk: raise steps.{key}.memory or scratch in the "
-        "profile",
+        "profile"
     ),
-    _Explanation(
-        r"deadline|DeadlineExceeded",
+    r"deadline|DeadlineExceeded": (
         "it ran longer than steps.{key}.timeout_hours of the profile permits (for training on several nodes: "
-        "trainer.timeout_hours): raise it",
+        "trainer.timeout_hours): raise it"
     ),
-    _Explanation(r"pod deleted", "its pod was deleted, with its node or by somebody"),
-    _Explanation(r"(?i)preempt", "its pod was preempted by one of higher priority"),
-    _Explanation(
-        r"(?i)node ?(lost|shutdown|is shutting down)|NodeNotReady|Terminated by node",
-        "its node was lost or shut down",
+    r"pod deleted": "its pod was deleted, with its node or by somebody",
+    r"(?i)preempt": "its pod was preempted by one of higher priority",
+    r"(?i)node ?(lost|shutdown|is shutting down)|NodeNotReady|Terminated by node": (
+        "its node was lost or shut down"
     ),
-    _Explanation(r"exit code 143", "it was asked to end (SIGTERM), by a node that is drained or by somebody"),
-    _Explanation(
-        r"exit code 2\b",
-        "the program refused its input (exit code 2): `{logs}` shows its error message",
-    ),
-    _Explanation(r"exit code (?P<code>\d+)", "the program failed (exit code {code}): `{logs}` shows why"),
-)
+    r"exit code 143": "it was asked to end (SIGTERM), by a node that is drained or by somebody",
+    r"exit code 2\b": "the program refused its input (exit code 2): `{logs}` shows its error message",
+    r"exit code (?P<code>\d+)": "the program failed (exit code {code}): `{logs}` shows why",
+}
+"""What happened and what to do, by the pattern of a message; the first pattern that matches counts.
+
+If the pod has not started, the text begins with what it waits for, and ` | `. Names in braces stand for the
+pattern's groups, and for `namespace`, `key` and `logs` (see `explain`).
+"""
 
 
 def explain(message: str, step: str, namespace: str, run_id: str) -> str:
@@ -196,8 +142,8 @@ def explain(message: str, step: str, namespace: str, run_id: str) -> str:
     found = _find(message)
     if found is None:
         return _short(message)
-    explanation, groups = found
-    return explanation.sentence.format(
+    _, sentence, groups = found
+    return sentence.format(
         namespace=namespace,
         # Some steps use the settings of another one.
         key=(STEPS[step].settings_of or step if step in STEPS else step).replace("-", "_"),
@@ -209,7 +155,7 @@ def explain(message: str, step: str, namespace: str, run_id: str) -> str:
 def waits_for(message: str) -> str:
     """Return what a pod with this message waits for, such as `for a node`; empty if that is unknown."""
     found = _find(message)
-    return found[0].waits if found else ""
+    return found[0] if found else ""
 
 
 def explain_wait(message: str, step: str, namespace: str, run_id: str) -> str:
@@ -256,12 +202,12 @@ def why_driver_failed(node: Node, namespace: str, run_id: str) -> str:
     )
 
 
-def _find(message: str) -> tuple[_Explanation, dict[str, str]] | None:
-    # The first match counts, so the table has specific patterns before general ones.
-    for explanation in _EXPLANATIONS:
-        if match := re.search(explanation.pattern, message):
-            groups = {name: " ".join((text or "").split()) for name, text in match.groupdict().items()}
-            return explanation, groups
+def _find(message: str) -> tuple[str, str, dict[str, str]] | None:
+    """Return what the pod waits for, the sentence, and the pattern's groups; None if no pattern matches."""
+    for pattern, text in _EXPLANATIONS.items():
+        if match := re.search(pattern, message):
+            waits, _, sentence = text.rpartition(" | ")
+            return waits, sentence, {k: " ".join((v or "").split()) for k, v in match.groupdict().items()}
     return None
 
 

@@ -83,15 +83,9 @@ class Workflow:
         bucket, key = self.log_archive.get("bucket"), self.log_archive.get("keyFormat")
         if not bucket or not key or self.created is None:
             return None
-        values = {
-            "workflow.namespace": self.namespace,
-            "workflow.name": self.name,
-            "workflow.creationTimestamp.Y": f"{self.created:%Y}",
-            "workflow.creationTimestamp.m": f"{self.created:%m}",
-            "workflow.creationTimestamp.d": f"{self.created:%d}",
-            "pod.name": self.pod_name(node),
-        }
-        for name, value in values.items():
+        names = {"workflow.namespace": self.namespace, "workflow.name": self.name}
+        date = {f"workflow.creationTimestamp.{part}": self.created.strftime(f"%{part}") for part in "Ymd"}
+        for name, value in (names | date | {"pod.name": self.pod_name(node)}).items():
             key = key.replace("{{" + name + "}}", value)
         return bucket, f"{key}/main.log"
 
@@ -111,11 +105,9 @@ class Workflow:
 
         A driver prepares a task, and runs in a pod of its own.
         """
-        last: dict[str, Node] = {}
-        for node in sorted(self.nodes, key=_order):
-            if node.kind == "Pod" and not node.is_executor:
-                # The nodes are in the order of their start, so the last attempt at each place remains.
-                last[node.place] = node
+        drivers = [node for node in self.nodes if node.kind == "Pod" and not node.is_executor]
+        # They are in the order of their start, so the last attempt at each place remains.
+        last = {node.place: node for node in sorted(drivers, key=_order)}
         failed = [node for node in last.values() if node.phase in ("Failed", "Error")]
         return sorted(failed, key=_order, reverse=True)
 

@@ -1,8 +1,8 @@
 """The page about a corpus: hours, durations, characters, and the reasons for rejections with examples."""
 
+import itertools
 import math
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,18 @@ def write_corpus_page(path: Path, corpus: str, kind: str, recipe: Recipe, statis
         recipe: the recipe, whose data section the page shows.
         statistics: the counts from `corpora.statistics`.
     """
-    splits = statistics["splits"]
-    total = {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")}
+    splits, alphabet = statistics["splits"], statistics["alphabet"]
     values = {
         "corpus": corpus,
         "kind": kind,
         "data": recipe.data,
-        "splits": splits,
-        "total": total,
+        "total": {name: sum(m[name] for m in splits.values()) for name in ("hours", "utterances", "words")},
         "histogram": draw_histogram(splits),
-        "characters": characters(statistics["alphabet"]),
-        "distinct": len(statistics["alphabet"]),
-        "left_out": max(0, len(statistics["alphabet"]) - MAX_CHARACTERS),
-        "rejected": statistics["rejected"],
+        "characters": characters(alphabet),
+        "left_out": max(0, len(alphabet) - MAX_CHARACTERS),
         "reasons": _reasons(statistics),
-        "held_out": statistics["dev_held_out_of_train"],
-        "converted": statistics["converted"],
     }
-    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **values))
+    write_atomically(path, render("corpus.html", {"hours": hours, "share": share}, **values, **statistics))
 
 
 def hours(value: float) -> str:
@@ -64,20 +58,6 @@ def share(part: float, total: float) -> str:
     return "< 0.1\u202f%" if 0 < percent < 0.1 else f"{percent:.1f}\u202f%"
 
 
-@dataclass
-class Bar:
-    """A bar of the histogram, stacked by split."""
-
-    x: float
-    """Left edge, in units of the drawing."""
-    width: float
-    """In units of the drawing."""
-    parts: list[tuple[str, float, float]]
-    """(split, top, height) of each part, from the lowest to the highest, in units of the drawing."""
-    label: str
-    """Shown when the pointer is over the bar."""
-
-
 def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Draw the durations of all splits as a histogram.
 
@@ -86,7 +66,9 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         Bars; axis ticks, each with its position and its number; sizes in units of the drawing; and `bin`, the
-        seconds that a bar covers. The keys are the names in the page's template.
+        seconds that a bar covers. The keys are the names in the page's template. A bar has its left edge `x`,
+        its `width`, a `label` for when the pointer is over it, and its `parts` (split, top, height) from the
+        lowest to the highest.
     """
     longest = max(len(m["durations"]) for m in splits.values())
     # There is one count per second, and none can be divided, so a bar's width is a whole number of seconds.
@@ -107,7 +89,8 @@ def draw_histogram(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 parts.append((split, round(base, 2), round(height, 2)))
         numbers = ", ".join(f"{with_thousands(n)} {split}" for split, n in count.items() if n) or "none"
         label = f"{index * width} to {(index + 1) * width} s: {numbers}"
-        bars.append(Bar(round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2), parts, label))
+        x, bar_width = round(_LEFT + index * across + 1, 2), round(max(across - 2, 1), 2)
+        bars.append({"x": x, "width": bar_width, "parts": parts, "label": label})
     every = max(1, math.ceil(len(counts) / 12))
     return {
         "bars": bars,
@@ -152,22 +135,16 @@ def characters(alphabet: dict[str, int]) -> list[dict[str, Any]]:
             "share": share(count, total),
             "label": "space" if char == " " else f"U+{ord(char):04X}",
         }
-        for char, count in list(alphabet.items())[:MAX_CHARACTERS]
+        for char, count in itertools.islice(alphabet.items(), MAX_CHARACTERS)
     ]
 
 
 def _reasons(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    by_reason = statistics["rejected"]["by_reason"]
-    return [
-        {
-            "reason": reason,
-            "count": count,
-            "examples": [
-                {k: _short(v) for k, v in example.items()} for example in statistics["examples"][reason]
-            ],
-        }
-        for reason, count in sorted(by_reason.items(), key=lambda pair: -pair[1])
-    ]
+    reasons = []
+    for reason, count in sorted(statistics["rejected"]["by_reason"].items(), key=lambda pair: -pair[1]):
+        examples = [{k: _short(v) for k, v in example.items()} for example in statistics["examples"][reason]]
+        reasons.append({"reason": reason, "count": count, "examples": examples})
+    return reasons
 
 
 def _short(text: str) -> str:

@@ -34,9 +34,8 @@ def write_curves(path: Path, title: str, facts: list[tuple[str, str]], training:
     """
     points = with_thinned_curves(training)
     samples = training.get("samples") or []
-    write_atomically(
-        path, render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
-    )
+    page = render("curves.html", title=title, facts=facts, curves=draw_curves(points), samples=samples)
+    write_atomically(path, page)
 
 
 def with_thinned_curves(training: dict[str, Any]) -> dict[str, Any]:
@@ -83,18 +82,17 @@ def draw_curves(training: dict[str, Any]) -> list[dict[str, Any]]:
         For each quantity that has values, a dictionary with `heading`, `summary` and `svg`.
     """
     curves = []
-    for quantity, heading, scale in _QUANTITIES:
+    beginning = training.get("beginning") or {}
+    for quantity, heading, scale, best, template in _QUANTITIES:
         series = {
-            name: _points(values.get(source) or [], quantity, scale)
-            for values, names in (
-                (training.get("beginning") or {}, ("beginning", "beginning, dev")),
-                (training, ("training", "validation")),
-            )
-            for name, source in zip(names, ("curve", "validation"), strict=True)
+            "beginning": _points(beginning.get("curve"), quantity, scale),
+            "beginning, dev": _points(beginning.get("validation"), quantity, scale),
+            "training": _points(training.get("curve"), quantity, scale),
+            "validation": _points(training.get("validation"), quantity, scale),
         }
         if any(series.values()):
             lines = [Line(name, points, _STYLES[name]) for name, points in series.items() if points]
-            curves.append(_figure(quantity, heading, lines, _summary(series, *_BEST[quantity])))
+            curves.append(_figure(quantity, heading, lines, _summary(series, best, template)))
     return curves
 
 
@@ -113,34 +111,23 @@ def draw_runs(trainings: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         The figures, as `draw_curves` returns them.
     """
     curves = []
-    for quantity, heading, scale in _QUANTITIES:
-        dev = {
-            name: _points(training.get("validation") or [], quantity, scale)
-            for name, training in trainings.items()
-        }
-        in_training = {
-            name: _points(thinned(training.get("curve") or []), quantity, scale)
-            for name, training in trainings.items()
-        }
-        series = dev if any(dev.values()) else in_training
+    for quantity, heading, scale, best, template in _QUANTITIES:
+        series = [_points(t.get("validation"), quantity, scale) for t in trainings.values()]
+        if not any(series):
+            series = [_points(thinned(t.get("curve") or []), quantity, scale) for t in trainings.values()]
+        elif quantity not in ("wer", "cer"):
+            heading += ", dev"
         lines = [
-            Line(name, points, _style_of_run(i)) for i, (name, points) in enumerate(series.items()) if points
+            Line(name, points, _style_of_run(number))
+            for number, (name, points) in enumerate(zip(trainings, series, strict=True))
+            if points
         ]
         if lines:
-            best, template = _BEST[quantity]
-            summaries = [
-                f"{line.name}: best {template.format(best(line.points, key=lambda point: point[1])[1])}"
+            summary = "; ".join(
+                f"{line.name}: best {template.format(best(value for _, value in line.points))}"
                 for line in lines[: len(_RUNS)]
-            ]
-            curves.append(
-                _figure(
-                    quantity,
-                    f"{heading}{', dev' * (series is dev and quantity not in ('wer', 'cer'))}",
-                    lines,
-                    "; ".join(summaries) + ".",
-                    legend=False,
-                )
             )
+            curves.append(_figure(quantity, heading, lines, f"{summary}.", legend=False))
     return curves
 
 
@@ -153,17 +140,18 @@ class Line:
     style: dict[str, Any]
 
 
-_QUANTITIES = (
-    ("loss", "Loss", 1),
-    ("accuracy", "Next-token accuracy, %", 100),
-    ("wer", "Word error rate of some dev utterances, greedy, %", 100),
-    ("cer", "Character error rate of some dev utterances, greedy, %", 100),
+_QUANTITIES: tuple[tuple[str, str, int, Callable[..., Any], str], ...] = (
+    ("loss", "Loss", 1, min, "{:.3f}"),
+    ("accuracy", "Next-token accuracy, %", 100, max, "{:.1f}\u202f%"),
+    ("wer", "Word error rate of some dev utterances, greedy, %", 100, min, "{:.1f}\u202f%"),
+    ("cer", "Character error rate of some dev utterances, greedy, %", 100, min, "{:.1f}\u202f%"),
 )
-"""Key, heading and factor of each quantity that is drawn."""
+"""Key, heading and factor of each quantity that is drawn; the function that finds its best value; and the
+value's format."""
 
 
-def _points(rows: Sequence[dict[str, Any]], quantity: str, scale: int) -> list[tuple[int, float]]:
-    return [(row["step"], scale * row[quantity]) for row in rows if is_number(row.get(quantity))]
+def _points(rows: Sequence[dict[str, Any]] | None, quantity: str, scale: int) -> list[tuple[int, float]]:
+    return [(row["step"], scale * row[quantity]) for row in rows or [] if is_number(row.get(quantity))]
 
 
 def _figure(
@@ -176,27 +164,15 @@ def _figure(
     }
 
 
-_BEST = {
-    "loss": (min, "{:.3f}"),
-    "accuracy": (max, "{:.1f}\u202f%"),
-    "wer": (min, "{:.1f}\u202f%"),
-    "cer": (min, "{:.1f}\u202f%"),
-}
-"""For each quantity, the function that finds its best value, and the value's format."""
+def _summary(series: dict[str, list[tuple[int, float]]], best: Callable[..., Any], template: str) -> str:
+    def describe(point: tuple[int, float]) -> str:
+        return f"{template.format(point[1])} at step {with_thousands(point[0])}"
 
-
-def _summary(
-    series: dict[str, list[tuple[int, float]]], best: Callable[..., tuple[int, float]], template: str
-) -> str:
-    sentences = []
-    for name in ("beginning", "training"):
-        if not series[name]:
-            continue
-        (first, start), (last, end) = series[name][0], series[name][-1]
-        sentences.append(
-            f"{name.capitalize()}: {template.format(start)} at step {with_thousands(first)}, "
-            f"{template.format(end)} at step {with_thousands(last)}."
-        )
+    sentences = [
+        f"{name.capitalize()}: {describe(series[name][0])}, {describe(series[name][-1])}."
+        for name in ("beginning", "training")
+        if series[name]
+    ]
     if series["validation"]:
         step, value = best(series["validation"], key=lambda point: point[1])
         sentences.append(f"Validation: best {template.format(value)}, at step {with_thousands(step)}.")
@@ -217,13 +193,19 @@ _COLOURS = {
 }
 _DASHES = ((), (3, 2), (6, 2), (1, 1.5), (6, 2, 1, 2), (2, 4))
 """Lengths of dashes and gaps of the first lines in `draw_runs`."""
+
+
+def _dotted(colour: str, marker: str, dashes: tuple[float, ...]) -> dict[str, Any]:
+    return {"color": colour, "marker": marker, "markersize": 4, "linestyle": (0, dashes)}
+
+
 _STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": _TRAINING},
-    "validation": {"color": _VALIDATION, "marker": "o", "markersize": 4, "linestyle": (0, (3, 2))},
+    "validation": _dotted(_VALIDATION, "o", (3, 2)),
     # The beginning trains the projector by CTC. Its loss is that of CTC, and its accuracy is 1 minus the
     # token error rate of CTC's best paths.
     "beginning": {"color": _QUIET},
-    "beginning, dev": {"color": _QUIET, "marker": "s", "markersize": 4, "linestyle": (0, (1, 1.5))},
+    "beginning, dev": _dotted(_QUIET, "s", (1, 1.5)),
 }
 
 
@@ -231,12 +213,7 @@ def _style_of_run(index: int) -> dict[str, Any]:
     """Return a run's colour, marker and dashes. Not everyone can distinguish lines by colour alone."""
     if index >= len(_RUNS):
         return {"color": _QUIET, "alpha": 0.6}
-    return {
-        "color": _RUNS[index],
-        "marker": "os^Dv*"[index],
-        "markersize": 4,
-        "linestyle": (0, _DASHES[index]),
-    }
+    return _dotted(_RUNS[index], "os^Dv*"[index], _DASHES[index])
 
 
 def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, legend: bool) -> str:
@@ -250,17 +227,12 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         # Without a fixed salt, the ids would be random, and two pages of the same training run would differ.
         "svg.hashsalt": quantity,
         "font.size": 10,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _GRID,
-        "xtick.color": _GRID,
-        "ytick.color": _GRID,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "grid.color": _GRID,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _GRID),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+        "legend.frameon": False,
+        "legend.handlelength": 2.6,
+        "legend.borderaxespad": 0.2,
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style):
@@ -278,14 +250,7 @@ def _svg(quantity: str, lines: Sequence[Line], title: str, description: str, leg
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: with_thousands(round(step))))
         if legend:
-            axes.legend(
-                frameon=False,
-                handlelength=2.6,
-                ncols=2,
-                loc="lower right",
-                bbox_to_anchor=(1, 1),
-                borderaxespad=0.2,
-            )
+            axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True)
     return _inline(text.getvalue(), quantity, title, description)

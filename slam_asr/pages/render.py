@@ -35,11 +35,5 @@ def with_thousands(number: float) -> str:
 
     Numbers below 1000 that are not integers have four significant digits at most: `2.50` → `2.5`.
     """
-    text = (
-        f"{number:,}"
-        if isinstance(number, int)
-        else f"{number:,.4g}"
-        if abs(number) < 1000
-        else f"{number:,.0f}"
-    )
-    return text.replace(",", "\u202f")
+    digits = "," if isinstance(number, int) else ",.4g" if abs(number) < 1000 else ",.0f"
+    return f"{number:{digits}}".replace(",", "\u202f")

@@ -75,17 +75,16 @@ class Memory:
         return self.frozen + self.trained + self.optimizer + self.activations + self.logits + self.overhead
 
 
-PARTS = {
-    "frozen": "frozen weights",
-    "trained": "trained weights and gradients",
-    "optimizer": "optimiser",
-    "activations": "activations",
-    "logits": "logits",
-    "overhead": "CUDA and NCCL",
-}
-"""Names of the parts of `Memory` in messages, on a GPU."""
-CPU_PARTS = PARTS | {"overhead": "Python and its libraries"}
-"""Names of the parts of `Memory` in messages, on a CPU."""
+def part_names(on_gpu: bool) -> dict[str, str]:
+    """Return the names of the parts of `Memory` in messages."""
+    return {
+        "frozen": "frozen weights",
+        "trained": "trained weights and gradients",
+        "optimizer": "optimiser",
+        "activations": "activations",
+        "logits": "logits",
+        "overhead": "CUDA and NCCL" if on_gpu else "Python and its libraries",
+    }
 
 
 def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = True) -> Memory:
@@ -107,38 +106,26 @@ def training_memory(shapes: Shapes, load: Load, processes: int, on_gpu: bool = T
     shards = [1 if zero_stage < stage else processes for stage in range(4)]
     trained = shapes.trained_parameters
     frozen = (shapes.llm_parameters - shapes.llm_trained) * size / shards[3] + _gathered(shapes) * size
-    if shapes.recipe.encoder.tuning == "frozen" and not shapes.recipe.caches_features:
-        # The encoder runs on the fly. It is not sharded: every process holds a copy.
-        frozen += (
-            shapes.encoder_parameters
-            * DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)].itemsize
-        )
+    if shapes.recipe.encoder.tuning == "frozen":
+        frozen += _encoder_bytes(shapes, on_gpu)
     weights_and_gradients = trained * size / shards[3] + trained * size / shards[2]
     # Adam's two moments take 8 bytes per weight. In bf16 or fp16, fp32 masters take 4 more, and so do fp32
     # gradients during a step. On a CPU, offloading saves nothing, because all memory is host memory.
-    optimizer = (
-        0.0 if options.offload_optimizer and on_gpu else trained * (8 if size == 4 else 16) / shards[1]
-    )
+    offloaded = options.offload_optimizer and on_gpu
+    optimizer = 0.0 if offloaded else trained * (8 if size == 4 else 16) / shards[1]
     saved = shapes.saved_bytes(load.rows, load.length)
     if options.gradient_checkpointing:
         # The backward pass recomputes one layer at a time, and this layer then saves all of its tensors.
         saved += shapes.saved_bytes_of_a_layer(load.rows, load.length)
+    projector = shapes.recipe.projector
     # The encoder's frames exist twice: in one tensor per utterance, and in the projector's joined input.
-    inputs = (
-        load.rows * load.audio * shapes.recipe.projector.downsampling * shapes.encoder.width * (size + size)
-    )
+    inputs = load.rows * load.audio * projector.downsampling * shapes.encoder.width * (size + size)
     # The projector's hidden layer before and after its activation function, and its output.
-    hidden = load.rows * load.audio * (2 * shapes.recipe.projector.hidden + shapes.width) * size
+    hidden = load.rows * load.audio * (2 * projector.hidden + shapes.width) * size
     embedded = 3 * load.rows * load.length * shapes.width * size
     activations = saved + inputs + hidden + embedded + _transient(shapes, load, size)
-    return Memory(
-        frozen,
-        weights_and_gradients,
-        optimizer,
-        activations * FRAGMENTATION,
-        _logits(shapes, load, size),
-        CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
-    )
+    logits, overhead = _logits(shapes, load, size), CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD
+    return Memory(frozen, weights_and_gradients, optimizer, activations * FRAGMENTATION, logits, overhead)
 
 
 def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
@@ -153,23 +140,15 @@ def beginning_memory(shapes: Shapes, load: Load, on_gpu: bool = True) -> Memory:
     """
     recipe, size = shapes.recipe, DTYPES[shapes.recipe.training.precision].itemsize
     trained, tokens, positions = shapes.projector_parameters, shapes.vocabulary, load.rows * load.audio
-    encoder = 0.0
-    if not recipe.caches_features:
-        encoder = (
-            shapes.encoder_parameters * DTYPES[encoder_precision(recipe.features.dtype, on_gpu)].itemsize
-        )
-    # Bytes of two copies of the frames; of the hidden layer before and after its activation function; and of
-    # outputs, expected embeddings and their difference.
-    per_position = (
-        2 * recipe.projector.downsampling * shapes.encoder.width * size
-        + 2 * recipe.projector.hidden * size
-        + shapes.width * (size + 8)
-    )
+    # Two copies of the frames; the hidden layer before and after its activation function; and outputs,
+    # expected embeddings and their difference.
+    inputs = 2 * recipe.projector.downsampling * shapes.encoder.width * size
+    hidden, outputs = 2 * recipe.projector.hidden * size, shapes.width * (size + 8)
     return Memory(
-        encoder + tokens * shapes.width * size,
+        _encoder_bytes(shapes, on_gpu) + tokens * shapes.width * size,
         2 * trained * size,
         float(trained * (8 if size == 4 else 16)),
-        positions * per_position * FRAGMENTATION,
+        positions * (inputs + hidden + outputs) * FRAGMENTATION,
         positions * tokens * CTC_LOGIT_BYTES,
         CUDA_OVERHEAD if on_gpu else PROCESS_OVERHEAD,
     )
@@ -186,9 +165,12 @@ def memory_of_phases(shapes: Shapes, processes: int, on_gpu: bool = True) -> lis
     return phases
 
 
-def host_optimizer_bytes(shapes: Shapes) -> int:
-    """Return the bytes of an offloaded optimiser on all hosts: fp32 masters and Adam's two moments."""
-    return 12 * shapes.trained_parameters
+def _encoder_bytes(shapes: Shapes, on_gpu: bool) -> float:
+    """Return the bytes of an encoder that runs on the fly. It is not sharded: every process holds a copy."""
+    if shapes.recipe.caches_features:
+        return 0.0
+    dtype = DTYPES[encoder_precision(shapes.recipe.features.dtype, on_gpu)]
+    return shapes.encoder_parameters * dtype.itemsize
 
 
 def _gathered(shapes: Shapes) -> float:

@@ -11,18 +11,11 @@ from dataclasses import replace
 
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
+from slam_asr.config.recipe import value_of
 from slam_asr.errors import ConfigurationError
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt
-from slam_asr.planning.memory import (
-    CPU_PARTS,
-    PARTS,
-    PROCESS_OVERHEAD,
-    Load,
-    Memory,
-    host_optimizer_bytes,
-    memory_of_phases,
-)
+from slam_asr.planning.memory import PROCESS_OVERHEAD, Load, Memory, memory_of_phases, part_names
 from slam_asr.planning.plan import USABLE, propose
 from slam_asr.planning.shapes import Shapes
 from slam_asr.progress import log_line
@@ -63,10 +56,8 @@ def require_fit(shapes: Shapes, prompt: Prompt, utterances: Sequence[Utterance],
     if memory.total / MAX_OVERESTIMATE > capacity:
         raise ConfigurationError(f"{_too_much(memory, machine)}: {_remedy(shapes, longest, machine)}.")
     if memory.total > USABLE * capacity:
-        log_line(
-            f"warning: {_too_much(memory, machine)}, which may not be enough: "
-            f"{_remedy(shapes, longest, machine)}"
-        )
+        remedy = _remedy(shapes, longest, machine)
+        log_line(f"warning: {_too_much(memory, machine)}, which may not be enough: {remedy}")
     _require_host(shapes, machine)
 
 
@@ -89,25 +80,18 @@ def loads_of(
     texts = [len(u.target) for u in utterances]
     # An utterance takes positions for audio and for text, so the longest one is likely to be among those with
     # the longest audio or the longest text.
+    indices = range(len(utterances))
     candidates = {
-        i
-        for sizes in (lengths, texts)
-        for i in heapq.nlargest(LONGEST, range(len(sizes)), key=sizes.__getitem__)
+        i for sizes in (lengths, texts) for i in heapq.nlargest(LONGEST, indices, sizes.__getitem__)
     }
     longest = max((_load_of(shapes, prompt, utterances[i]) for i in candidates), key=lambda load: load.length)
     if options.utterances_per_batch:
         return longest, replace(longest, rows=float(min(options.utterances_per_batch, len(utterances))))
-    sample = [
-        _load_of(shapes, prompt, utterances[i])
-        for i in range(0, len(utterances), max(1, len(utterances) // SAMPLE))
-    ]
+    sample = [_load_of(shapes, prompt, utterances[i]) for i in indices[:: max(1, len(indices) // SAMPLE)]]
     mean = sum(load.length for load in sample) / len(sample)
     # A micro-batch cannot exceed the process's share of a step, nor its share of all utterances.
-    budget = min(
-        options.positions_per_batch,
-        options.positions_per_step / processes,
-        mean * len(utterances) / processes,
-    )
+    share = min(options.positions_per_step / processes, mean * len(utterances) / processes)
+    budget = min(options.positions_per_batch, share)
     rows = max(1.0, budget / longest.length)
     if not options.packing:
         return longest, replace(longest, rows=float(int(rows)))
@@ -130,7 +114,7 @@ def _load_of(shapes: Shapes, prompt: Prompt, utterance: Utterance) -> Load:
 def _too_much(memory: Memory, machine: Machine) -> str:
     """Describe the memory that the training run needs, its two largest parts, and the machine's memory."""
     assert machine.memory is not None  # `require_fit` has checked it
-    names = PARTS if machine.on_gpu else CPU_PARTS
+    names = part_names(machine.on_gpu)
     parts = sorted(((size, names[name]) for name, size in vars(memory).items()), reverse=True)[:2]
     shown = " and ".join(f"{size / 1e9:.3g} GB {name}" for size, name in parts)
     needs = f"This training run needs about {memory.total / 1e9:.3g} GB of "
@@ -144,13 +128,8 @@ def _too_much(memory: Memory, machine: Machine) -> str:
 def _remedy(shapes: Shapes, longest: Load, machine: Machine) -> str:
     """Return the options with which the training run fits or, if no options help, what else to do."""
     assert machine.capacity is not None  # `require_fit` has checked it
-    options = shapes.recipe.training
     proposal = propose(shapes, longest, machine.processes, USABLE * machine.capacity, machine.on_gpu)
-    changed = {
-        key: value
-        for key, value in proposal.items()
-        if value != getattr(options, key.removeprefix("training."))
-    }
+    changed = {k: v for k, v in proposal.items() if v != value_of(shapes.recipe, k)}
     if changed:
         return "set " + " ".join(f"--{key} {str(value).lower()}" for key, value in changed.items())
     fewer = ", fewer training.processes" if machine.local_processes > 1 and not machine.on_gpu else ""
@@ -168,11 +147,9 @@ def _require_host(shapes: Shapes, machine: Machine) -> None:
     remedy = "more memory for the host"
     if shapes.recipe.training.offload_optimizer:
         # The optimiser is sharded over all processes. This host holds the shards of its own processes.
-        takes += host_optimizer_bytes(shapes) * machine.local_processes / machine.processes
-        what, remedy = (
-            "training.offload_optimizer needs",
-            "more machines or more memory, or --llm.tuning lora",
-        )
+        takes += shapes.host_optimizer_bytes * machine.local_processes / machine.processes
+        what = "training.offload_optimizer needs"
+        remedy = "more machines or more memory, or --llm.tuning lora"
     if takes / MAX_OVERESTIMATE > machine.host:
         raise ConfigurationError(
             f"{what} about {takes / 1e9:.3g} GB of memory on this host, which has "

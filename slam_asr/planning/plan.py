@@ -8,7 +8,7 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.models.feature_dtype import bytes_per_frame
 from slam_asr.models.precision import DTYPES
 from slam_asr.models.projector import positions_of
-from slam_asr.planning.memory import Load, Memory, beginning_memory, memory_of_phases, training_memory
+from slam_asr.planning.memory import Load, Memory, memory_of_phases
 from slam_asr.planning.shapes import Shapes, encoder_flops
 
 PROMPT_POSITIONS = 18
@@ -111,21 +111,20 @@ def estimate(shapes: Shapes, gpus: Gpus, speech: Speech) -> Plan:
     # A micro-batch cannot exceed a process's share of a step.
     share = recipe.training.positions_per_step // gpus.processes
     load = mean_load(shapes, speech.utterance_seconds, min(recipe.training.positions_per_batch, share))
-    memory = training_memory(shapes, load, gpus.processes, on_gpu)
+    memory, *beginning = [phase(load) for phase in memory_of_phases(shapes, gpus.processes, on_gpu)]
     capacity = USABLE * gpus.memory
     one = mean_load(shapes, speech.utterance_seconds, 1)  # a budget of 1 position gives the minimum of 1 row
-    beginning = beginning_memory(shapes, load, on_gpu) if recipe.projector.beginning.active else None
     stages, steps = _stages(shapes, load, gpus, speech)
     frame_bytes = bytes_per_frame(shapes.encoder.width, recipe.features.dtype)
     cache = speech.utterances * shapes.encoder.frames_of(speech.samples) * frame_bytes
     return Plan(
         load,
         memory,
-        fits=max(memory.total, beginning.total if beginning else 0.0) <= capacity,
+        fits=max(phase.total for phase in (memory, *beginning)) <= capacity,
         cache_bytes=cache if recipe.caches_features else 0,
         stages=stages,
         steps=steps,
-        beginning=beginning,
+        beginning=beginning[0] if beginning else None,
         proposal=propose(shapes, one, gpus.processes, capacity, on_gpu),
     )
 
@@ -171,16 +170,10 @@ def propose(
             options = {**engine, "zero_stage": stage, "offload_optimizer": False, **more}
             training = replace(recipe.training, **options)
             changed = replace(shapes, recipe=replace(recipe, training=training))
-            rows = min(
-                _rows_that_fit(memory, one, capacity)
-                for memory in memory_of_phases(changed, processes, on_gpu)
-            )
-            if not rows:
-                continue
-            return {
-                f"training.{name}": value
-                for name, value in {**options, **_budget(recipe, one.length, rows, processes)}.items()
-            }
+            phases = memory_of_phases(changed, processes, on_gpu)
+            if rows := min(_rows_that_fit(memory, one, capacity) for memory in phases):
+                options |= _budget(recipe, one.length, rows, processes)
+                return {f"training.{name}": value for name, value in options.items()}
     return {}
 
 

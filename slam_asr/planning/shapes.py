@@ -1,7 +1,6 @@
 """Computes sizes of encoder and LLM from their configurations, on torch's meta device, without weights."""
 
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,9 +33,8 @@ class _Attention(torch.autograd.Function):
         output = torch.empty_like(query)
         # The last tensor stands for the logarithm of the sum of exponentials, of which fused kernels save one
         # number in fp32 per head and position.
-        context.save_for_backward(
-            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
+        logarithms = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        context.save_for_backward(query, key, value, output, logarithms)
         return output
 
     @staticmethod
@@ -116,6 +114,11 @@ class Shapes:
         return self.projector_parameters + self.llm_trained + tuned
 
     @property
+    def host_optimizer_bytes(self) -> int:
+        """Bytes of an offloaded optimiser on all hosts: fp32 masters and Adam's two moments."""
+        return 12 * self.trained_parameters
+
+    @property
     def layer_parameters(self) -> int:
         """Number of parameters of the LLM's layers.
 
@@ -123,12 +126,9 @@ class Shapes:
         runs only on answers.
         """
         # If the embedding is tied to the output layer, both are the same parameter, which counts only once.
-        tables = {
-            id(p): p.numel()
-            for m in (self.llm.get_input_embeddings(), self.llm.get_output_embeddings())
-            for p in m.parameters()
-        }
-        return self.llm_parameters - sum(tables.values())
+        inputs, outputs = self.llm.get_input_embeddings(), self.llm.get_output_embeddings()
+        tables = {*inputs.parameters(), *outputs.parameters()}
+        return self.llm_parameters - sum(p.numel() for p in tables)
 
     @property
     def vocabulary(self) -> int:
@@ -143,12 +143,9 @@ class Shapes:
         `answer_loss.allows_chunks` (not called under ZeRO stage 3).
         """
         head, options = self.llm.get_output_embeddings(), self.recipe.training
-        if (
-            options.zero_stage == 3
-            or options.precision == "fp16"
-            or type(head) is not torch.nn.Linear
-            or head.weight.requires_grad
-        ):
+        if options.zero_stage == 3 or options.precision == "fp16":
+            return False
+        if type(head) is not torch.nn.Linear or head.weight.requires_grad:
             return False
         if "bare logits" not in self._cache:
             self._cache["bare logits"] = gives_bare_logits(self.llm)
@@ -180,11 +177,11 @@ class Shapes:
     def _saved_bytes_of_a_row(self, length: int, checkpointed: bool) -> int:
         key = ("bytes", self.recipe.training.precision, length, checkpointed)
         if key not in self._cache:
-            self._cache[key] = _saved_bytes(self._llm(checkpointed), 1, length)
+            self._cache[key] = _saved_bytes(self._llm(checkpointed), length)
         return self._cache[key]
 
 
-def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
+def _saved_bytes(llm: "PreTrainedModel", length: int) -> int:
     # Meta tensors have no data pointer, so a storage is identified by the address of its C++ object. `saved`
     # holds one tensor per storage, so that views count once, and no address is reused for another storage.
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
@@ -196,7 +193,7 @@ def _saved_bytes(llm: "PreTrainedModel", rows: int, length: int) -> int:
         return tensor
 
     dtype = next(llm.parameters()).dtype
-    embeddings = torch.empty(rows, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
+    embeddings = torch.empty(1, length, llm_width(llm), dtype=dtype, device="meta", requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         # Multiplied by 1, so that the input is not a leaf tensor: in training it comes from the projector.
         # `base_model` is the LLM without its output layer, whose logits `memory` counts separately.
@@ -217,9 +214,7 @@ def describe(recipe: Recipe) -> Shapes:
 
 
 def _config(name: str, part: str, trust_remote_code: bool, notes: list[str]) -> PretrainedConfig:
-    known = yaml.safe_load(
-        (resources.files("slam_asr.planning") / "known_models.yaml").read_text(encoding="utf-8")
-    )
+    known = yaml.safe_load(Path(__file__).with_name("known_models.yaml").read_text(encoding="utf-8"))
     try:
         folder = locate_config(name)
     except UserError:
@@ -261,9 +256,8 @@ def encoder_flops(spec: EncoderSpec, samples: int) -> float:
             channels = dim
         # The projection to the encoder's width, and then the convolution for position embeddings.
         total += 2 * frames * channels * width
-        total += (
-            2 * frames * config.num_conv_pos_embeddings * width * width / config.num_conv_pos_embedding_groups
-        )
+        kernel, groups = config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
+        total += 2 * frames * kernel * width * width / groups
     # Four projections of attention, two layers of the feed-forward network, and the products of attention.
     per_layer = 2 * frames * (4 * width * width + 2 * width * feed_forward) + 4 * frames * frames * width
     return total + layers * per_layer

@@ -17,26 +17,23 @@ def open_registry(kind: str, name: str) -> Registry:
         ConfigurationError: the kind is `none`, the registry's package is not installed, or no address is set.
         ClusterError: the registry does not answer, or refuses access.
     """
-    # Each module is imported here, because it needs a package that is installed only where models are
-    # published.
-    if kind == "kubeflow":
-        _require_package("model_registry", "slam-asr[registry]")
-        from slam_asr.publishing.kubeflow_registry import KubeflowRegistry
-
-        return KubeflowRegistry(name)
-    if kind == "mlflow":
-        _require_package("mlflow", "mlflow-skinny")
-        from slam_asr.publishing.mlflow_registry import MlflowRegistry
-
-        return MlflowRegistry(name)
-    raise ConfigurationError(
-        "publish.registry is none, so there is no registry to publish to: set it to kubeflow or mlflow."
-    )
-
-
-def _require_package(module: str, requirement: str) -> None:
+    packages = {"kubeflow": ("model_registry", "slam-asr[registry]"), "mlflow": ("mlflow", "mlflow-skinny")}
+    if kind not in packages:
+        raise ConfigurationError(
+            "publish.registry is none, so there is no registry to publish to: set it to kubeflow or mlflow."
+        )
+    module, requirement = packages[kind]
     if importlib.util.find_spec(module) is None:
         raise ConfigurationError(
             f"publish.registry needs the package {module}, which is not installed here: run "
             f"`pip install '{requirement}'` (for an image, add it to the build)."
         )
+    # Each module is imported here, because it needs a package that is installed only where models are
+    # published.
+    if kind == "kubeflow":
+        from slam_asr.publishing.kubeflow_registry import KubeflowRegistry
+
+        return KubeflowRegistry(name)
+    from slam_asr.publishing.mlflow_registry import MlflowRegistry
+
+    return MlflowRegistry(name)

@@ -28,7 +28,8 @@ from slam_asr.publishing.registry import SCORES, Properties, Version
 ADDRESS, TOKEN = "MODEL_REGISTRY_URL", "MODEL_REGISTRY_TOKEN"
 """Environment variables with the server's address and with a token for it. If no token is set, the client
 reads one from the file that KF_PIPELINES_SA_TOKEN_PATH names, or uses the pod's own token."""
-_AUTHOR, _FORMAT, _FORMAT_VERSION = "slam-asr", "slam-asr", "2"
+_AUTHOR = "slam-asr"
+_FORMAT = {"model_format_name": "slam-asr", "model_format_version": "2"}
 _PATIENCE = 60.0
 """Maximum time of a request in seconds. The client itself would wait for five minutes."""
 
@@ -85,24 +86,16 @@ class KubeflowRegistry:
 
     def register(self, fingerprint: str, uri: str, description: str, properties: Properties) -> Version:
         """Register a model, unless it is registered already, and return its version."""
-        model_format = {"model_format_name": _FORMAT, "model_format_version": _FORMAT_VERSION}
         with self._explained():
             known = self._find(fingerprint)
             if known is None:
-                self.client.register_model(
-                    self.name,
-                    uri,
-                    version=fingerprint,
-                    version_description=description,
-                    metadata=properties,
-                    **model_format,
-                )
+                facts = {"version_description": description, "metadata": properties}
+                self.client.register_model(self.name, uri, version=fingerprint, **facts, **_FORMAT)
             elif self.client.get_model_artifact(self.name, fingerprint) is None:
                 # An earlier attempt ended after the request for the version and before the one for its
                 # artifact. No public method of the client adds an artifact to an existing version.
-                self.client.async_runner(
-                    self.client._register_model_artifact(known, self.name, uri, **model_format)
-                )
+                request = self.client._register_model_artifact(known, self.name, uri, **_FORMAT)
+                self.client.async_runner(request)
         return _version(known) if known else Version(fingerprint, str(properties[SCORES]))
 
     def _find(self, fingerprint: str) -> ModelVersion | None:
@@ -113,35 +106,30 @@ class KubeflowRegistry:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn the client's exceptions into `ClusterError`s of one sentence each."""
-        server = f"The Model Registry at {self.address}"
         try:
             yield
-        except (api.UnauthorizedException, api.ForbiddenException, StoreError) as error:
-            why = f"{error.status} {error.reason}" if isinstance(error, api.ApiException) else error
-            raise ClusterError(
-                f"{server} refuses access ({why}): put a valid token into {TOKEN} (a cluster profile names "
-                "its secret in registry.secret)."
-            ) from None
-        except (aiohttp.ClientConnectionError, TimeoutError) as error:
-            why = str(error) or "no answer in time"
-            raise ClusterError(f"{server} does not answer ({why}): start it, or check {ADDRESS}.") from None
-        except api.ServiceException as error:
-            raise ClusterError(
-                f"{server} reports an error of its own ({error.status} {error.reason}): see its log, then "
-                "run the same command again."
-            ) from None
-        except api.NotFoundException:
+        except (api.OpenApiException, aiohttp.ClientError, StoreError, TimeoutError, ValueError) as error:
+            raise ClusterError(f"The Model Registry at {self.address} {_explain(error)}.") from None
+
+
+def _explain(error: Exception) -> str:
+    """Return what the server does wrong, and what to do."""
+    why = f"{error.status} {error.reason}" if isinstance(error, api.ApiException) else str(error)
+    match error:
+        case api.UnauthorizedException() | api.ForbiddenException() | StoreError():
+            remedy = f"put a valid token into {TOKEN} (a cluster profile names its secret in registry.secret)"
+            return f"refuses access ({why}): {remedy}"
+        case aiohttp.ClientConnectionError() | TimeoutError():
+            return f"does not answer ({why or 'no answer in time'}): start it, or check {ADDRESS}"
+        case api.ServiceException():
+            return f"reports an error of its own ({why}): see its log, then run the same command again"
+        case api.NotFoundException():
             client = importlib.metadata.version("model-registry")
-            raise ClusterError(
-                f"{server} does not know the requests of the client model-registry {client} (404): check "
-                f"{ADDRESS}; versions up to 0.3.14 use the API v1alpha3, and newer ones the API v1."
-            ) from None
-        except (api.OpenApiException, aiohttp.ClientError, ValueError) as error:
-            why = f"{error.status} {error.reason}" if isinstance(error, api.ApiException) else error
-            raise ClusterError(
-                f"{server} does not answer like a Model Registry ({' '.join(str(why).split())[:200]}): "
-                f"check {ADDRESS}."
-            ) from None
+            return (
+                f"does not know the requests of the client model-registry {client} (404): check {ADDRESS}; "
+                "versions up to 0.3.14 use the API v1alpha3, and newer ones the API v1"
+            )
+    return f"does not answer like a Model Registry ({' '.join(why.split())[:200]}): check {ADDRESS}"
 
 
 def _version(found: ModelVersion) -> Version:

@@ -74,11 +74,8 @@ class MlflowRegistry:
                     raise
                 self.client.create_registered_model(self.name)
             tags = {key: str(value) for key, value in properties.items()}
-            return _version(
-                self.client.create_model_version(
-                    self.name, uri, tags=tags, description=description, await_creation_for=0
-                )
-            )
+            facts = {"tags": tags, "description": description}
+            return _version(self.client.create_model_version(self.name, uri, **facts, await_creation_for=0))
 
     def _versions(self) -> list[Any]:
         with self._explained():
@@ -102,9 +99,7 @@ class MlflowRegistry:
                 remedy = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 raise ClusterError(f"{server} refuses access ({why}): {remedy}.") from None
             fault = "does not answer" if "failed with exception" in why else "refuses"
-            raise ClusterError(
-                f"{server} {fault} ({why}): check {_ADDRESSES[0]} or {_ADDRESSES[1]}."
-            ) from None
+            raise ClusterError(f"{server} {fault} ({why}): check {' or '.join(_ADDRESSES)}.") from None
 
 
 def _without_password(text: str) -> str:

@@ -91,14 +91,14 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
         duration: length of the recording in seconds.
         answers: the decoded pieces in chronological order.
     """
-    text, number = "", 0
+    transcript = Transcript("", duration)
     async for part in answers:
         segment = part.segment
         if format == "verbose_json":
             yield as_event(
                 {
                     "type": "transcript.text.segment",
-                    "id": str(number),
+                    "id": str(len(transcript.segments)),
                     "start": round(segment.start, 3),
                     "end": round(segment.end, 3),
                     "text": segment.text,
@@ -108,14 +108,11 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
                 }
             )
         elif segment.text:
-            yield as_event(
-                {"type": "transcript.text.delta", "delta": f" {segment.text}" if text else segment.text}
-            )
-        if segment.text:
-            text = f"{text} {segment.text}" if text else segment.text
-        number += 1
+            delta = f" {segment.text}" if transcript.text else segment.text
+            yield as_event({"type": "transcript.text.delta", "delta": delta})
+        transcript.segments.append(segment)
     usage = {"type": "duration", "seconds": round(duration, 3)}
-    yield as_event({"type": "transcript.text.done", "text": text, "usage": usage})
+    yield as_event({"type": "transcript.text.done", "text": transcript.text, "usage": usage})
 
 
 def as_event(values: Mapping[str, Any]) -> str:

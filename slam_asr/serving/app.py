@@ -17,28 +17,17 @@ from slam_asr.serving.upload import FORMATS, Body, require_same_origin
 
 _FAILED = "failed"
 """State of a server whose decoding thread has ended: it does not recover by itself."""
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "model": {"type": "string"},
-                        "response_format": {"type": "string", "enum": list(FORMATS), "default": "json"},
-                        "stream": {"type": "boolean", "default": False},
-                        "language": {"type": "string"},
-                        "temperature": {"type": "number", "enum": [0]},
-                        "prompt": {"type": "string"},
-                    },
-                }
-            }
-        },
-    }
+_FIELDS = {
+    "file": {"type": "string", "format": "binary"},
+    "model": {"type": "string"},
+    "response_format": {"type": "string", "enum": list(FORMATS), "default": "json"},
+    "stream": {"type": "boolean", "default": False},
+    "language": {"type": "string"},
+    "temperature": {"type": "number", "enum": [0]},
+    "prompt": {"type": "string"},
 }
+_SCHEMA = {"type": "object", "required": ["file"], "properties": _FIELDS}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 """Schema of the transcription form, for /openapi.json. FastAPI does not know the form, which `Body` reads."""
 
 
@@ -46,9 +35,8 @@ def build_app(service: Service) -> FastAPI:
     """Return the ASGI application of a server."""
     # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="slam-asr", version=__version__, docs_url=None, redoc_url=None)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(Exception, _failed)
+    for kind in (Refusal, HTTPException, Exception):
+        app.add_exception_handler(kind, _refused)
     _add_transcriptions(app, service)
     _add_models(app, service)
     _add_probes(app, service)
@@ -127,12 +115,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def page() -> Response:
         # A new nonce for each answer: the browser runs only the script and the style that carry it.
         nonce = secrets.token_urlsafe(16)
+        model, needs_key = service.served.names[0], service.served.keys is not None
         text = render(
-            "serve.html",
-            nonce=nonce,
-            model=service.served.names[0],
-            seconds=service.limits.seconds,
-            needs_key=service.served.keys is not None,
+            "serve.html", nonce=nonce, model=model, seconds=service.limits.seconds, needs_key=needs_key
         )
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
@@ -140,15 +125,13 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         )
         # Users type an API key into the page, so no other page may frame it, and no script of another origin
         # may run in it.
-        return HTMLResponse(
-            text,
-            headers={
-                "Content-Security-Policy": policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-store",
-            },
-        )
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        return HTMLResponse(text, headers=headers)
 
 
 def _authorise(service: Service, request: Request) -> None:
@@ -160,10 +143,6 @@ def _authorise(service: Service, request: Request) -> None:
 async def _refused(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = Refusal(error.status_code, f"{error.detail}.", headers=dict(error.headers or {}))
-    assert isinstance(error, Refusal), "this handler is registered for these two exceptions"
+    elif not isinstance(error, Refusal):
+        error = Refusal(500, "The server failed on this request: see its log.")
     return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _failed(_: Request, __: Exception) -> Response:
-    refusal = Refusal(500, "The server failed on this request: see its log.")
-    return JSONResponse(refusal.body, refusal.status)

@@ -38,6 +38,10 @@ class Recognizer(Protocol):
         """Decode a batch; return an answer for each piece, in the same order."""
 
 
+OnLoaded = Callable[[BaseException | None], None]
+"""A function that is called when a model is loaded, or with the exception that prevented it."""
+
+
 class DecodingError(Exception):
     """The model failed on a piece; `__cause__` is the exception that it raised."""
 
@@ -88,11 +92,7 @@ class Batcher:
     """
 
     def __init__(
-        self,
-        load: Callable[[], Recognizer],
-        wait: float,
-        metrics: Metrics,
-        on_loaded: Callable[[BaseException | None], None],
+        self, load: Callable[[], Recognizer], wait: float, metrics: Metrics, on_loaded: OnLoaded
     ) -> None:
         self.wait, self.metrics = wait, metrics
         self.recognizer: Recognizer | None = None
@@ -169,17 +169,17 @@ class Batcher:
     def _is_full(self) -> bool:
         # This sum does not count padding, so `_take` may leave some of these pieces for the next batch.
         waiting = sum(sum(job.costs[job.taken :]) for job in self._jobs)
-        return waiting * self._beams >= self._budget
+        return waiting * self._options.beams >= self._options.positions_per_batch
 
     def _take(self) -> list[tuple[Job, int]]:
         """Take a piece of each request in turn, up to the budget; return each with its index."""
         batch: list[tuple[Job, int]] = []
-        longest = 0
+        longest, options = 0, self._options
         while self._jobs:
             job = self._jobs[0]
             longest = max(longest, job.costs[job.taken])
             # Shorter pieces are padded to the longest one.
-            if batch and longest * self._beams * (len(batch) + 1) > self._budget:
+            if batch and longest * options.beams * (len(batch) + 1) > options.positions_per_batch:
                 break
             self._jobs.popleft()
             batch.append((job, job.taken))
@@ -214,14 +214,9 @@ class Batcher:
             job.deliver(outcome)
 
     @property
-    def _beams(self) -> int:
-        assert self.recognizer is not None
-        return self.recognizer.options.beams
-
-    @property
-    def _budget(self) -> int:
-        assert self.recognizer is not None
-        return self.recognizer.options.positions_per_batch
+    def _options(self) -> Decoding:
+        assert self.recognizer is not None, "requests are refused until the model is loaded"
+        return self.recognizer.options
 
     def _count_waiting(self) -> None:
         self.metrics.waiting.set(sum(len(job.pieces) - job.taken for job in self._jobs))

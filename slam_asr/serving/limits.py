@@ -3,7 +3,7 @@
 The errors have the form of OpenAI's, so that OpenAI's clients raise the exceptions that their users know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slam_asr.config.schema import bounded
 
@@ -34,28 +34,20 @@ class Limits:
         return round(self.megabytes * 1_000_000)
 
 
+@dataclass(eq=False)
 class Refusal(Exception):
-    """The refusal of a request.
+    """The refusal of a request."""
 
-    Args:
-        status: the HTTP status.
-        message: one sentence for the user.
-        code: name of the error for programs, such as `invalid_api_key`.
-        param: name of the parameter at fault.
-        headers: additional headers of the response.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = headers or {}
+    status: int
+    """The HTTP status."""
+    message: str
+    """One sentence for the user."""
+    code: str | None = None
+    """Name of the error for programs, such as `invalid_api_key`."""
+    param: str | None = None
+    """Name of the parameter at fault."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Additional headers of the response."""
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -69,15 +61,3 @@ class Refusal(Exception):
 def unavailable(why: str) -> Refusal:
     """Return the refusal of a request that may succeed on another server, or on this one a little later."""
     return Refusal(503, why, "unavailable", headers={"Retry-After": "2"})
-
-
-def too_late(deadline: float) -> Refusal:
-    """Return the refusal of a request that was not finished within `deadline` seconds."""
-    return Refusal(
-        504,
-        f"The transcript was not finished within {deadline:g} s: send a shorter recording, or try again "
-        "when the server is less busy.",
-        "deadline_exceeded",
-        # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
-        headers={"x-should-retry": "false"},
-    )

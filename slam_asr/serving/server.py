@@ -62,12 +62,10 @@ def run(served: Served, listener: socket.socket) -> None:
     Raises:
         UserError: the model cannot be loaded.
     """
-    failure = asyncio.run(_serve(served, listener))
-    if failure is not None:
-        raise failure
+    asyncio.run(_serve(served, listener))
 
 
-async def _serve(served: Served, listener: socket.socket) -> BaseException | None:
+async def _serve(served: Served, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     failures: list[BaseException] = []
 
@@ -103,4 +101,5 @@ async def _serve(served: Served, listener: socket.socket) -> BaseException | Non
     service.batcher.start()
     await server.serve([listener])
     await asyncio.to_thread(service.close)
-    return failures[0] if failures else None
+    if failures:
+        raise failures[0]

@@ -23,12 +23,14 @@ from slam_asr.artifacts.transcript import Piece
 from slam_asr.cores import usable_cores
 from slam_asr.progress import log_line
 from slam_asr.serving.answers import MEDIA_TYPES, Decoded, as_event, body_of, events_of
-from slam_asr.serving.batcher import Batcher, DecodingError, Recognizer
-from slam_asr.serving.limits import Limits, Refusal, too_late, unavailable
+from slam_asr.serving.batcher import Batcher, DecodingError, OnLoaded, Recognizer
+from slam_asr.serving.limits import Limits, Refusal, unavailable
 from slam_asr.serving.metrics import Metrics
 from slam_asr.serving.upload import Body, Keys, Order, decode_audio, read_order
 
 T = TypeVar("T")
+Events = AsyncGenerator[str, None]
+"""Formatted server-sent events."""
 
 CLIENT_GONE = 499
 """The status, in logs and metrics, of a request whose client disconnected before the end of the answer."""
@@ -63,7 +65,7 @@ class Service:
         on_loaded: called in the batcher's thread when the model is loaded, or failed to load.
     """
 
-    def __init__(self, served: Served, on_loaded: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, served: Served, on_loaded: OnLoaded) -> None:
         self.served, self.limits = served, served.limits
         self.metrics = Metrics()
         self.batcher = Batcher(served.load, self.limits.wait, self.metrics, on_loaded)
@@ -101,12 +103,8 @@ class Service:
         if not self.ready:
             raise unavailable("The model is being loaded: try again in a few seconds.")
         if self.in_progress >= self.limits.requests:
-            raise Refusal(
-                429,
-                f"{self.in_progress} requests are in progress, as many as this server accepts: try again.",
-                "rate_limit_exceeded",
-                headers={"Retry-After": "1"},
-            )
+            why = f"{self.in_progress} requests are in progress, as many as this server accepts: try again."
+            raise Refusal(429, why, "rate_limit_exceeded", headers={"Retry-After": "1"})
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -157,11 +155,10 @@ class Service:
         Raises:
             Refusal: the model failed.
         """
-        job, index = self.batcher.submit(pieces), 0
+        job, remaining = self.batcher.submit(pieces), iter(pieces)
         try:
             async for answer in job.answers():
-                yield Decoded.of(pieces[index], answer, self.served.stops)
-                index += 1
+                yield Decoded.of(next(remaining), answer, self.served.stops)
         except DecodingError as error:
             traceback.print_exception(error.__cause__)
             raise Refusal(500, "The model failed on this recording: see the server's log.") from error
@@ -195,9 +192,8 @@ class Exchange:
         served = self.service.served
         async with contextlib.AsyncExitStack() as owned:
             owned.enter_context(self.service.counted())
-            with self._in_time():
-                async with asyncio.timeout_at(self._deadline):
-                    form = await self.body.form()
+            async with self._in_time():
+                form = await self.body.form()
             owned.push_async_callback(form.close)
             order = read_order(form, served.names, served.language)
             headers = {"x-ignored-parameters": ", ".join(order.ignored)} if order.ignored else {}
@@ -210,38 +206,38 @@ class Exchange:
             return Response(text, media_type=MEDIA_TYPES[order.format], headers=headers)
 
     async def _complete(self, form: FormData, order: Order) -> str:
-        with self._in_time():
-            async with (
-                asyncio.timeout_at(self._deadline),
-                self.service.pieces_of(form, order.name) as (self._duration, pieces),
-            ):
-                self._segments = len(pieces)
-                decoded = [part async for part in self.service.decoded(pieces)]
+        async with self._in_time(), self.service.pieces_of(form, order.name) as (self._duration, pieces):
+            self._segments = len(pieces)
+            decoded = [part async for part in self.service.decoded(pieces)]
         return body_of(order.format, self._duration, order.language, decoded)
 
-    async def _events(self, form: FormData, order: Order) -> AsyncGenerator[str, None]:
+    async def _events(self, form: FormData, order: Order) -> Events:
         # The HTTP status has already been sent, so a refusal becomes an event.
         try:
-            with self._in_time():
-                async with (
-                    asyncio.timeout_at(self._deadline),
-                    self.service.pieces_of(form, order.name) as (self._duration, pieces),
-                    contextlib.aclosing(self.service.decoded(pieces)) as decoded,
-                ):
-                    self._segments = len(pieces)
-                    async for event in events_of(order.format, self._duration, decoded):
-                        yield event
+            async with (
+                self._in_time(),
+                self.service.pieces_of(form, order.name) as (self._duration, pieces),
+                contextlib.aclosing(self.service.decoded(pieces)) as decoded,
+            ):
+                self._segments = len(pieces)
+                async for event in events_of(order.format, self._duration, decoded):
+                    yield event
             self.finish(200)
         except Refusal as refusal:
             self.finish(refusal.status)
             yield as_event(refusal.body)
 
-    @contextlib.contextmanager
-    def _in_time(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Refuse the request if its deadline passes within the context."""
         try:
-            yield
+            async with asyncio.timeout_at(self._deadline):
+                yield
         except TimeoutError:
-            raise too_late(self.service.limits.deadline) from None
+            late = f"The transcript was not finished within {self.service.limits.deadline:g} s"
+            why = f"{late}: send a shorter recording, or try again when the server is less busy."
+            # OpenAI's clients repeat a request at once after a 5xx, which would only add to the load.
+            raise Refusal(504, why, "deadline_exceeded", headers={"x-should-retry": "false"}) from None
 
     def finish(self, status: int) -> None:
         """Count and log the end of the request. The log line contains nothing of the transcript."""
@@ -267,11 +263,7 @@ class _EventStream(StreamingResponse):
     """
 
     def __init__(
-        self,
-        exchange: Exchange,
-        events: AsyncGenerator[str, None],
-        owned: contextlib.AsyncExitStack,
-        headers: dict[str, str],
+        self, exchange: Exchange, events: Events, owned: contextlib.AsyncExitStack, headers: dict[str, str]
     ) -> None:
         # Without these headers, proxies could hold back the events.
         headers = headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -34,10 +34,11 @@ _UNSUPPORTED = {
     "known_speaker_references": "speakers are not distinguished",
 }
 """Parameters that request something that this server cannot give, and the reason."""
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _OVERHEAD = 1_000_000
 """Bytes that a body may have in addition to the file, for boundaries and other fields."""
-_MAX_FIELDS, _MAX_FIELD_BYTES = 64, 65_536
-"""Maximum number of a form's fields besides the file, and maximum size of each in bytes."""
+_FORM_LIMITS = {"max_files": 1, "max_fields": 64, "max_part_size": 65_536}
+"""Maximum numbers of a form's files and of its fields besides them, and maximum size of a field in bytes."""
 _PATIENCE = 30.0
 """Seconds without a new byte after which an upload is refused."""
 
@@ -76,12 +77,8 @@ class Keys:
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
         # All keys are compared, as digests of equal length, so the time reveals nothing about a key.
         if sum(hmac.compare_digest(given, known) for known in self._digests) == 0:
-            raise Refusal(
-                401,
-                "The API key is missing or wrong: send the header `Authorization: Bearer KEY`.",
-                "invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            why = "The API key is missing or wrong: send the header `Authorization: Bearer KEY`."
+            raise Refusal(401, why, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:
@@ -129,33 +126,25 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value != ""}
     file = form.get("file")
     if not isinstance(file, UploadFile):
-        raise Refusal(400, "There is no file: send it as the form's field `file`.", param="file")
+        raise _wrong("file", "There is no file: send it as the form's field `file`.")
     if fields.get("model", names[0]) not in names:
-        raise Refusal(
-            404,
-            f"There is no model {fields['model'][:100]} here: use {names[0]}, or leave the model out.",
-            "model_not_found",
-            "model",
-        )
+        why = f"There is no model {fields['model'][:100]} here: use {names[0]}, or leave the model out."
+        raise Refusal(404, why, "model_not_found", "model")
     form_format = fields.get("response_format", "json")
     if form_format not in FORMATS:
-        raise Refusal(
-            400,
-            f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}.",
-            param="response_format",
-        )
-    stream = _boolean(fields, "stream")
+        why = f"response_format is {form_format[:50]}: use one of {', '.join(FORMATS)}."
+        raise _wrong("response_format", why)
+    stream = _BOOLEANS.get(fields.get("stream", "false").lower())
+    if stream is None:
+        raise _wrong("stream", "stream must be true or false.")
     if stream and form_format in ("srt", "vtt"):
-        raise Refusal(400, f"{form_format} cannot be streamed: use json or verbose_json.", param="stream")
+        raise _wrong("stream", f"{form_format} cannot be streamed: use json or verbose_json.")
     for name, reason in _UNSUPPORTED.items():
         if fields.keys() & {name, f"{name}[]"}:
-            raise Refusal(400, f"{name} cannot be used, because {reason}: leave it out.", param=name)
+            raise _wrong(name, f"{name} cannot be used, because {reason}: leave it out.")
     if "word" in form.getlist("timestamp_granularities[]") + form.getlist("timestamp_granularities"):
-        raise Refusal(
-            400,
-            "This server gives no times of words, only of segments: leave timestamp_granularities out.",
-            param="timestamp_granularities",
-        )
+        why = "This server gives no times of words, only of segments: leave timestamp_granularities out."
+        raise _wrong("timestamp_granularities", why)
     _require_greedy(fields)
     given = _language(fields, language)
     ignored = {name.removesuffix("[]") for name in _IGNORED if name in fields}
@@ -164,38 +153,26 @@ def read_order(form: FormData, names: list[str], language: str) -> Order:
     return Order(_safe_name(file.filename), form_format, stream, given or language, sorted(ignored))
 
 
+def _wrong(field: str, why: str) -> Refusal:
+    """Return the refusal of a form because of one of its fields."""
+    return Refusal(400, why, param=field)
+
+
 def _require_greedy(fields: Mapping[str, str]) -> None:
-    try:
-        temperature = float(fields.get("temperature", "0"))
-    except ValueError:
-        temperature = -1
-    if temperature != 0:
-        raise Refusal(
-            400,
-            "temperature can only be 0, because the search is not random: leave it out.",
-            param="temperature",
-        )
+    with contextlib.suppress(ValueError):
+        if float(fields.get("temperature", "0")) == 0:
+            return
+    raise _wrong("temperature", "temperature can only be 0, because the search is not random: leave it out.")
 
 
 def _language(fields: Mapping[str, str], language: str) -> str:
     given = fields.get("language", "").lower()
     if not re.fullmatch(r"([a-z]{2,3}(-[a-z0-9]+)?)?", given):
-        raise Refusal(400, f"language is {given[:50]}: write it as ISO 639-1, such as en.", param="language")
+        raise _wrong("language", f"language is {given[:50]}: write it as ISO 639-1, such as en.")
     if given and language and given.partition("-")[0] != language:
-        raise Refusal(
-            400,
-            f"The model transcribes only {language}, not {given}: leave language out, or use another model.",
-            param="language",
-        )
+        why = f"The model transcribes only {language}, not {given}: leave language out, or use another model."
+        raise _wrong("language", why)
     return given
-
-
-def _boolean(fields: Mapping[str, str], name: str) -> bool:
-    values = {"true": True, "1": True, "false": False, "0": False}
-    value = values.get(fields.get(name, "false").lower())
-    if value is None:
-        raise Refusal(400, f"{name} must be true or false.", param=name)
-    return value
 
 
 def _safe_name(name: str | None) -> str:
@@ -214,7 +191,8 @@ class Body:
     """
 
     def __init__(self, request: Request, limits: Limits) -> None:
-        self._receive, self._max_bytes, self._count = request.receive, limits.bytes + _OVERHEAD, 0
+        self._receive, self._limits, self._count = request.receive, limits, 0
+        self._max_bytes = limits.bytes + _OVERHEAD
         announced = request.headers.get("content-length", "0")
         # A client may announce any length, so the bytes that arrive are counted as well.
         self._announced = int(announced) if announced.isdecimal() else 0
@@ -233,11 +211,9 @@ class Body:
         """
         # Refused before the first byte is read. If the length is missing or wrong, `receive` finds out.
         if self._announced > self._max_bytes:
-            raise _too_large(self._max_bytes)
+            raise _too_large(self._limits)
         try:
-            return await self.request.form(
-                max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-            )
+            return await self.request.form(**_FORM_LIMITS)
         except (HTTPException, KeyError, ValueError) as error:
             why = error.detail if isinstance(error, HTTPException) else "it is damaged"
             raise Refusal(400, f"The form cannot be read ({why.rstrip('.')}).", "invalid_form") from error
@@ -265,25 +241,19 @@ class Body:
         try:
             message = await asyncio.wait_for(self._receive(), _PATIENCE)
         except TimeoutError:
-            raise Refusal(
-                408, f"No byte of the upload arrived for {_PATIENCE:g} s: send it again.", "upload_stopped"
-            ) from None
+            why = f"No byte of the upload arrived for {_PATIENCE:g} s: send it again."
+            raise Refusal(408, why, "upload_stopped") from None
         self.ended = not message.get("more_body", False)
         self._count += len(message.get("body", b""))
         # If this was the last part, `decode_audio` compares the file alone with its own limit.
         if self._count > self._max_bytes and not self.ended:
-            raise _too_large(self._max_bytes)
+            raise _too_large(self._limits)
         return message
 
 
-def _too_large(max_bytes: int) -> Refusal:
-    return Refusal(
-        413,
-        f"The upload is larger than {(max_bytes - _OVERHEAD) / 1e6:g} MB: send a shorter recording or a "
-        "compressed one.",
-        "file_too_large",
-        "file",
-    )
+def _too_large(limits: Limits) -> Refusal:
+    why = f"The upload is larger than {limits.megabytes:g} MB: send a shorter recording or a compressed one."
+    return Refusal(413, why, "file_too_large", "file")
 
 
 def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
@@ -295,7 +265,7 @@ def decode_audio(file: UploadFile, name: str, limits: Limits) -> Clip:
     """
     content = file.file.read()
     if len(content) > limits.bytes:
-        raise _too_large(limits.bytes + _OVERHEAD)
+        raise _too_large(limits)
     try:
         return read_clip(name, limits.seconds, content=content)
     except AudioError as error:

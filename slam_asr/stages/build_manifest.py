@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.artifacts.stage_record import FINGERPRINT, Record, run_stage
 from slam_asr.config.recipe import Recipe
 from slam_asr.corpora import CorpusReader
 from slam_asr.corpora.detection import open_corpus
@@ -50,11 +50,9 @@ def build_manifest(recipe: Recipe, corpus: str, output: str, overwrite: bool = F
         )
     subsets = choose_subsets(reader, recipe.data)
     inputs = {"corpus": reader.root, "listing": _listing(reader, subsets), "data": asdict(recipe.data)}
-
-    def work(folder: Path) -> Outcome:
-        return write_manifests(folder, reader, subsets, recipe)
-
-    return run_stage(STAGE, output, inputs, work, overwrite)
+    return run_stage(
+        STAGE, output, inputs, lambda folder: write_manifests(folder, reader, subsets, recipe), overwrite
+    )
 
 
 def _is_corpus_folder(output: str, root: str) -> bool:

@@ -129,15 +129,13 @@ def _check_store(check: PodCheck) -> Iterator[Finding]:
         # If the host name has no address, every request would fail as well, after all of its retries.
         if name.sign == BAD:
             return
-    create = (
-        f"kubectl -n {check.namespace} create secret generic {check.secret} --from-literal=accesskey=… "
-        "--from-literal=secretkey=… --dry-run=client -o yaml | kubectl apply -f -"
-    )
-    remedy = (
-        f"this pod uses the keys in the secret {check.secret}, which `{create}` replaces"
-        if check.secret
-        else "the profile has no storage.secret, so the pod's account needs a role that may use the bucket"
-    )
+    remedy = "the profile has no storage.secret, so the pod's account needs a role that may use the bucket"
+    if check.secret:
+        create = (
+            f"kubectl -n {check.namespace} create secret generic {check.secret} --from-literal=accesskey=… "
+            "--from-literal=secretkey=… --dry-run=client -o yaml | kubectl apply -f -"
+        )
+        remedy = f"this pod uses the keys in the secret {check.secret}, which `{create}` replaces"
     yield check_store(check.store, remedy)
 
 
@@ -198,8 +196,7 @@ def main(arguments: list[str]) -> None:
     with exit_on_user_error():
         if len(arguments) != 1:
             raise ConfigurationError("One argument is needed: the JSON of a PodCheck.")
-        problems = [finding for finding in check_pod(arguments[0]) if finding.sign == BAD]
-        if problems:
+        if problems := [finding for finding in check_pod(arguments[0]) if finding.sign == BAD]:
             raise ClusterError("; ".join(f"{p.subject}: {p.detail.rstrip('.')}" for p in problems) + ".")
 
 

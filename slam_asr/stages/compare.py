@@ -6,7 +6,6 @@ It also tests whether the difference is significant, so that chance is not taken
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from slam_asr.progress import log_line
 from slam_asr.scoring.comparison import Compared, compare_pairs, pair, probability_text
@@ -63,26 +62,13 @@ def _print(rows: Sequence[Compared], first: str, second: str, left_out: dict[str
     for path, count in left_out.items():
         if count:
             log_line(f"left out: {count} utterances that only {path} has")
-    head: tuple[Any, ...] = ("subset", "utterances", "first", "second", "difference", "95 % interval", "p")
-    table = [
-        head,
-        *(
-            (
-                r.subset,
-                r.utterances,
-                f"{r.first:.2f} %",
-                f"{r.second:.2f} %",
-                f"{r.difference:+.2f}",
-                "–" if r.low is None else f"{r.low:+.2f} to {r.high:+.2f}",
-                probability_text(r.p),
-            )
-            for r in rows
-        ),
-    ]
-    widths = [max(len(str(row[i])) for row in table) for i in range(len(head))]
-    for cells, verdict in zip(table, ["", *(row.verdict for row in rows)], strict=True):
-        log_line(
-            "  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True))
-            + "  "
-            + verdict
-        )
+    table = [("subset", "utterances", "first", "second", "difference", "95 % interval", "p", "")]
+    for r in rows:
+        rates = (f"{r.first:.2f} %", f"{r.second:.2f} %", f"{r.difference:+.2f}")
+        interval = "–" if r.low is None else f"{r.low:+.2f} to {r.high:+.2f}"
+        table.append((r.subset, str(r.utterances), *rates, interval, probability_text(r.p), r.verdict))
+    # The verdict, which ends each line, is not padded.
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
+    for *cells, verdict in table:
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        log_line("  ".join([*padded, verdict]))

@@ -53,13 +53,11 @@ def compare_runs(
         write_comparison(folder, title or ranked[0].numbers["title"], ranked)
         best, worst = ranked[0], ranked[-1]
         short = short_name(best.numbers)
-        metrics = {f"best {short.lower()}": best.rate} | {
-            f"{short.lower()} {run.name}": run.rate for run in ranked
-        }
+        rates = {f"{short.lower()} {run.name}": run.rate for run in ranked}
         return Outcome(
             f"{len(ranked)} runs: best {best.name}, {short} {best.rate:.2f} %; "
             f"worst {worst.name}, {worst.rate:.2f} %",
-            metrics,
+            {f"best {short.lower()}": best.rate, **rates},
             {"order": [run.name for run in ranked]},
         )
 
@@ -73,8 +71,7 @@ def _check(runs: list[str]) -> None:
             f"There is nothing to compare: --runs names {len(runs)} folder{'s' * (len(runs) != 1)} "
             "that score wrote; give two or more."
         )
-    repeated = sorted({folder for folder in runs if runs.count(folder) > 1})
-    if repeated:
+    if repeated := sorted({folder for folder in runs if runs.count(folder) > 1}):
         raise InputError(f"--runs names {repeated[0]} twice: give each run once.")
     for folder in runs:
         if not exists(join(folder, NUMBERS_FILE)):

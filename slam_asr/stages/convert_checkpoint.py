@@ -109,7 +109,5 @@ def _convert_encoder(file: Path, output: str, options: dict[str, object], overwr
                 f"--{name} {str(options[name]).lower()}: leave out --{name}."
             )
 
-    def work(folder: Path) -> Outcome:
-        return Outcome(convert_original(file, folder))
-
-    return run_stage(STAGE, output, {"file": sha256_of_file(file), **options}, work, overwrite)
+    inputs = {"file": sha256_of_file(file), **options}
+    return run_stage(STAGE, output, inputs, lambda folder: Outcome(convert_original(file, folder)), overwrite)

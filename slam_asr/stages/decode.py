@@ -11,7 +11,7 @@ from slam_asr.artifacts.hypotheses import HYPOTHESES, NBEST, Hypothesis, write_h
 from slam_asr.artifacts.json_lines import write_json_lines
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.model_folder import model_digests, read_config
-from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.artifacts.stage_record import Outcome, Record, result_folder, run_stage
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
 from slam_asr.artifacts.word_errors import measure
 from slam_asr.config.recipe import Decoding, Encoder, Llm, Recipe
@@ -21,7 +21,7 @@ from slam_asr.progress import Meter, log_line
 from slam_asr.runtime.work_split import WorkShard, parse_work_shard
 from slam_asr.scoring.report import MAX_UTTERANCES
 from slam_asr.scoring.report_audio import encode_audio, worst_first, write_audio
-from slam_asr.storage import digest, fetch, is_s3, sha256_of_file
+from slam_asr.storage import digest, fetch, is_s3, name_of, sha256_of_file
 
 if TYPE_CHECKING:
     from slam_asr.decoding.journal import DecodeJournal
@@ -79,28 +79,22 @@ def decode(
     decoding_digest = digest({"version": __version__} | inputs)
     if recipe.decoding.report_audio:
         inputs["audio of the worst"] = recipe.decoding.report_audio
-    folder_or_prefix = output.replace(FINGERPRINT, digest(inputs)[:16])
+    published = result_folder(output, inputs)
 
     def work(folder: Path) -> Outcome:
-        remote = folder_or_prefix if is_s3(folder_or_prefix) else None
-        journal = DecodeJournal(folder, decoding_digest, remote)
+        journal = DecodeJournal(folder, decoding_digest, published if is_s3(published) else None)
         decoded, facts = _decode(decoder, shard, journal, processes)
         _write(folder, recipe.decoding, decoded, decoder.utterances)
         journal.discard()
         if not any(row.reference.strip() for row, _ in decoded):
             log_line("the manifests have no transcripts: there is nothing to score the hypotheses against")
-        summary = _summary(len(decoded), len(decoder.utterances), shard)
+        summary = f"{len(decoded)} utterances"
+        if shard.total > 1:
+            total = len(decoder.utterances)
+            summary = f"{len(decoded)} of {total} utterances, work shard {shard.number}/{shard.total}"
         return Outcome(summary, _rates(facts), facts, processes if pick_device().type == "cuda" else 0)
 
     return run_stage("decode", output, inputs, work, overwrite)
-
-
-def _summary(decoded: int, utterances: int, shard: WorkShard) -> str:
-    return (
-        f"{decoded} of {utterances} utterances, work shard {shard.number}/{shard.total}"
-        if shard.total > 1
-        else f"{decoded} utterances"
-    )
 
 
 def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
@@ -117,15 +111,12 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
     trained = read_config(model).typed_recipe
 
     def place(requested: Encoder | Llm, own: Encoder | Llm) -> str:
-        same = requested.name.rstrip("/").rpartition("/")[2] == own.name.rstrip("/").rpartition("/")[2]
+        same = name_of(requested.name) == name_of(own.name)
         # A fully trained encoder or LLM is in the model folder, and `open_model` refuses another name for it.
         return requested.name if same and own.tuning != "full" else own.name
 
-    return replace(
-        recipe,
-        encoder=replace(recipe.encoder, name=place(recipe.encoder, trained.encoder)),
-        llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)),
-    )
+    encoder = replace(recipe.encoder, name=place(recipe.encoder, trained.encoder))
+    return replace(recipe, encoder=encoder, llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)))
 
 
 def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
@@ -155,7 +146,10 @@ def _decode(
     remaining = [batch for batch in batches if not journal.answers.keys() >= set(batch)]
     processes = min(processes, len(remaining))
     hours = _hours(decoder, in_shard)
-    _log(decoder, len(in_shard), hours, processes)
+    log_line(decoder.model.describe(decoder.recipe.decoding.precision))
+    beams = decoder.recipe.decoding.beams
+    how = f"{beams} beam{'s' * (beams > 1)}" + f" and {processes} processes" * (processes > 1)
+    log_line(f"decoding {len(in_shard)} utterances, {hours:.2f} h, with {how}")
     if processes == 1:
         # The weights are loaded before the clock starts, so that the reported speed is that of decoding.
         decoder.load()
@@ -174,7 +168,7 @@ def _decode(
     seconds = time.monotonic() - started
     decoded = [(decoder.utterances[i], journal.answers[i]) for i in in_shard]
     facts = {
-        "beams": decoder.recipe.decoding.beams,
+        "beams": beams,
         "seconds": round(seconds, 1),
         "audio_hours": round(hours, 4),
         "utterances": len(decoded),
@@ -190,30 +184,12 @@ def _decode(
     return [(_hypothesis(utterance, answer), answer) for utterance, answer in decoded], facts
 
 
-def _hypothesis(u: Utterance, answer: "Answer") -> Hypothesis:
-    return Hypothesis(
-        u.key, u.target, answer.text, u.subset, u.speaker, u.duration or 0.0, answer.cut, u.language
-    )
+def _hypothesis(u: Utterance, a: "Answer") -> Hypothesis:
+    return Hypothesis(u.key, u.target, a.text, u.subset, u.speaker, u.duration or 0.0, a.cut, u.language)
 
 
 def _hours(decoder: Decoder, indices: Sequence[int]) -> float:
     return sum(decoder.utterances[i].duration or 0.0 for i in indices) / 3600
-
-
-def _log(decoder: Decoder, utterances: int, hours: float, processes: int) -> None:
-    """Log what is decoded, with which models, and how."""
-    from slam_asr.models.precision import explain_precision, pick_device
-
-    options, trained = decoder.recipe.decoding, decoder.model.trained
-    log_line(
-        f"models: {trained.encoder.name} + projector + {trained.llm.name}; "
-        f"{explain_precision(options.precision, pick_device())}"
-    )
-    log_line(
-        f"decoding {utterances} utterances, {hours:.2f} h, "
-        f"with {options.beams} beam{'s' * (options.beams > 1)}"
-        f"{f' and {processes} processes' * (processes > 1)}"
-    )
 
 
 def _write(
@@ -224,28 +200,22 @@ def _write(
     rows = [row for row, _ in decoded]
     write_hypotheses(folder / HYPOTHESES, rows)
     if options.nbest > 1:
-        write_json_lines(
-            folder / NBEST,
-            [
-                {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
-                for row, answer in decoded
-            ],
-        )
+        lists = [
+            {"key": row.key, "subset": row.subset, "choices": [asdict(c) for c in answer.choices]}
+            for row, answer in decoded
+        ]
+        write_json_lines(folder / NBEST, lists)
     if options.report_audio:
         by_name = {(u.key, u.subset): u for u in utterances}
         worst = ((rows[i].key, rows[i].subset) for i in worst_first(measure(rows))[:MAX_UTTERANCES])
-        audio = encode_audio(worst, lambda name: load_utterance(by_name[name]), options.report_audio)
-        if audio:
+        if audio := encode_audio(worst, lambda name: load_utterance(by_name[name]), options.report_audio):
             write_audio(folder, audio)
 
 
 def options_that_change_texts(decoding: Decoding) -> dict[str, Any]:
     """Return the options that can change the transcripts."""
-    return {
-        key: value
-        for key, value in asdict(decoding).items()
-        if key not in ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
-    }
+    others = ("checkpoint", "parts", "processes", "shuffled_control", "seed", "report_audio")
+    return {key: value for key, value in asdict(decoding).items() if key not in others}
 
 
 def _rates(facts: dict[str, Any]) -> dict[str, float]:
@@ -253,10 +223,7 @@ def _rates(facts: dict[str, Any]) -> dict[str, float]:
 
     The speed is missing if the journal was already complete.
     """
-    hours, seconds = facts["hours_decoded"], facts["seconds"]
-    return {
-        "utterances": facts["utterances"],
-        "answers cut": facts["answers_cut"],
-        "empty answers": facts["empty_answers"],
-        **({"times real time": round(hours * 3600 / seconds, 2)} if hours and seconds else {}),
-    }
+    rates = {key.replace("_", " "): facts[key] for key in ("utterances", "answers_cut", "empty_answers")}
+    if (hours := facts["hours_decoded"]) and (seconds := facts["seconds"]):
+        rates["times real time"] = round(hours * 3600 / seconds, 2)
+    return rates

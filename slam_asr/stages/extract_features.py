@@ -36,12 +36,9 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
     spec = describe_encoder(recipe.encoder)
     if not recipe.caches_features:
         why = "the encoder is trained too" if recipe.encoder.tuning != "frozen" else "features: none"
-        return run_stage(
-            STAGE,
-            join(output, "uncached", FINGERPRINT),
-            {"why": why, "part": str(shard)},
-            lambda _: Outcome(f"nothing to cache: {why}", {"utterances": 0}),
-        )
+        nothing = Outcome(f"nothing to cache: {why}", {"utterances": 0})
+        folder = join(output, "uncached", FINGERPRINT)
+        return run_stage(STAGE, folder, {"why": why, "part": str(shard)}, lambda _: nothing)
     spec.require_weights()
     extraction = Extraction(recipe, spec, files, output, shard)
     inputs = {
@@ -51,10 +48,5 @@ def extract_features(recipe: Recipe, manifests: list[str], output: str, work_sha
         "part": str(shard),
     }
     # The features are outside the record's own folder: a record alone does not prove that they still exist.
-    return run_stage(
-        STAGE,
-        join(extraction.namespace.root, "runs", FINGERPRINT),
-        inputs,
-        lambda _: extraction.run(),
-        intact=extraction.is_intact,
-    )
+    folder = join(extraction.namespace.root, "runs", FINGERPRINT)
+    return run_stage(STAGE, folder, inputs, lambda _: extraction.run(), intact=extraction.is_intact)

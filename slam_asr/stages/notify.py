@@ -7,7 +7,7 @@ for a failure comes from the API of Kubeflow Pipelines, if that answers.
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,57 +46,44 @@ def notify(store: str, form: str, api: str, dashboard: str, state: str) -> None:
     if not url:
         log_line("warning: no notice is sent: the secret with the webhook's URL, or its key, is missing")
         return
-    seen = _from_api(api, run_id, state)
-    ended = _state(state, seen)
-    notice = Notice(
-        name=seen.name,
-        run_id=run_id,
-        state=ended,
-        step=seen.step,
-        reason=seen.reason,
-        result=_result(store, run_id) if ended == "succeeded" else "",
-        link=f"{dashboard.rstrip('/')}/#/runs/details/{run_id}" if dashboard else "",
-    )
-    send(notice, form, url)
+    notice = _from_api(api, run_id, state)
+    result = _result(store, run_id) if notice.state == "succeeded" else ""
+    link = f"{dashboard.rstrip('/')}/#/runs/details/{run_id}" if dashboard else ""
+    send(replace(notice, result=result, link=link), form, url)
 
 
-@dataclass
-class _Seen:
-    """The API's answer about the run; all fields are empty if it does not answer."""
+def _from_api(api: str, run_id: str, state: str) -> Notice:
+    """Ask the API how the run ended, a few times if it does not show yet how its steps ended.
 
-    name: str = ""
-    phase: str = ""
-    """Argo's phase of all steps together."""
-    step: str = ""
-    """The step that failed; empty if none did."""
-    reason: str = ""
-    """The reason for that failure."""
-
-
-def _from_api(api: str, run_id: str, state: str) -> _Seen:
-    """Ask the API about the run, a few times if it does not show yet how the steps ended."""
-    seen = _Seen()
-    for pause in (*PAUSES, None):
-        answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
-        seen.name = (answer.get("run") or {}).get("name") or seen.name
-        if (workflow := workflow_of(answer)) is not None:
-            seen.phase = workflow.phase_of("exit-handler-1")
-            seen.step, seen.reason = failure_of(workflow, run_id)
-        if seen.step or state == "SUCCEEDED" or seen.phase == "Succeeded" or pause is None:
-            break
+    Fields that the API does not answer are empty.
+    """
+    name = phase = step = reason = ""
+    for pause in (0.0, *PAUSES):
         time.sleep(pause)
-    return seen
+        answer = _ask(f"{api.rstrip('/')}/apis/v1beta1/runs/{run_id}")
+        name = (answer.get("run") or {}).get("name") or name
+        if (workflow := workflow_of(answer)) is not None:
+            phase = workflow.phase_of("exit-handler-1")
+            step, reason = failure_of(workflow, run_id)
+        if step or state == "SUCCEEDED" or phase == "Succeeded":
+            break
+    return Notice(name, run_id, _state(state, step, phase), step, reason)
 
 
-def _state(state: str, seen: _Seen) -> str:
+def _state(state: str, step: str, phase: str) -> str:
     """Return how the run ended.
 
     Some versions of Kubeflow start the exit task before they update the state of the steps, which is then
     RUNNING. Argo's phase is final by then.
+
+    Args:
+        state: as for `notify`.
+        step: the step that failed; empty if none did.
+        phase: Argo's phase of all steps together; empty if the API does not answer.
     """
-    if seen.step or state == "FAILED" or seen.phase in ("Failed", "Error"):
+    if step or state == "FAILED" or phase in ("Failed", "Error"):
         return "failed"
-    if state == "SUCCEEDED" or seen.phase == "Succeeded":
+    if state == "SUCCEEDED" or phase == "Succeeded":
         return "succeeded"
     return "stopped" if state in ("CANCELED", "CANCELLED") else "ended"
 

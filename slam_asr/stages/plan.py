@@ -5,7 +5,7 @@ It also estimates the run's storage and time. No weights are loaded.
 
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
-from slam_asr.planning.memory import CPU_PARTS, PARTS, host_optimizer_bytes
+from slam_asr.planning.memory import part_names
 from slam_asr.planning.plan import ENCODING_SHARE, TRAINING_SHARE, USABLE, Gpus, Plan, Speech, estimate
 from slam_asr.planning.shapes import Shapes, describe
 from slam_asr.progress import clock, log_line
@@ -42,14 +42,9 @@ def plan(
     """
     if gpus < 0:
         raise ConfigurationError(f"--gpus is {gpus} but must be at least 0.")
-    for name, value in (
-        ("gpu-memory", gpu_memory),
-        ("hours", hours),
-        ("utterance-seconds", utterance_seconds),
-        ("test-hours", test_hours),
-        ("gpu-tflops", gpu_tflops),
-        ("gpu-bandwidth", gpu_bandwidth),
-    ):
+    numbers = {"gpu-memory": gpu_memory, "hours": hours, "utterance-seconds": utterance_seconds}
+    numbers |= {"test-hours": test_hours, "gpu-tflops": gpu_tflops, "gpu-bandwidth": gpu_bandwidth}
+    for name, value in numbers.items():
         # `value <= 0` would accept NaN.
         if not value > 0:
             raise ConfigurationError(f"--{name} is {value} but must be above 0.")
@@ -79,51 +74,41 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
         f"{shapes.llm_parameters:,} ({tuned})"
     )
     sharding = {"deepspeed": f"ZeRO stage {recipe.training.zero_stage}", "ddp": "DDP", "fsdp": "FSDP2"}
-    each = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}"
-    where = each if gpus.number else "a process on a CPU"
+    where = f"each of {gpus.number} GPU{'s' * (gpus.number > 1)}" if gpus.number else "a process on a CPU"
     log_line(f"\nmemory of {where} in training, {sharding[recipe.training.engine]}, GB:")
     details = {
         "activations": f" ({load.rows:.1f} utterances of {load.length} positions)",
         "logits": f" ({load.rows * load.targets:.0f} targets × {shapes.vocabulary})",
         "overhead": " (approximate)",
     }
-    names = PARTS if gpus.number else CPU_PARTS
+    names = part_names(gpus.number > 0)
     rows = {names[part] + details.get(part, ""): size for part, size in vars(result.memory).items() if size}
+    peak, total = result.memory.total, "total"
+    if result.beginning:
+        rows["total with the LLM"] = peak
+        rows[f"in the beginning, with at most {shapes.vocabulary} tokens"] = result.beginning.total
+        peak, total = max(peak, result.beginning.total), "peak"
     for name, size in rows.items():
         log_line(f"  {name:<52}{size / 1e9:8.2f}")
-    peak, verdict = result.memory.total, "fits" if result.fits else "DOES NOT FIT"
-    if result.beginning:
-        log_line(f"  {'total with the LLM':<52}{peak / 1e9:8.2f}")
-        name = f"in the beginning, with at most {shapes.vocabulary} tokens"
-        log_line(f"  {name:<52}{result.beginning.total / 1e9:8.2f}")
-        peak = max(peak, result.beginning.total)
-    log_line(
-        f"  {'peak' if result.beginning else 'total':<52}{peak / 1e9:8.2f}  {verdict} in "
-        f"{gpus.memory / 1e9:g} GB ({USABLE:.0%} of it usable)"
-    )
+    verdict = f"{'fits' if result.fits else 'DOES NOT FIT'} in {gpus.memory / 1e9:g} GB"
+    log_line(f"  {total:<52}{peak / 1e9:8.2f}  {verdict} ({USABLE:.0%} of it usable)")
     if recipe.training.offload_optimizer:
         name = "optimiser in host memory, all hosts together"
-        log_line(f"  {name:<52}{host_optimizer_bytes(shapes) / 1e9:8.2f}")
+        log_line(f"  {name:<52}{shapes.host_optimizer_bytes / 1e9:8.2f}")
 
 
 def _print_work(result: Plan, gpus: Gpus) -> None:
+    unit = "GPU" if gpus.number else "CPU"
     log_line(
-        f"\nwork: {result.steps:,} steps; each {'GPU' if gpus.number else 'CPU'} peaks at "
-        f"{gpus.peak / 1e12:g} TFLOP/s, of which encoding is assumed to reach {ENCODING_SHARE:.0%} and "
-        f"training {TRAINING_SHARE:.0%}:"
+        f"\nwork: {result.steps:,} steps; each {unit} peaks at {gpus.peak / 1e12:g} TFLOP/s, of which "
+        f"encoding is assumed to reach {ENCODING_SHARE:.0%} and training {TRAINING_SHARE:.0%}:"
     )
     for name, stage in result.stages.items():
-        log_line(
-            f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {stage.gpus} "
-            f"{'GPU' if gpus.number else 'CPU'}{'s' * (stage.gpus > 1)}"
-        )
+        units = f"{stage.gpus} {unit}{'s' * (stage.gpus > 1)}"
+        log_line(f"  {name:<18}{stage.flops / 1e12:14,.1f} TFLOP {clock(stage.seconds):>12} on {units}")
     # The stages run on different numbers of GPUs, so the sum of their durations would not show the cost.
     total = sum(s.seconds * s.gpus for s in result.stages.values()) / 3600
     log_line(f"  {'GPU-hours' if gpus.number else 'hours':<18}{total:12,.1f}")
-    if result.proposal:
-        command = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
-        log_line(f"\nproposed: {command}")
-    else:
-        log_line(
-            "\nno combination of options fits: use more or larger GPUs, a smaller LLM, or `--llm.tuning lora`"
-        )
+    proposed = " ".join(f"--{name} {str(value).lower()}" for name, value in result.proposal.items())
+    larger = "use more or larger GPUs, a smaller LLM, or `--llm.tuning lora`"
+    log_line(f"\nproposed: {proposed}" if proposed else f"\nno combination of options fits: {larger}")

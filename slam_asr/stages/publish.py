@@ -150,8 +150,7 @@ def _verdicts(recipe: Recipe, registry: Registry, fingerprint: str, scores: Reco
 def _rate(scores: Record) -> tuple[str, float, tuple[float, float] | None]:
     """Return the error rate's name (wer or cer), the rate, and its 95 % interval, both in percent."""
     short = "wer" if "wer" in scores.metrics else "cer"
-    ends = [scores.metrics.get(f"{short} 95 % {end}") for end in ("low", "high")]
-    low, high = ends
+    low, high = (scores.metrics.get(f"{short} 95 % {end}") for end in ("low", "high"))
     return short, scores.metrics[short], None if low is None or high is None else (low, high)
 
 

@@ -13,26 +13,19 @@ from slam_asr.artifacts.hypotheses import (
     write_hypotheses,
 )
 from slam_asr.artifacts.model_folder import read_config
-from slam_asr.artifacts.stage_record import Outcome, Record, require_record, run_stage
+from slam_asr.artifacts.stage_record import Outcome, Record, different_inputs, require_record, run_stage
 from slam_asr.artifacts.writing_systems import separates_words
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import InputError
 from slam_asr.scoring.controls import EMPTY, SHUFFLED, empty_output, shuffled_audio
 from slam_asr.scoring.report import write_report
-from slam_asr.scoring.report_audio import AUDIO, Name, read_audio
+from slam_asr.scoring.report_audio import AUDIO, read_audio
 from slam_asr.storage import exists, fetch_folder, join, sha256_of_file, write_atomically
 
 STAGE = "score"
 
-_SUMMED = (
-    "seconds",
-    "audio_hours",
-    "hours_decoded",
-    "utterances",
-    "answers_cut",
-    "empty_answers",
-    "close_calls",
-)
+_TIMES = ("seconds", "audio_hours", "hours_decoded")
+_COUNTS = ("utterances", "answers_cut", "empty_answers", "close_calls")
 """Facts of a decoding that are added up over its work shards."""
 
 
@@ -85,12 +78,7 @@ def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: 
             lines = (line for file in nbest for line in file.read_bytes().split(b"\n") if line)
             # Each line begins with its key, so the order does not depend on the work shards.
             write_atomically(folder / NBEST, b"".join(line + b"\n" for line in sorted(lines)))
-        outcome = _report(
-            folder, recipe, rows, config.training, _joined(records), read_audio(_files_named(records, AUDIO))
-        )
-        # `publish` needs these digests, which the report does not show.
-        outcome.facts["manifests"] = records[0].inputs.get("manifests", [])
-        return outcome
+        return _report(folder, recipe, rows, config.training, records)
 
     return run_stage(STAGE, output, inputs, work, overwrite)
 
@@ -101,12 +89,7 @@ def _files_named(records: Sequence[Record], name: str) -> list[Path]:
 
 
 def _report(
-    folder: Path,
-    recipe: Recipe,
-    rows: Sequence[Hypothesis],
-    training: dict[str, Any],
-    facts: dict[str, Any],
-    audio: dict[Name, str],
+    folder: Path, recipe: Recipe, rows: Sequence[Hypothesis], training: dict[str, Any], parts: list[Record]
 ) -> Outcome:
     """Write the report of all utterances, with the controls that the recipe requests.
 
@@ -117,18 +100,20 @@ def _report(
     controls = {EMPTY: empty_output(rows)}
     if recipe.decoding.shuffled_control and (shuffled := shuffled_audio(rows, recipe.decoding.seed)):
         controls = {SHUFFLED: shuffled, **controls}
+    facts, audio = _joined(parts), read_audio(_files_named(parts, AUDIO))
     metrics = write_report(folder, recipe, rows, controls, training, facts, audio)
     write_for_slam_llm(folder, rows)
+    # `publish` needs these digests, which the report does not show.
+    facts["manifests"] = parts[0].inputs.get("manifests", [])
     name, rate = next(iter(metrics.items()))  # `wer`, or `cer` where spaces do not separate words
     return Outcome(f"{name.upper()} {rate:.2f} % on {len(rows)} utterances", metrics, facts)
 
 
 def _joined(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the facts of all parts together: sums for `_SUMMED`, and the first part's values for others."""
-    facts = dict(records[0].facts)
-    return facts | {
-        key: round(sum(record.facts[key] for record in records), 4) for key in _SUMMED if key in facts
-    }
+    """Return the facts of all parts together: sums of times and counts, and the first part's other values."""
+    facts = records[0].facts
+    summed = [key for key in (*_TIMES, *_COUNTS) if key in facts]
+    return facts | {key: round(sum(record.facts[key] for record in records), 4) for key in summed}
 
 
 def _complete_parts(records: list[Record]) -> list[Record]:
@@ -149,18 +134,13 @@ def _complete_parts(records: list[Record]) -> list[Record]:
             )
         by_number[number] = record
         other = records[0]
-        changed = sorted(
-            key
-            for key in record.inputs | other.inputs
-            if key != "part" and record.inputs.get(key) != other.inputs.get(key)
-        )
+        changed = [name for name in different_inputs(record.inputs, other.inputs) if name != "part"]
         if changed or total != _numbers(other)[1]:
             raise InputError(
                 f"{record.folder} and {other.folder} are parts of different decodings "
                 f"(different: {', '.join(changed) or 'number of parts'}): decode all with the same inputs."
             )
-    missing = [f"{number}/{total}" for number in range(1, total + 1) if number not in by_number]
-    if missing:
+    if missing := [f"{number}/{total}" for number in range(1, total + 1) if number not in by_number]:
         raise InputError(
             f"The decoding lacks {len(missing)} of {total} parts, first {missing[0]}: "
             f"run `slam-asr decode --work-shard {missing[0]}` with the same other options."

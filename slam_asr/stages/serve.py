@@ -58,7 +58,6 @@ def serve(
     _check(limits)
     # Imported after the checks above, because torch and transformers take seconds.
     from slam_asr.decoding.model import open_model
-    from slam_asr.models.precision import explain_precision, pick_device
     from slam_asr.serving.server import bind, is_loopback, run
     from slam_asr.serving.service import Served
     from slam_asr.serving.upload import Keys
@@ -71,10 +70,7 @@ def serve(
         )
     model = model or default_model()
     opened = open_model(model, recipe)
-    log_line(
-        f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
-        f"{explain_precision(recipe.decoding.precision, pick_device())}"
-    )
+    log_line(opened.describe(recipe.decoding.precision))
     served = Served(
         load=partial(_load, opened, recipe, limits),
         names=names or [name_of(model)],
@@ -88,8 +84,7 @@ def serve(
 
 
 def _check(limits: Limits) -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(
             f"slam-asr serve needs packages that are not installed ({', '.join(missing)}): run "
             "`pip install 'slam-asr[serve]'`."

@@ -1,26 +1,16 @@
 """The stage `train`: checks everything that can be checked without loading weights, then starts torchrun."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slam_asr.artifacts.checkpoint import CHECKPOINTS
-from slam_asr.artifacts.stage_record import FINGERPRINT, Outcome, Record, run_stage
+from slam_asr.artifacts.stage_record import Outcome, Record, result_folder, run_stage
 from slam_asr.config.recipe import Recipe, dump_recipe
 from slam_asr.progress import clock
 from slam_asr.runtime.worker import FAILURE
-from slam_asr.storage import (
-    digest,
-    is_s3,
-    join,
-    local_path,
-    require_writable,
-    write_atomically,
-    write_bytes,
-    write_json,
-)
+from slam_asr.storage import is_s3, join, require_writable, write_atomically, write_bytes, write_json
 from slam_asr.training.job import FACTS, TrainingJob
 
 if TYPE_CHECKING:
@@ -57,9 +47,8 @@ def train(
     from slam_asr.training.launch import require_same_training, train_as_worker_node
 
     checked = check_inputs(recipe, train_manifest, dev_manifest, feature_store)
-    # Computed as in `run_stage`, because worker nodes need the same folder but do not call `run_stage`.
-    published = output.replace(FINGERPRINT, digest(checked.inputs)[:16]).rstrip("/")
-    published = published if is_s3(published) else str(local_path(published).absolute())
+    # Worker nodes need this folder, too, but do not call `run_stage`.
+    published = result_folder(output, checked.inputs)
 
     def train_here(folder: Path) -> None:
         _train_in(folder, recipe, checked, train_manifest, dev_manifest, published)
@@ -99,7 +88,7 @@ def _train_in(
     require_fit(shapes, checked.prompt, checked.fitting["train"], machine)
     # An earlier attempt may have left these files; they must not be taken for results of this one.
     for leftover in (FACTS, FAILURE):
-        _remove(folder / leftover)
+        (folder / leftover).unlink(missing_ok=True)
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     if is_s3(published):
         # Checkpoints are uploaded during the training, but most other results only at its end. With this
@@ -131,31 +120,16 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
 
     hours, count = checked.hours, len(checked.utterances["train"])
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    shown = write_page(
-        folder,
-        recipe,
-        [("Audio", f"{hours:.2f} h in {count} utterances"), ("Time", clock(facts["seconds"]))],
-    )
+    audio_and_time = [("Audio", f"{hours:.2f} h in {count} utterances"), ("Time", clock(facts["seconds"]))]
+    shown = write_page(folder, recipe, audio_and_time)
     curve, validation = shown["curve"], shown["validation"]
     last = validation[-1] if validation else curve[-1]
-    facts |= {
-        "recipe": recipe.name,
-        "encoder": recipe.encoder.name,
-        "llm": recipe.llm.name,
-        **checked.base,
-        "train_utterances": count,
-        "train_hours": round(hours, 4),
-        **shown,
-    }
-    summary = (
-        f"{facts['steps']} steps, {'dev ' if validation else ''}accuracy {last['accuracy']:.3f}, "
-        f"loss {last['loss']:.3f}"
-    )
-    metrics: dict[str, Any] = {
-        "steps": facts["steps"],
-        "loss": round(curve[-1]["loss"], 4),
-        "accuracy": round(curve[-1]["accuracy"], 4),
-    }
+    facts |= {"recipe": recipe.name, "encoder": recipe.encoder.name, "llm": recipe.llm.name, **checked.base}
+    facts |= {"train_utterances": count, "train_hours": round(hours, 4), **shown}
+    accuracy = f"{'dev ' if validation else ''}accuracy {last['accuracy']:.3f}"
+    summary = f"{facts['steps']} steps, {accuracy}, loss {last['loss']:.3f}"
+    metrics: dict[str, Any] = {"steps": facts["steps"]}
+    metrics |= {name: round(curve[-1][name], 4) for name in ("loss", "accuracy")}
     if "beginning" in shown:
         metrics["steps of the beginning"] = shown["beginning"]["curve"][-1]["step"]
         if points := shown["beginning"]["validation"]:
@@ -166,9 +140,3 @@ def _outcome(folder: Path, recipe: Recipe, checked: "CheckedInputs") -> Outcome:
         metrics[f"dev {name.upper()} of samples"] = round(last[name], 4)
     gpus = checked.processes * checked.nodes.number if checked.device.type == "cuda" else 0
     return Outcome(summary, metrics, facts, gpus)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

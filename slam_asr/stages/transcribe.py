@@ -54,6 +54,8 @@ def transcribe(
         StorageError: the output prefix in object storage cannot be written; a local output folder raises an
             OSError instead (both before anything is loaded).
     """
+    from slam_asr.decoding.model import open_model
+
     _check(files, format, output, longest)
     paths = _output_paths(files, output, SUFFIXES[format]) if output else {}
     # Every file's length is determined before a model is loaded, so that a missing file is reported at once.
@@ -68,7 +70,9 @@ def transcribe(
 
     # Standard output carries transcripts only: logs go to standard error.
     with contextlib.redirect_stdout(sys.stderr):
-        transcriber = _open(model or default_model(), recipe, longest)
+        opened = open_model(model or default_model(), recipe)
+        log_line(opened.describe(recipe.decoding.precision))
+        transcriber = Transcriber(opened, recipe, longest)
         with Meter("transcribe", total=round(sum(seconds)), unit="s") as meter:
             for transcript in transcriber.transcribe_files(files, seconds, meter, skip):
                 transcripts.append(transcript)
@@ -78,13 +82,9 @@ def transcribe(
                 else:
                     print(text, end="", file=printed, flush=True)
     if damaged:
-        raise _unreadable(damaged, len(files))
+        number, others = len(damaged), "; the others are transcribed" if transcripts else ""
+        raise InputError(f"{number} of {len(files)} files could not be read, first {damaged[0]}{others}.")
     return transcripts
-
-
-def _unreadable(damaged: list[str], files: int) -> InputError:
-    others = "; the others are transcribed" if len(damaged) < files else ""
-    return InputError(f"{len(damaged)} of {files} files could not be read, first {damaged[0]}{others}.")
 
 
 def _seconds(file: str) -> float:
@@ -101,18 +101,6 @@ def _seconds(file: str) -> float:
         # The command also accepts a model before the files, so this may be the mistyped name of one.
         hint = nearest(file, list(shipped_models()))
         raise InputError(f"There is no audio file {file}{hint or ': check the path.'}") from error
-
-
-def _open(model: str, recipe: Recipe, longest: float) -> Transcriber:
-    from slam_asr.decoding.model import open_model
-    from slam_asr.models.precision import explain_precision, pick_device
-
-    opened = open_model(model, recipe)
-    log_line(
-        f"models: {opened.trained.encoder.name} + projector + {opened.trained.llm.name}; "
-        f"{explain_precision(recipe.decoding.precision, pick_device())}"
-    )
-    return Transcriber(opened, recipe, longest)
 
 
 def _check(files: list[str], format: str, output: str | None, longest: float) -> None:
