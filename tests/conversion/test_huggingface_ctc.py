@@ -122,9 +122,8 @@ def exported(tiny_recipe, llm: str, folder: Path, blanks: bool = False, **option
 @pytest.mark.parametrize(
     ("blanks", "options"),
     [
-        (False, {}),
+        (False, {"decoding.repetition_penalty": 1.0}),
         (True, {"llm.answer_prefix": " "}),
-        (True, {"decoding.precision": "bf16", "decoding.repetition_penalty": 1.0}),
     ],
 )
 def test_transformers_generate_gives_the_token_ids_of_decode(tiny_recipe, llm, tmp_path, blanks, options):
@@ -135,6 +134,17 @@ def test_transformers_generate_gives_the_token_ids_of_decode(tiny_recipe, llm, t
     assert all(a != b for a, b in zip(alone, expected, strict=True)), "CTC's scores must matter"
     assert decoded_by_transformers(folder, *SETTINGS, ctc_weight=0.0) == alone
     assert decoded_by_transformers(folder, (4, 3), ctc_weight=0.8) == decoded(model, (4, 3), ctc_weight=0.8)
+
+
+def test_in_bf16_most_answers_are_those_of_decode(tiny_recipe, llm, tmp_path):
+    """The two searches attend to audio and prompt in different ways, so bf16 rounds differently in them."""
+    model, folder = exported(tiny_recipe, llm, tmp_path, **{"decoding.precision": "bf16"})
+    expected, found = decoded(model, (1, 3), (4, 3)), decoded_by_transformers(folder, (1, 3), (4, 3))
+    alone = decoded(model, (1, 3), (4, 3), ctc_weight=0.0)
+    for answers, others, without in zip(expected, found, alone, strict=True):
+        same = [a == b for a, b in zip(answers, others, strict=True)]
+        assert sum(same) >= len(same) - 2, (answers, others)
+        assert sum(a == b for a, b in zip(answers, without, strict=True)) < len(same) - 2
 
 
 def test_a_model_without_a_ctc_head_decodes_with_the_llm_alone(tiny_recipe, llm, tmp_path, capsys):
