@@ -215,6 +215,19 @@ def test_rows_are_scored_by_their_own_tokens_in_whatever_order_they_come():
         ids = torch.cat([ids[continued], tokens[:, None]], 1)
 
 
+def test_logits_of_greedy_search_are_normalised():
+    """Otherwise the scores that `generate` returns would be no log probabilities."""
+    torch.manual_seed(0)
+    logits, ids, scores = torch.randn(5 + 3, 3), torch.zeros(2, 0, dtype=torch.long), torch.randn(2, 10)
+    expected = processor_of(logits, [5, 3], 1)(ids, scores.log_softmax(1))
+    torch.testing.assert_close(processor_of(logits, [5, 3], 1)(ids, scores + 5), expected)
+    assert bool((expected < 0).all())
+    # In beam search, a repetition penalty has lowered some log probabilities, so they do not sum to 1.
+    lowered = processor_of(logits[:5], [5], 2)(ids, scores.log_softmax(1) - 1)
+    normal = processor_of(logits[:5], [5], 2)(ids, scores.log_softmax(1))
+    torch.testing.assert_close(lowered, normal - 0.5)
+
+
 @pytest.mark.parametrize("prefix", ["", " "])
 def test_the_folder_has_the_columns_of_the_first_token(tiny_recipe, llm, prefix):
     head = head_of(llm)
