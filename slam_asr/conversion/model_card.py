@@ -169,8 +169,10 @@ def usage(names: dict[str, str | None], ctc_weight: float = 0.0) -> str:
     loaded = f"It loads {' and '.join(outside)} too. " if outside else ""
     ctc = (
         f"`generate` adds CTC's scores to the LLM's, with a share of {ctc_weight} (`ctc_weight` in "
-        "config.json). `generate(…, ctc_weight=0.0)` decodes with the LLM alone; in the pipeline, it is an "
-        "entry of `generate_kwargs`. "
+        "config.json).\n`generate(…, ctc_weight=0.0)` decodes with the LLM alone; in the pipeline, it is an "
+        "entry of `generate_kwargs`.\n\n"
+        if ctc_weight
+        else ""
     )
     return f"""## Use with transformers
 
@@ -194,8 +196,8 @@ answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.batch_decode(answers, skip_special_tokens=True))
 ```
 
-{ctc * bool(ctc_weight)}Encoder and LLM in other places: `encoder_name="…"` and `llm_name="…"`, as
-arguments of `from_pretrained`."""
+{ctc}Encoder and LLM in other places: `encoder_name="…"` and `llm_name="…"`, as arguments of
+`from_pretrained`."""
 
 
 def _rates(numbers: dict[str, Any]) -> str:

@@ -248,3 +248,5 @@ def test_the_search_of_the_folder_is_the_file_of_this_project(tiny_recipe, llm, 
     assert {file.name for file in folder.glob("*.py")} == SOURCES.keys()
     own = Path(ctc_prefix.__file__).read_text(encoding="utf-8")
     assert (folder / "ctc_prefix_slam_asr.py").read_text(encoding="utf-8") == own
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "with a share of 0.4" in card and "## Without CTC" not in card
