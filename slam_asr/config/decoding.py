@@ -30,7 +30,8 @@ class Decoding:
     ctc_weight: float = bounded(0.0, at_least=0.0, at_most=0.9)
     """CTC's share of a hypothesis' score; the LLM has the rest. With a share above 0, loops are rarer,
     and so are words that nobody said. This needs a model that was trained with `projector.ctc_weight` or
-    `projector.beginning.keep_head`."""
+    `projector.beginning.keep_head`. A folder of `convert-checkpoint --to huggingface` decodes with the same
+    share; one of `--to voxtral` decodes with the LLM alone."""
     positions_per_batch: int = bounded(20_000, at_least=1)
     """Maximum number of LLM positions in one decoding batch. Every utterance counts as many positions as the
     longest one of its batch: audio, prompt and max_new_tokens, multiplied by beams. Larger batches use the

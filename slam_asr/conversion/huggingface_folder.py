@@ -15,14 +15,16 @@ from safetensors.torch import save
 from transformers import AutoModel, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from slam_asr.artifacts.model_folder import CTC_HEAD, ENCODER, LLM
+from slam_asr.artifacts.model_folder import ENCODER, LLM
 from slam_asr.config.recipe import Recipe
+from slam_asr.conversion.ctc_head import ctc_options, ctc_weight_of
 from slam_asr.conversion.huggingface.configuration_slam_asr import SlamAsrConfig
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.model_card import CARD, Report, model_card, usage
 from slam_asr.conversion.parts import Parts
 from slam_asr.conversion.tuned import write_trained_encoder, write_trained_llm
 from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.generation import ctc_prefix
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.encoders.waveform import WaveformSpec
@@ -39,7 +41,11 @@ from slam_asr.pretrained.model_files import weight_files
 from slam_asr.progress import log_line
 from slam_asr.storage import local_path, write_atomically
 
-SOURCES = Path(__file__).parent / "huggingface"
+SOURCES = {
+    **{source.name: source for source in (Path(__file__).parent / "huggingface").glob("*_slam_asr.py")},
+    "ctc_prefix_slam_asr.py": Path(ctc_prefix.__file__),
+}
+"""The files of code that a folder gets, by their names in it."""
 AUTO_MAP = {
     "AutoConfig": "configuration_slam_asr.SlamAsrConfig",
     "AutoModelForSpeechSeq2Seq": "modeling_slam_asr.SlamAsrForConditionalGeneration",
@@ -80,8 +86,8 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     write_atomically(folder / SAFE_WEIGHTS_NAME, save(tensors, {"format": "pt"}))
-    for source in SOURCES.glob("*_slam_asr.py"):
-        shutil.copy(source, folder)
+    for name, source in SOURCES.items():
+        shutil.copy(source, folder / name)
     tokenizer = load_tokenizer(locate_model(recipe.llm.name))
     prompt = Prompt(tokenizer, recipe.llm)
     processor = _processor(spec, tokenizer, prompt, recipe)
@@ -89,7 +95,8 @@ def write_huggingface(folder: Path, parts: Parts, complete: bool, report: Report
     _require_same_prompt(folder, spec, prompt, recipe)
     _name_code(folder / "processor_config.json")
     generation_of(recipe.decoding, prompt).save_pretrained(folder)
-    write_atomically(folder / CARD, model_card(parts.content, usage(names), report))
+    weight = ctc_weight_of(parts)
+    write_atomically(folder / CARD, model_card(parts.content, usage(names, weight), report, weight))
     _config(parts, names, processor.audio_token_id).save_pretrained(folder)
     log_line(f"{folder}: load it with AutoModelForSpeechSeq2Seq and trust_remote_code=True")
 
@@ -148,13 +155,6 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
     frozen = recipe.encoder.tuning == "frozen"
     lora = recipe.llm.lora
     keys = ("kind", "downsampling", "hidden", "queries", "layers")
-    head = parts.content.facts.get(CTC_HEAD, {}) if recipe.projector.drop_blanks else {}
-    if recipe.projector.drop_blanks and not head:
-        raise ModelError(
-            f"{parts.where} has no CTC head, which projector.drop_blanks ({recipe.projector.drop_blanks}) "
-            "needs: convert the checkpoint of the finished training run, or set projector.drop_blanks to 0 "
-            "if it was trained without."
-        )
     return SlamAsrConfig(
         encoder_name=names["encoder"],
         llm_name=names["llm"],
@@ -166,9 +166,7 @@ def _config(parts: Parts, names: dict[str, str | None], audio_token_id: int) -> 
         feature_dtype=recipe.features.dtype if frozen else "fp32",
         lora_scale=lora.alpha / lora.rank if parts.adapter else None,
         audio_token_id=audio_token_id,
-        drop_blanks=recipe.projector.drop_blanks,
-        ctc_tokens=head.get("tokens"),
-        ctc_sharpness=head.get("sharpness", 1.0),
+        **ctc_options(parts),
         dtype=DTYPES[recipe.decoding.precision],
         architectures=["SlamAsrForConditionalGeneration"],
         auto_map=AUTO_MAP,

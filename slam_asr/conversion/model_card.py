@@ -80,7 +80,7 @@ def require_own_report(report: Report, training: dict[str, Any], where: str) -> 
             )
 
 
-def model_card(content: Content, use: str, report: Report | None) -> str:
+def model_card(content: Content, use: str, report: Report | None, ctc_weight: float = 0.0) -> str:
     """Return the model card, in Markdown with front matter as on the model hub.
 
     Args:
@@ -88,6 +88,7 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
             text are included.
         use: section on how the model is used.
         report: the measured error rates.
+        ctc_weight: CTC's share of the scores when this folder decodes; 0 if it decodes with the LLM alone.
     """
     own = Path(content.where) / CARD
     front, text = _divide(own.read_text(encoding="utf-8")) if own.is_file() else ({}, "")
@@ -101,14 +102,14 @@ def model_card(content: Content, use: str, report: Report | None) -> str:
         "base_model": [name for name in bases if not name.startswith(("/", ".", "s3:"))],
     }
     ctc = recipe.decoding.ctc_weight
-    # The hub shows the rates in `model-index` as those of this folder, which decodes without CTC: rates that
+    # The hub shows the rates in `model-index` as those of this folder. If it decodes without CTC, rates that
     # were measured with CTC are left out.
-    if ctc:
+    if ctc != ctc_weight:
         front.pop("model-index", None)
     elif report:
         front["model-index"] = _model_index(recipe.name, report.numbers)
     sections = [use]
-    if ctc:
+    if ctc != ctc_weight:
         sections.append(
             "## Without CTC\n\nThis folder decodes with the LLM alone. slam-asr adds CTC's scores to the "
             f"LLM's (`decoding.ctc_weight: {ctc}`), and the error rates in this card were measured in that "
@@ -152,14 +153,22 @@ def _description(content: Content) -> str:
     )
 
 
-def usage(names: dict[str, str | None]) -> str:
+def usage(names: dict[str, str | None], ctc_weight: float = 0.0) -> str:
     """Return the section on how a folder with code of its own is used.
 
     Args:
         names: names of encoder and LLM; None for a model that the folder contains.
+        ctc_weight: CTC's share of the scores when this folder decodes.
     """
     outside = [f"`{name}`" for name in names.values() if name]
     loaded = f"It loads {' and '.join(outside)} too. " if outside else ""
+    ctc = (
+        f"`generate` adds CTC's scores to the LLM's, with a share of {ctc_weight} (`ctc_weight` in "
+        "config.json).\n`generate(…, ctc_weight=0.0)` decodes with the LLM alone; in the pipeline, it is an "
+        "entry of `generate_kwargs`.\n\n"
+        if ctc_weight
+        else ""
+    )
     return f"""## Use with transformers
 
 {loaded}The code in this folder needs torch and transformers, and soundfile and soxr to read audio files.
@@ -182,7 +191,8 @@ answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.batch_decode(answers, skip_special_tokens=True))
 ```
 
-Encoder and LLM in other places: `encoder_name="…"` and `llm_name="…"`, as arguments of `from_pretrained`."""
+{ctc}Encoder and LLM in other places: `encoder_name="…"` and `llm_name="…"`, as arguments of
+`from_pretrained`."""
 
 
 def _rates(numbers: dict[str, Any]) -> str:

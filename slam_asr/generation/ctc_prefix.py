@@ -30,6 +30,9 @@ _NEVER = -1.0e9
 _FLOOR = -20.0
 """Lowest log probability of a token at a position. Tokens that CTC does not know have it at every position,
 so they are unlikely, but not impossible."""
+_LOWEST_GAIN = -1.0e5
+"""Lowest score of a token. Tokens are impossible if the audio has too few positions for them. If all
+candidates are, the LLM must still choose between them. In float32, a score of -1e9 would hide the LLM's."""
 CANDIDATES = 20
 """Number of tokens that may continue a hypothesis: the LLM's most probable ones. CTC scores only these."""
 
@@ -59,7 +62,8 @@ class CtcSpelling:
             columns: [vocabulary] int64, as in the class.
             first_columns: [vocabulary] int64, as in the class.
         """
-        shape = (len(positions), max(positions), logits.shape[1])
+        # With no position at all, a first token would have the log probability -inf.
+        shape = (len(positions), max(1, *positions), logits.shape[1])
         padded = torch.full(shape, _FLOOR, device=logits.device)
         padded[:, :, 0] = 0.0
         for row, part in zip(padded, logits.float().log_softmax(1).split(positions), strict=True):
@@ -115,7 +119,7 @@ class CtcScorer:
         # last token (n) or with a blank (b).
         complete = torch.logaddexp(self._n[:, -1], self._b[:, -1])
         prefixes = torch.where(ends, complete[:, None], prefixes)
-        gains = (prefixes - self._prefix[:, None]).to(scores.dtype)
+        gains = (prefixes - self._prefix[:, None]).clamp(min=_LOWEST_GAIN).to(scores.dtype)
         sums = (1 - self.weight) * scores + self.weight * gains
         return torch.full_like(rows, _NEVER).scatter(1, tokens, sums).view_as(log_probabilities)
 

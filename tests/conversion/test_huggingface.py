@@ -96,13 +96,17 @@ SETTINGS = ((1, 1), (1, 8), (4, 1), (4, 8))
 """Numbers of beams, and of utterances per batch."""
 
 
-def decoded(model: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
-    """Decode with this project's search; return the token ids of each utterance, for each setting."""
+def decoded(model: str, *settings: tuple[int, int], **options) -> list[list[list[int]]]:
+    """Decode with this project's search; return the token ids of each utterance, for each setting.
+
+    The options replace those of the model's recipe.
+    """
     opened = open_model(model)
     prompt, prepare = opened.prompt(), opened.spec.preparer()
-    slam, found = opened.load(opened.trained.decoding, with_encoder=True), []
+    decoding = replace(opened.trained.decoding, **options)
+    slam, found = opened.load(decoding, with_encoder=True), []
     for beams, batch in settings:
-        searcher = Searcher(slam, prompt, replace(opened.trained.decoding, beams=beams))
+        searcher = Searcher(slam, prompt, replace(decoding, beams=beams))
         answers = [
             answer
             for group in in_batches(batch)
@@ -115,8 +119,8 @@ def decoded(model: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
     return found
 
 
-def decoded_by_transformers(folder: str, *settings: tuple[int, int]) -> list[list[list[int]]]:
-    """Do the same as `decoded`, with transformers and the exported folder."""
+def decoded_by_transformers(folder: str, *settings: tuple[int, int], **options) -> list[list[list[int]]]:
+    """Do the same as `decoded`, with transformers and the exported folder; the options are `generate`'s."""
     processor = SlamAsrProcessor.from_pretrained(folder, trust_remote_code=False)
     model = SlamAsrForConditionalGeneration.from_pretrained(folder)
     found = []
@@ -124,7 +128,7 @@ def decoded_by_transformers(folder: str, *settings: tuple[int, int]) -> list[lis
         answers = []
         for group in in_batches(batch):
             inputs = processor.apply_transcription_request(audio=group)
-            sequences = model.generate(**inputs, num_beams=beams)
+            sequences = model.generate(**inputs, num_beams=beams, **options)
             answers += sequences[:, inputs["input_ids"].shape[1] :].tolist()
         found.append([up_to_end(ids, model.generation_config.eos_token_id) for ids in answers])
     return found
@@ -205,9 +209,8 @@ def blank_probabilities(model: str) -> torch.Tensor:
 
 def test_the_sources_import_only_the_standard_library_and_five_packages():
     allowed = {"torch", "transformers", "safetensors", "numpy", "soxr"} | sys.stdlib_module_names
-    files = list(SOURCES.glob("*_slam_asr.py"))
-    assert len(files) == 5
-    for file in files:
+    assert len(SOURCES) == 7
+    for file in SOURCES.values():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 1 or node.module.split(".")[0] in allowed, (file.name, node.module)
@@ -323,20 +326,21 @@ def test_the_card_has_the_reports_rates_controls_data_and_licences(tiny_recipe, 
         convert_checkpoint(file, str(tmp_path / "o"), to="huggingface", recipe=recipe, report=str(tmp_path))
 
 
-def test_rates_that_were_measured_with_ctc_are_not_shown_as_those_of_the_folder():
-    def card_of(name: str) -> tuple[dict, str]:
+def test_rates_that_were_measured_with_ctc_are_shown_only_if_the_folder_uses_it():
+    def card_of(name: str, ctc_weight: float) -> tuple[dict, str]:
         # Read without its base models, which may not be on this machine. A card does not depend on weights.
         folder = fetch_model(name)
         config = read_config(folder)
         content = Content({}, config.typed_recipe, {}, config.training, str(folder))
-        _, front, text = model_card(content, "## Use", None).split("---\n", 2)
+        _, front, text = model_card(content, "## Use", None, ctc_weight).split("---\n", 2)
         return yaml.safe_load(front), text
 
-    front, text = card_of("whisper-base-smollm2-135m")
+    front, text = card_of("whisper-base-smollm2-135m", 0.0)
     assert "model-index" not in front and front["base_model"][0] == "openai/whisper-base"
     assert "35.69 %" in text and "This folder decodes with the LLM alone." in text
-    front, text = card_of("whisper-tiny.en-smollm2-135m")
-    assert front["model-index"] and "decodes with the LLM alone" not in text
+    for name, weight in (("whisper-base-smollm2-135m", 0.3), ("whisper-tiny.en-smollm2-135m", 0.0)):
+        front, text = card_of(name, weight)
+        assert front["model-index"] and "decodes with the LLM alone" not in text
 
 
 def test_options_that_have_no_effect_and_code_of_an_llm_are_refused(tiny_recipe, tmp_path):

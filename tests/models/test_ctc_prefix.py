@@ -85,3 +85,21 @@ def test_unknown_tokens_stay_possible_and_the_order_of_the_audio_wins():
     for token in (5, 7, 1):
         assert scorer.add(torch.zeros(1, 1, 9))[0, 0].argmax() == token
         scorer.advance(torch.tensor([0]), torch.tensor([token]))
+
+
+def test_if_the_audio_is_too_short_for_any_token_the_llm_chooses():
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    scorer = CtcScorer(CtcSpelling.of(logits, [1], COLUMNS, COLUMNS), 0.5, 1, STOPS)
+    scorer.advance(torch.tensor([0]), torch.tensor([5]))
+    preferences = torch.full((1, 1, 9), -8.0)
+    preferences[0, 0, 3], preferences[0, 0, 7], preferences[0, 0, 1] = -0.5, -1.0, -torch.inf
+    assert scorer.add(preferences)[0, 0].topk(2).indices.tolist() == [3, 7]
+
+
+def test_audio_without_positions_has_the_scores_that_it_has_in_a_batch():
+    none, some = torch.zeros(0, OUTPUTS), torch.zeros(1, OUTPUTS)
+    scores = torch.zeros(1, 1, 9)
+    alone = CtcScorer(CtcSpelling.of(none, [0], COLUMNS, COLUMNS), 0.5, 1, STOPS).add(scores)
+    batched = CtcScorer(CtcSpelling.of(some, [1, 0], COLUMNS, COLUMNS), 0.5, 1, STOPS)
+    assert torch.isfinite(alone).all()
+    assert torch.equal(alone[0], batched.add(torch.zeros(2, 1, 9))[1])

@@ -22,8 +22,11 @@ class SlamAsrConfig(PreTrainedConfig):
         audio_token_id: token id that marks an LLM position of the audio.
         drop_blanks: the LLM does not read positions at which CTC gives the blank at least this probability;
             0 if it reads all.
-        ctc_tokens: token ids that CTC distinguishes, the blank's first; empty if the LLM reads all positions.
+        ctc_tokens: token ids that CTC distinguishes, the blank's first; empty if the model has no CTC head.
         ctc_sharpness: factor of CTC's logits.
+        ctc_first_tokens: for each of `ctc_tokens`, the token that stands for it at the beginning of an
+            answer, where no space precedes a word; -1 if none exists. Empty if answers begin with a space.
+        ctc_weight: CTC's share of the scores in `generate`, from 0 to 0.9; the LLM has the rest.
     """
 
     model_type = "slam_asr"
@@ -44,6 +47,8 @@ class SlamAsrConfig(PreTrainedConfig):
         drop_blanks: float = 0.0,
         ctc_tokens: list[int] | None = None,
         ctc_sharpness: float = 1.0,
+        ctc_first_tokens: list[int] | None = None,
+        ctc_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.encoder_name, self.llm_name, self.encoder_dtype = encoder_name, llm_name, encoder_dtype
@@ -52,4 +57,5 @@ class SlamAsrConfig(PreTrainedConfig):
         self.frames, self.long_audio, self.feature_dtype = frames, long_audio, feature_dtype
         self.lora_scale, self.audio_token_id = lora_scale, audio_token_id
         self.drop_blanks, self.ctc_tokens, self.ctc_sharpness = drop_blanks, ctc_tokens or [], ctc_sharpness
+        self.ctc_first_tokens, self.ctc_weight = ctc_first_tokens or [], ctc_weight
         super().__init__(**kwargs)

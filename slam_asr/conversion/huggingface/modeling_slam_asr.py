@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_slam_asr import SlamAsrConfig
+from .ctc_slam_asr import CtcPrefixProcessor, ctc_logits, require_ctc_weight, without_blanks
 from .modules_slam_asr import LoraLinear, MaskedGroupNorm, SlamAsrProjector, mask_of, round_features
 
 SAMPLES_PER_FRAME = 320
@@ -229,42 +230,30 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         input_features: torch.Tensor | None,
         audio_lengths: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctc: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return what the LLM reads.
 
         Returns:
-            Embeddings [rows, positions, LLM width] of tokens and projected audio; and the attention mask,
-            which is 0 at blanks too if the model was trained without them.
+            Embeddings [rows, positions, LLM width] of tokens and projected audio; the attention mask, which
+            is 0 at blanks too if the model was trained without them; and CTC's logits of all audio positions,
+            if `ctc` requests them or blanks are searched.
         """
         is_audio = input_ids == self.config.audio_token_id
         # The LLM's embedding may have no row for the audio's token, and needs none.
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         if input_features is None or audio_lengths is None:
-            return embeddings, attention_mask
+            return embeddings, attention_mask, None
         features = self.get_audio_features(input_features, audio_lengths, is_audio.sum(1).tolist())
         assert features.pooler_output is not None, "get_audio_features sets it"
         audio = features.pooler_output.to(embeddings.device, embeddings.dtype)
         embeddings = embeddings.masked_scatter(is_audio.unsqueeze(-1), audio)
+        if not (ctc or self.config.drop_blanks):
+            return embeddings, attention_mask, None
+        logits = ctc_logits(features.pooler_output, self.config, self.llm.get_input_embeddings())
         if self.config.drop_blanks:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
-            mask[is_audio.to(mask.device)] = (~self._are_blanks(features.pooler_output)).to(mask)
-            attention_mask = mask
-        return embeddings, attention_mask
-
-    def _are_blanks(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return [positions] bool for the projector's outputs [positions, LLM width].
-
-        A blank is a position at which CTC gives the blank, the first of `ctc_tokens`, at least the
-        probability `drop_blanks`. CTC's logits are negative squared distances from the tokens' embeddings,
-        halved and scaled, up to a constant per position that softmax ignores.
-        """
-        layer, outputs = self.llm.get_input_embeddings(), outputs.float()
-        tokens = layer(torch.tensor(self.config.ctc_tokens, device=layer.weight.device)).float()
-        size = tokens.norm(dim=1).mean()
-        tokens = (tokens / size).to(outputs.device)
-        logits = (outputs / size) @ tokens.T - tokens.square().sum(1) / 2
-        log_probabilities = (logits * self.config.ctc_sharpness).log_softmax(1)
-        return log_probabilities[:, 0] >= math.log(self.config.drop_blanks)
+            attention_mask = without_blanks(attention_mask, is_audio, logits, self.config.drop_blanks)
+        return embeddings, attention_mask, logits
 
     def forward(
         self,
@@ -288,7 +277,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             The LLM's output: `logits` [rows, positions, vocabulary], and `loss` if there are labels.
         """
-        embeddings, attention_mask = self._embed(input_ids, attention_mask, input_features, audio_lengths)
+        embeddings, attention_mask, _ = self._embed(input_ids, attention_mask, input_features, audio_lengths)
         if attention_mask is not None and "position_ids" in inspect.signature(self.llm.forward).parameters:
             # Position ids start at 0 with each row's first token. `clamp` changes the padding before it from
             # -1, an invalid index, to 0.
@@ -303,6 +292,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features: torch.Tensor | None = None,
         audio_lengths: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        ctc_weight: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Transcribe.
@@ -313,13 +303,17 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_features: as for `get_audio_features`.
             audio_lengths: as for `get_audio_features`.
             generation_config: beams, penalties and limits; by default those of the folder.
+            ctc_weight: CTC's share of the scores, by default that of config.json; 0 for the LLM alone.
             kwargs: options that replace those of `generation_config`, and further arguments of `generate`.
 
         Returns:
             Token ids [rows · answers, positions]: the input, followed by the answer. The repetition penalty
             applies to the answer's tokens only.
         """
-        embeddings, attention_mask = self._embed(input_ids, attention_mask, input_features, audio_lengths)
+        weight = require_ctc_weight(self.config.ctc_weight if ctc_weight is None else ctc_weight, self.config)
+        embeddings, attention_mask, logits = self._embed(
+            input_ids, attention_mask, input_features, audio_lengths, ctc=weight > 0
+        )
         config = copy.deepcopy(generation_config or self.generation_config)
         arguments = config.update(**kwargs)
         processors = LogitsProcessorList(arguments.pop("logits_processor", None) or [])
@@ -328,6 +322,9 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # number of the utterance's padding positions.
             processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
             config.repetition_penalty = 1.0
+        if weight and logits is not None:
+            positions = (input_ids == self.config.audio_token_id).sum(1).tolist()
+            processors.append(CtcPrefixProcessor(logits, positions, self.config, weight, config))
         # From the LLM's own configuration, `generate` would take options that are not set here.
         self.llm.generation_config = config
         output = self.llm.generate(
