@@ -7,7 +7,7 @@ from typing import Any
 from slam_asr.artifacts.model_folder import ENCODER, LLM, ModelConfig, write_adapter, write_model
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.config.recipe import dump_recipe
-from slam_asr.conversion.huggingface_folder import write_huggingface
+from slam_asr.conversion.huggingface_folder import SOURCES, write_huggingface
 from slam_asr.conversion.model_card import Report, require_own_report
 from slam_asr.conversion.parts import Parts, divide
 from slam_asr.conversion.slam_llm import FILE, write_slam_llm
@@ -17,7 +17,7 @@ from slam_asr.conversion.verification import verify
 from slam_asr.conversion.voxtral import write_voxtral
 from slam_asr.errors import ConfigurationError
 from slam_asr.progress import log_line
-from slam_asr.storage import allow_readers, sha256_of_file
+from slam_asr.storage import allow_readers, digest, sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,13 @@ class TargetFormat:
         """The stage's inputs that describe these options.
 
         Options other than `to` are left out if they have their default values, so that models that were
-        converted before these options existed still have the same fingerprint.
+        converted before these options existed still have the same fingerprint. A folder for transformers
+        contains code, which is an input like the checkpoint.
         """
+        code = {name: sha256_of_file(source) for name, source in SOURCES.items()}
         return {
             "to": self.to,
+            **({"code": digest(code)} if self.to == "huggingface" else {}),
             **({"half": True} if self.half else {}),
             **({} if self.verify else {"verified": False}),
             **({"complete": True} if self.complete else {}),
