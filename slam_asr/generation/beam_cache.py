@@ -10,6 +10,7 @@ row per beam, in a buffer that is allocated once.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import cast
@@ -290,16 +291,21 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
     return (of_prefix + by_beam(probabilities[..., prefix:]) @ value).reshape(rows, 1, heads, -1)
 
 
-AttentionInterface.register(ATTENTION, attend)
-
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "head_mask")
 """Optional arguments by which an LLM asks its attention to change the scores or to mask further positions.
 `attend` does not support them."""
 
 
+@functools.cache
+def register_attention() -> None:
+    """Make `attend` known to transformers under the name `ATTENTION`, once."""
+    AttentionInterface.register(ATTENTION, attend)
+
+
 @contextlib.contextmanager
 def shared_prefix_attention(llm: PreTrainedModel) -> Iterator[None]:
     """Make an LLM use `attend` within the context."""
+    register_attention()
     # Parts of an LLM may have their own configurations, and each layer looks up its attention in its own.
     # Several modules may share a configuration, so configurations are collected by id.
     found = (getattr(module, "config", None) for module in llm.modules())

@@ -12,6 +12,7 @@ Not every model passes on what the function needs, and some compute attention in
 model that fails the trial gets padded batches.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -77,6 +78,7 @@ def allow_packing(llm: PreTrainedModel) -> bool:
     # attention may compute something that sdpa cannot.
     if former != "sdpa":
         return False
+    _register()
     llm.eval()  # dropout, such as that of adapters, would make the trial's results differ
     # A class may ignore the request and leave its configuration unchanged, hence the first condition.
     llm.set_attn_implementation(NAME)
@@ -215,9 +217,13 @@ def exclude_from_compilation() -> None:
 
     The function's operations depend on the utterances' lengths, so torch would recompile it for many batches.
     """
+    _register()
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
-AttentionInterface.register(NAME, _attention)
-# Batches that are not packed get the masks that transformers builds for torch's attention.
-AttentionMaskInterface.register(NAME, sdpa_mask)
+@functools.cache
+def _register() -> None:
+    """Register the attention function, once: a later call must not undo `exclude_from_compilation`."""
+    AttentionInterface.register(NAME, _attention)
+    # Batches that are not packed get the masks that transformers builds for torch's attention.
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -208,6 +208,8 @@ def test_beams_share_the_prefix(family, monkeypatch):
 @contextlib.contextmanager
 def registered_attention(function):
     """Register another function in place of `attend`."""
+    # Only the first call registers `attend`. If it came later, it would replace `function`.
+    beam_cache.register_attention()
     AttentionInterface.register(beam_cache.ATTENTION, function)
     try:
         yield
