@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
 from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import refuse_empty
+from slam_asr.options import add_options, refuse_empty
 from slam_asr.steps import EVALUATION, PUBLISHING, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 
@@ -76,6 +76,19 @@ def compile_command(arguments: list[str]) -> int:
     return 0
 
 
+@dataclass
+class LocationOptions:
+    """Options of compiling and submitting that name images and locations."""
+
+    images: str | None = None
+    """images of the steps: a template with {stage} and {version}, or the file that `make images` writes
+    (default: SLAM_ASR_IMAGES, else the profile's images.names)"""
+    corpus: str | None = None
+    """s3:// prefix of the corpus: the default of the pipeline parameter"""
+    store: str | None = None
+    """s3:// prefix for the results of all stages (default: the profile's storage.store)"""
+
+
 def add_cluster_options(parser: ArgumentParser) -> None:
     """Add to a parser the options that compiling and submitting need."""
     parser.add_argument(
@@ -83,20 +96,7 @@ def add_cluster_options(parser: ArgumentParser) -> None:
         default=DEFAULT_CLUSTER,
         help=f"a shipped cluster profile ({', '.join(shipped_clusters())}) or a YAML file",
     )
-    parser.add_argument(
-        "--images",
-        type=str,
-        help=f"images of the steps: a template with {{stage}} and {{version}}, or the file that "
-        f"`make images` writes (default: {IMAGES_VARIABLE}, else the profile's images.names)",
-    )
-    parser.add_argument(
-        "--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline parameter"
-    )
-    parser.add_argument(
-        "--store",
-        type=str,
-        help="s3:// prefix for the results of all stages (default: the profile's storage.store)",
-    )
+    add_options(parser, LocationOptions)
 
 
 def location_parameters(

@@ -7,7 +7,9 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import urllib3
 from kubernetes import client as kubernetes
@@ -23,13 +25,8 @@ from pipelines.kubeflow.backend import (
     check_retries,
     read_launcher,
 )
-from pipelines.kubeflow.connection import (
-    Connection,
-    NotFound,
-    add_connection_options,
-    connect,
-    require_seconds,
-)
+from pipelines.kubeflow.commands import flags
+from pipelines.kubeflow.connection import Connection, ConnectionOptions, NotFound, connect, require_seconds
 from pipelines.kubeflow.logs import core_api
 from pipelines.kubeflow.namespace import Check, check_rights, check_training_rights, namespace_checks
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
@@ -37,48 +34,38 @@ from pipelines.kubeflow.registry import check_images
 from pipelines.kubeflow.trainer import check_runtime, check_version
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
-from slam_asr.options import parse_options
+from slam_asr.options import add_options, parse_options
 from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.failures import CredentialsMissing
 
 
+@dataclass
+class Options:
+    """Options of `doctor`, besides those of the connection."""
+
+    cluster: str = DEFAULT_CLUSTER
+    """name or file of a cluster profile"""
+    images: str | None = None
+    """template for image names, or the file that `make images` writes (default: SLAM_ASR_IMAGES, else the
+    profile's images.names)"""
+    run: bool = False
+    """also start a small pod for each kind of step, which checks what the step needs from inside"""
+    nodes: int = 1
+    """with --run: also start a TrainJob with this many pods, which must reach each other; 1 starts no
+    TrainJob"""
+    patience: float = 600.0
+    """with --run: seconds for which a pod may wait to start, such as for a large image"""
+    poll: float = 5.0
+    """with --run: seconds between two requests for the run's state"""
+
+
 def doctor(arguments: list[str]) -> int:
     """Run all checks, print each finding, and return 1 if any check failed, else 0."""
     parser = command_parser("doctor", "Check that a cluster has everything that a run needs.")
-    parser.add_argument("--cluster", default=DEFAULT_CLUSTER, help="name or file of a cluster profile")
-    parser.add_argument(
-        "--images",
-        type=str,
-        help="template for image names, or the file that `make images` writes (default: SLAM_ASR_IMAGES, "
-        "else the profile's images.names)",
-    )
-    add_connection_options(parser)
-    parser.add_argument(
-        "--run",
-        action="store_true",
-        help="also start a small pod for each kind of step, which checks what the step needs from inside",
-    )
-    parser.add_argument(
-        "--nodes",
-        type=int,
-        default=1,
-        help="with --run: also start a TrainJob with this many pods, which must reach each other; 1 starts "
-        "no TrainJob",
-    )
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=600.0,
-        help="with --run: seconds for which a pod may wait to start, such as for a large image",
-    )
-    parser.add_argument(
-        "--poll",
-        type=float,
-        default=5.0,
-        help="with --run: seconds between two requests for the run's state",
-    )
-    options = parse_options(parser, arguments)
+    add_options(parser, Options)
+    add_options(parser, ConnectionOptions)
+    options = parse_options(parser, flags(arguments))
     require_seconds(options, "patience", "poll")
     _require_valid_nodes(options)
     cluster = load_cluster(options["cluster"])
@@ -228,27 +215,20 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(UNKNOWN, "store", "the profile names none, so each run must name one")
         return
     # The storage client reads these variables. The user's own take precedence over the profile's.
-    before = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
-    for name, value in (
-        ("AWS_ENDPOINT_URL", cluster.storage.endpoint),
-        ("AWS_REGION", cluster.storage.region),
-    ):
-        if value and not before[name]:
-            os.environ[name] = value
+    profile = {"AWS_ENDPOINT_URL": cluster.storage.endpoint, "AWS_REGION": cluster.storage.region}
+    unset = {name: value for name, value in profile.items() if value and not os.environ.get(name)}
     path = join(store, f".doctor-{secrets.token_hex(8)}")
     try:
-        write_bytes(path, b"slam-asr checks whether it may write here\n")
-        delete(path)
-        yield Finding(
-            GOOD, f"store {store}", "is writable with your own credentials; the steps use their own"
-        )
+        with mock.patch.dict(os.environ, unset):
+            write_bytes(path, b"slam-asr checks whether it may write here\n")
+            delete(path)
     except UserError as error:
         sign = UNKNOWN if isinstance(error, CredentialsMissing) else BAD
         yield Finding(sign, f"store {store}", f"{error} (tried from here, with your own credentials)")
-    finally:
-        for name, previous in before.items():
-            if not previous:
-                os.environ.pop(name, None)
+    else:
+        yield Finding(
+            GOOD, f"store {store}", "is writable with your own credentials; the steps use their own"
+        )
 
 
 def _check_images(cluster: Cluster, source: str, loaded: list[str] | None) -> Iterator[Finding]:
