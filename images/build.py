@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from slam_asr.steps import IMAGES  # noqa: E402 - the package need not be installed here
+from slam_asr import __version__  # noqa: E402 - the package need not be installed here
+from slam_asr.steps import IMAGES  # noqa: E402
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
@@ -47,11 +48,11 @@ def main() -> int:
         references = {stage: _push(name) for stage, name in names.items()} if options.push else names
         if options.load:
             _load(options.load, list(names.values()))
+        for stage, name in names.items():
+            print(f"{stage:<20} {_size(name):>8} MB  {references[stage]}")
     except BuildError as error:
         print(f"images: error: {error}", file=sys.stderr)
         return 2
-    for stage, name in names.items():
-        print(f"{stage:<20} {_size(name):>8} MB  {references[stage]}")
     _write_list(references)
     return 0
 
@@ -61,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--registry", default="slam-asr", help="prefix of the image names, before /STAGE")
     parser.add_argument(
         "--tag",
-        default=_version(),
+        default=__version__,
         help="tag of the images; do not reuse one for other content (default: the version)",
     )
     parser.add_argument(
@@ -119,20 +120,28 @@ def _torch_of(stage: str, options: argparse.Namespace) -> str:
 
 
 def _require_engine() -> None:
-    if not shutil.which("docker"):
-        raise BuildError(
-            "there is no docker command: install Docker, or a compatible program such as Podman's."
-        )
-    answer = subprocess.run(
-        ["docker", "version", "--format", "{{.Server.Version}}"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    if answer.returncode:
-        raise BuildError(
-            f"the Docker engine does not answer ({_last_line(answer.stderr)}): start it, or set DOCKER_HOST."
-        )
+    _require_program("docker", "install Docker, or a compatible program such as Podman's")
+    command = ["docker", "version", "--format", "{{.Server.Version}}"]
+    _output_of(command, "the Docker engine does not answer", "start it, or set DOCKER_HOST")
+
+
+def _require_program(name: str, remedy: str) -> None:
+    if not shutil.which(name):
+        raise BuildError(f"there is no {name} command: {remedy}.")
+
+
+def _output_of(command: list[str], failure: str, remedy: str) -> str:
+    """Run a command and return its output; if it fails, raise an error with the last line of its messages."""
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise BuildError(f"{failure} ({_last_line(done.stderr)}): {remedy}.")
+    return done.stdout
+
+
+def _inspect(name: str, template: str) -> str:
+    """Return what Docker knows about an image, in the form of a Go template."""
+    command = ["docker", "inspect", "--format", template, name]
+    return _output_of(command, f"{name} cannot be inspected", "check that the Docker engine runs")
 
 
 def _build_all(names: dict[str, str], options: argparse.Namespace) -> None:
@@ -164,21 +173,9 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
         "PIP_ARGS": options.pip_args,
         "GIT_COMMIT": _commit(),
     }
-    build_arguments: list[str] = []
-    for key, value in arguments.items():
-        if value:
-            build_arguments += ["--build-arg", f"{key}={value}"]
-    command = [
-        "docker",
-        "build",
-        "--file",
-        "images/Dockerfile",
-        "--tag",
-        name,
-        *build_arguments,
-        *shlex.split(options.build_args),
-        ".",
-    ]
+    command = ["docker", "build", "--file", "images/Dockerfile", "--tag", name]
+    command += [f"--build-arg={key}={value}" for key, value in arguments.items() if value]
+    command += [*shlex.split(options.build_args), "."]
     # The legacy builder is the default, because every engine has it and BuildKit is an optional plugin. The
     # user's environment takes precedence, so it can select BuildKit.
     environment = {"DOCKER_BUILDKIT": "0", **os.environ}
@@ -212,21 +209,9 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
 def _push(name: str) -> str:
     """Push an image and return its name with the digest from the registry."""
     print(f"pushing {name}", flush=True)
-    pushed = subprocess.run(["docker", "push", name], capture_output=True, text=True, encoding="utf-8")
-    if pushed.returncode:
-        raise BuildError(
-            f"{name} was not pushed ({_last_line(pushed.stderr)}): `docker login` to its registry, "
-            "or check REGISTRY."
-        )
-    digests = json.loads(
-        subprocess.run(
-            ["docker", "inspect", "--format", "{{json .RepoDigests}}", name],
-            check=True,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-        ).stdout
-    )
+    remedy = "`docker login` to its registry, or check REGISTRY"
+    _output_of(["docker", "push", name], f"{name} was not pushed", remedy)
+    digests = json.loads(_inspect(name, "{{json .RepoDigests}}"))
     # Docker omits the name of its own registry in the digests that it reports.
     repository = name.rpartition(":")[0].removeprefix("docker.io/").removeprefix("library/")
     digest = next((d.partition("@")[2] for d in digests if d.partition("@")[0] == repository), None)
@@ -240,52 +225,26 @@ def _push(name: str) -> str:
 
 def _load(tool: str, names: list[str]) -> None:
     """Load images into the nodes of a cluster that runs on this machine."""
-    if not shutil.which(tool):
-        raise BuildError(f"there is no {tool} command: install it, or push the images to a registry.")
+    _require_program(tool, "install it, or push the images to a registry")
     for name in names:
         print(f"loading {name} into the nodes", flush=True)
-        loaded = subprocess.run(
-            [tool, *LOADERS[tool], name], capture_output=True, text=True, encoding="utf-8"
-        )
-        if loaded.returncode:
-            raise BuildError(
-                f"{name} was not loaded ({_last_line(loaded.stderr)}): check that the {tool} cluster runs."
-            )
+        remedy = f"check that the {tool} cluster runs"
+        _output_of([tool, *LOADERS[tool], name], f"{name} was not loaded", remedy)
 
 
 def _size(name: str) -> str:
     """Return the size of an image in MB (10^6 bytes)."""
-    size = subprocess.run(
-        ["docker", "inspect", "--format", "{{.Size}}", name],
-        check=True,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    ).stdout
-    return f"{int(size) / 1e6:,.0f}"
+    return f"{int(_inspect(name, '{{.Size}}')) / 1e6:,.0f}"
 
 
 def _write_list(references: dict[str, str]) -> None:
     """Update build/images.yaml; the lines of stages that were not built this time stay unchanged."""
-    before = {}
-    if IMAGE_LIST.is_file():
-        before = dict(
-            line.split(": ", 1)
-            for line in IMAGE_LIST.read_text(encoding="utf-8").splitlines()
-            if ": " in line and not line.startswith("#")
-        )
+    lines = IMAGE_LIST.read_text(encoding="utf-8").splitlines() if IMAGE_LIST.is_file() else []
+    before = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("#"))
+    heading = "# The image of each stage, for `python -m pipelines compile --images build/images.yaml`."
+    entries = (f"{stage}: {name}" for stage, name in (before | references).items())
     IMAGE_LIST.parent.mkdir(exist_ok=True)
-    lines = [f"{stage}: {name}" for stage, name in ({**before, **references}).items()]
-    IMAGE_LIST.write_text(
-        "\n".join(
-            [
-                "# The image of each stage, for `python -m pipelines compile --images build/images.yaml`.",
-                *lines,
-            ]
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    IMAGE_LIST.write_text("\n".join([heading, *entries, ""]), encoding="utf-8")
     print(f"wrote {IMAGE_LIST.relative_to(ROOT)}")
 
 
@@ -298,11 +257,6 @@ def _commit() -> str:
     except FileNotFoundError:
         return ""
     return described.stdout.strip()
-
-
-def _version() -> str:
-    text = (ROOT / "slam_asr" / "__init__.py").read_text(encoding="utf-8")
-    return text.split('__version__ = "')[1].split('"')[0]
 
 
 def _last_line(text: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
+from kfp.dsl.pipeline_channel import PipelineChannel
 
 from components.build_manifest.component import build_manifest
 from components.convert_checkpoint.component import convert_checkpoint
@@ -72,17 +73,26 @@ def build_pipeline(
             extraction = extract_features(store=store, manifests=manifests, shard=shard)
         features = dsl.Collected(extraction.outputs["features"])
         training = train(store=store, manifests=manifests, features=features, trainjob=trainjob)
-        conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
-        model = conversion.outputs["model"]
-        with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
-            decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
-        scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
+        conversion, decoding, scoring = convert_and_measure(store, manifests, training)
         if publishes:
+            model, scores = conversion.outputs["model"], scoring.outputs["scores"]
             run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-            publication.append(publish(store=store, model=model, scores=scoring.outputs["scores"], run=run))
+            publication.append(publish(store=store, model=model, scores=scores, run=run))
         apply_settings(place, manifest, extraction, training, conversion, decoding, scoring, *publication)
 
     return asr
+
+
+def convert_and_measure(
+    store: PipelineChannel, manifests: PipelineChannel, training: dsl.PipelineTask
+) -> tuple[dsl.PipelineTask, dsl.PipelineTask, dsl.PipelineTask]:
+    """Add the steps after a training to the pipeline, and return their tasks; the last one scores."""
+    conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
+    model = conversion.outputs["model"]
+    with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
+        decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
+    scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
+    return conversion, decoding, scoring
 
 
 def apply_settings(place: Place, *tasks: dsl.PipelineTask) -> None:

@@ -5,14 +5,15 @@ any other profile is selected by its path. Keys are checked like those of a reci
 credentials: it names the Kubernetes secrets that contain them.
 """
 
+import itertools
 import math
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pipelines.quantities import CPU, DURATION, SIZE, cores, size_in_bytes
 from slam_asr.artifacts.costs import Prices
@@ -165,10 +166,12 @@ class StepSettings:
     """Annotations of the pod."""
 
 
-T = TypeVar("T")
+def _key(step: str) -> str:
+    """Return a step's key in a profile: underscores replace the dashes of its name."""
+    return step.replace("-", "_")
 
 
-def _with_a_field_for_each_step(kind: type[T]) -> type[T]:
+def _with_a_field_for_each_step(kind: type) -> type:
     """Turn a class into a dataclass with a field for each step that has settings of its own.
 
     The fields come from the table of steps, so that a new step gets its settings without a change here.
@@ -179,11 +182,6 @@ def _with_a_field_for_each_step(kind: type[T]) -> type[T]:
     for key in keys:
         setattr(kind, key, field(default_factory=StepSettings))
     return dataclass(kind)
-
-
-def _key(step: str) -> str:
-    """Return a step's key in a profile: underscores replace the dashes of its name."""
-    return step.replace("-", "_")
 
 
 @_with_a_field_for_each_step
@@ -241,42 +239,45 @@ class Cluster:
         return bool(self.registry.secret or variables & self.environment.keys())
 
     def __post_init__(self) -> None:
-        for key in ("namespace", "kubeflow_namespace", "service_account"):
-            self._require(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
-        self._require("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
-        for problem in problems_of_address("storage.store", self.storage.store):
+        for problem in self._problems():
             raise ConfigurationError(f"Cluster {self.name}: {problem}")
-        self._require("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")
-        self._require(
+
+    def _problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that is out of bounds or contradicts another one."""
+        for key in ("namespace", "kubeflow_namespace", "service_account"):
+            yield from self._unless(key, _NAME.fullmatch, "lower-case letters, digits and dashes")
+        yield from self._unless("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
+        yield from problems_of_address("storage.store", self.storage.store)
+        yield from self._unless("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")
+        yield from self._unless(
             "storage.endpoint",
             lambda address: not address or _ADDRESS.fullmatch(address),
             "http://host:port or https://host, without a name or password in it",
         )
         for key in ("prices.gpu_hour", "prices.cpu_hour"):
-            self._require(key, lambda price: 0 <= price < math.inf, "0 or more")
+            yield from self._unless(key, lambda price: 0 <= price < math.inf, "0 or more")
         for key in ("secret", "key"):
             if not _SECRET.fullmatch(getattr(self.on_exit, key)):
                 # The value may be the URL itself, so it is not shown.
-                raise ConfigurationError(
-                    f"Cluster {self.name}: on_exit.{key} must be a name of letters, digits, dots and dashes: "
+                yield (
+                    f"on_exit.{key} must be a name of letters, digits, dots and dashes: "
                     "put the webhook's URL into a secret, and name that secret and its key here."
                 )
         for name in self.environment:
             if re.search(r"(SECRET_ACCESS|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN)", name.upper()):
-                raise ConfigurationError(
-                    f"Cluster {self.name}: environment.{name} looks like a credential, and would be "
-                    "readable in the compiled pipeline: put it into a secret (storage.secret, "
-                    "models.token_secret, registry.secret) instead."
+                yield (
+                    f"environment.{name} looks like a credential, and would be readable in the compiled "
+                    "pipeline: put it into a secret (storage.secret, models.token_secret, registry.secret) "
+                    "instead."
                 )
-        self._require("trainer.timeout_hours", lambda hours: hours >= 0, "0 or more")
-        for name in STEPS:
-            if not STEPS[name].settings_of:
-                self._check_step(name)
+        yield from self._unless("trainer.timeout_hours", lambda hours: hours >= 0, "0 or more")
+        for name, step in STEPS.items():
+            if not step.settings_of:
+                yield from self._problems_of_step(f"steps.{_key(name)}", self.steps[name])
 
-    def _check_step(self, name: str) -> None:
-        step, prefix = self.steps[name], f"steps.{_key(name)}"
-        self._require(f"{prefix}.cpu", CPU.fullmatch, "cores such as 2 or 500m")
-        self._require(
+    def _problems_of_step(self, prefix: str, step: StepSettings) -> Iterator[str]:
+        yield from self._unless(f"{prefix}.cpu", CPU.fullmatch, "cores such as 2 or 500m")
+        yield from self._unless(
             f"{prefix}.cpu_limit",
             lambda limit: (
                 # Kubernetes refuses a limit below the request.
@@ -284,39 +285,37 @@ class Cluster:
             ),
             f"{NO_LIMIT}, or cores such as 2 or 500m, not fewer than {prefix}.cpu ({step.cpu})",
         )
-        self._require(f"{prefix}.memory", SIZE.fullmatch, "a size such as 16Gi")
+        yield from self._unless(f"{prefix}.memory", SIZE.fullmatch, "a size such as 16Gi")
         for key in ("shared_memory", "scratch"):
-            self._require(
+            yield from self._unless(
                 f"{prefix}.{key}", lambda size: not size or SIZE.fullmatch(size), "a size such as 16Gi"
             )
-        self._require(f"{prefix}.retry_after", DURATION.fullmatch, "a time such as 30s, 5m or 1h")
+        yield from self._unless(f"{prefix}.retry_after", DURATION.fullmatch, "a time such as 30s, 5m or 1h")
         for key in ("gpus", "gpus_per_node", "retries", "timeout_hours"):
-            self._require(f"{prefix}.{key}", lambda number: number >= 0, "0 or more")
+            yield from self._unless(f"{prefix}.{key}", lambda number: number >= 0, "0 or more")
         if step.gpus_per_node and step.gpus > step.gpus_per_node:
-            raise ConfigurationError(
-                f"Cluster {self.name}: {prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} "
+            yield (
+                f"{prefix}.gpus is {step.gpus}, but a node has {step.gpus_per_node} "
                 f"({prefix}.gpus_per_node), so the pod would wait forever: lower {prefix}.gpus, or train on "
                 "several nodes with the recipe's training.nodes."
             )
         if step.shared_memory and size_in_bytes(step.shared_memory) >= size_in_bytes(step.memory):
-            raise ConfigurationError(
-                f"Cluster {self.name}: {prefix}.shared_memory ({step.shared_memory}) counts against "
+            yield (
+                f"{prefix}.shared_memory ({step.shared_memory}) counts against "
                 f"{prefix}.memory ({step.memory}) and uses all of it: raise memory, or lower shared_memory."
             )
-        for toleration in step.tolerations:
-            if unknown := [key for key in toleration if key not in _TOLERATION_KEYS]:
-                hint = nearest(unknown[0], _TOLERATION_KEYS) or "."
-                raise ConfigurationError(
-                    f"Cluster {self.name}: {prefix}.tolerations has an unknown key {unknown[0]}{hint}"
-                )
+        for key in itertools.chain(*step.tolerations):
+            if key not in _TOLERATION_KEYS:
+                hint = nearest(key, _TOLERATION_KEYS) or "."
+                yield f"{prefix}.tolerations has an unknown key {key}{hint}"
 
-    def _require(self, key: str, holds: Callable[[Any], object], expected: str) -> None:
-        """Refuse the value of a key, such as `storage.store`, unless `holds(value)` is true."""
+    def _unless(self, key: str, holds: Callable[[Any], object], expected: str) -> Iterator[str]:
+        """Yield a sentence about a key, such as `storage.store`, unless `holds(value)` is true."""
         value = operator.attrgetter(key)(self)
         if not holds(value):
             # An address may contain a password.
             shown = re.sub(r"//[^/]*@", "//…@", repr(value))
-            raise ConfigurationError(f"Cluster {self.name}: {key} is {shown} but must be {expected}.")
+            yield f"{key} is {shown} but must be {expected}."
 
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")

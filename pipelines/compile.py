@@ -7,9 +7,10 @@ import ast
 import copy
 import json
 import os
+import pprint
 import re
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,8 @@ from pipelines.cluster import Cluster, load_cluster, shipped_clusters
 from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
 from slam_asr.artifacts.model_folder import shipped_models
 from slam_asr.config.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes, value_of
-from slam_asr.config.variations import varied
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import refuse_empty
+from slam_asr.options import add_options, refuse_empty
 from slam_asr.steps import EVALUATION, PUBLISHING, STEPS, SWEEP
 from slam_asr.storage import is_s3, local_path
 
@@ -67,13 +67,24 @@ def compile_command(arguments: list[str]) -> int:
         "(user, group, non-root) that every step sets, and refuse the pipeline",
         file=sys.stderr,
     )
-    print(
-        f"compiled for the cluster {cluster.name} ({cluster.description or options['cluster']})",
-        file=sys.stderr,
-    )
+    described = cluster.description or options["cluster"]
+    print(f"compiled for the cluster {cluster.name} ({described})", file=sys.stderr)
     for path in written:
         print(path)
     return 0
+
+
+@dataclass
+class LocationOptions:
+    """Options of compiling and submitting that name images and locations."""
+
+    images: str | None = None
+    """images of the steps: a template with {stage} and {version}, or the file that `make images` writes
+    (default: SLAM_ASR_IMAGES, else the profile's images.names)"""
+    corpus: str | None = None
+    """s3:// prefix of the corpus: the default of the pipeline parameter"""
+    store: str | None = None
+    """s3:// prefix for the results of all stages (default: the profile's storage.store)"""
 
 
 def add_cluster_options(parser: ArgumentParser) -> None:
@@ -83,20 +94,7 @@ def add_cluster_options(parser: ArgumentParser) -> None:
         default=DEFAULT_CLUSTER,
         help=f"a shipped cluster profile ({', '.join(shipped_clusters())}) or a YAML file",
     )
-    parser.add_argument(
-        "--images",
-        type=str,
-        help=f"images of the steps: a template with {{stage}} and {{version}}, or the file that "
-        f"`make images` writes (default: {IMAGES_VARIABLE}, else the profile's images.names)",
-    )
-    parser.add_argument(
-        "--corpus", type=str, help="s3:// prefix of the corpus: the default of the pipeline parameter"
-    )
-    parser.add_argument(
-        "--store",
-        type=str,
-        help="s3:// prefix for the results of all stages (default: the profile's storage.store)",
-    )
+    add_options(parser, LocationOptions)
 
 
 def location_parameters(
@@ -125,8 +123,7 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
     Raises:
         ConfigurationError: the recipe gives a step more processes than the profile gives it GPUs.
     """
-    recipe = request.resolved_recipe
-    for variant in (recipe, *(varied(recipe, variation) for variation in request.variations)):
+    for variant in request.variants:
         _check_recipe(variant, cluster, trains=request.model is None)
 
 
@@ -156,16 +153,14 @@ def recipe_parameters(source: str, recipe: Recipe) -> dict[str, Any]:
     """
     if source in shipped_recipes():
         shipped = load_recipe(source)
-        changed = {
-            key: value_of(recipe, key)
-            for key in recipe_keys()
-            if value_of(recipe, key) != value_of(shipped, key)
-        }
         # recipe_keys() lists sections as well as their keys. The keys suffice as overrides.
-        return {
-            "recipe": source,
-            "recipe_overrides": {key: value for key, value in changed.items() if not is_dataclass(value)},
+        values = {key: value_of(recipe, key) for key in recipe_keys()}
+        changed = {
+            key: value
+            for key, value in values.items()
+            if not is_dataclass(value) and value != value_of(shipped, key)
         }
+        return {"recipe": source, "recipe_overrides": changed}
     # The text is on one line, because kfp repeats default values in a YAML comment, and does not escape line
     # breaks there.
     return {"recipe": json.dumps(asdict(recipe), ensure_ascii=False), "recipe_overrides": {}}
@@ -239,15 +234,11 @@ def compile_all(
     if output.suffix in (".yaml", ".yml"):
         return [compile_package(cluster, output, images, defaults, request)]
     request = request or RunRequest()
-    image_of = images_of(images_source(cluster, images))
-    written = [compile_package(cluster, output / f"{request.pipeline}.yaml", images, defaults, request)]
-    resources = output / f"{request.pipeline}.resources.yaml"
+    package = compile_package(cluster, output / f"{request.pipeline}.yaml", images, defaults, request)
+    image_of, resources = images_of(images_source(cluster, images)), package.with_suffix(".resources.yaml")
     _write(_pipeline(cluster, image_of, request), resources, defaults, resources_in=cluster.namespace)
-    return [
-        *written,
-        resources,
-        *(_write_component(step, image_of[step], output / "components" / f"{step}.yaml") for step in STEPS),
-    ]
+    components = [_write_component(step, image_of[step], output / "components") for step in STEPS]
+    return [package, resources, *components]
 
 
 def _pipeline(cluster: Cluster, images: dict[str, str], request: RunRequest) -> "BaseComponent":
@@ -312,16 +303,10 @@ them.
 
 def _sort_keys(comment: re.Match[str]) -> str:
     # kfp writes the value as Python does (True, None), not as JSON.
-    return f"{comment[1]}{_with_sorted_keys(ast.literal_eval(comment[2]))}]"
+    return f"{comment[1]}{pprint.pformat(ast.literal_eval(comment[2]), width=sys.maxsize)}]"
 
 
-def _with_sorted_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_sorted_keys(inner) for key, inner in sorted(value.items())}
-    return [_with_sorted_keys(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _write_component(step: str, image: str, path: Path) -> Path:
+def _write_component(step: str, image: str, folder: Path) -> Path:
     """Write a single component, for use in other pipelines."""
     from kfp.compiler import Compiler
 
@@ -330,6 +315,7 @@ def _write_component(step: str, image: str, path: Path) -> Path:
     container = component.component_spec.implementation.container
     assert container is not None, "every step is a container component"
     container.image = image
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     Compiler().compile(component, str(path))
     return path

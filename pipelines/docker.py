@@ -5,7 +5,6 @@ success, so a failed step occasionally counts as finished. Here, a container exi
 been read. This module then removes it, even after an error or an interruption.
 """
 
-import codecs
 import contextlib
 import os
 import threading
@@ -19,6 +18,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from components import CACHE
 from pipelines import processes
+from pipelines.kubeflow.registry import has_registry
 from pipelines.run_request import Settings
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.steps import STEPS
@@ -117,7 +117,7 @@ class Containers:
             try:
                 self.client.images.get(image)
             except ImageNotFound:
-                if not _has_registry(image):
+                if not has_registry(image):
                     raise ClusterError(
                         f"The Docker engine has no image {image} for {stage}: `make images` builds it, "
                         "or name others with --images."
@@ -157,16 +157,13 @@ class Containers:
         if self._ending:
             return _KILLED
         container = self._create(stage, image, command, environment or {})
-        with (
-            self._removed_at_the_end(container),
-            processes.stopped_on_interruption(lambda: _stop(container)),
-        ):
+        with self._removed_at_the_end(container), processes.stopped_on_interruption(lambda: _stop(container)):
             try:
                 container.start()
             except APIError as error:
                 raise ClusterError(f"The Docker engine cannot start {image} ({_reason(error)}).") from error
-            for line in _lines(container.logs(stream=True, follow=True)):
-                on_line(line)
+            for line in processes.decoded_lines(container.logs(stream=True, follow=True)):
+                on_line(f"{line}\n")
             try:
                 return container.wait()["StatusCode"]
             except NotFound:
@@ -297,23 +294,6 @@ def _gpus(requested: str, info: dict[str, Any]) -> list[docker.types.DeviceReque
     # To the engine, -1 means all GPUs.
     count = int(requested) if requested.isdigit() else -1
     return [docker.types.DeviceRequest(count=count, capabilities=[["gpu"]])]
-
-
-def _has_registry(image: str) -> bool:
-    # Docker's own rule: the first part of a name is a registry if it looks like a host or has a port.
-    first, slash, _ = image.partition("/")
-    return bool(slash) and ("." in first or ":" in first or first == "localhost")
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Split a log into lines. The engine's chunks may end within a line, or within a UTF-8 character."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest = ""
-    for chunk in chunks:
-        *complete, rest = (rest + decoder.decode(chunk)).split("\n")
-        yield from (f"{line}\n" for line in complete)
-    if rest:
-        yield f"{rest}\n"
 
 
 def _stop(container: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipelines.cluster import Cluster
+from slam_asr.errors import ConfigurationError
 from slam_asr.notices.notice import URL, URL_FILE, Notice, send, webhook_url
 
 if TYPE_CHECKING:
@@ -86,8 +87,6 @@ def require_url(form: str) -> str:
     Raises:
         ConfigurationError: the environment names none, or one that begins with neither http:// nor https://.
     """
-    from slam_asr.errors import ConfigurationError
-
     url = webhook_url()
     if not url.startswith(("http://", "https://")):
         raise ConfigurationError(

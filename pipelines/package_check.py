@@ -4,29 +4,25 @@ kfp's own check validates the keys of the YAML, but not its references. This mod
 producer, output, parameter, component and image, and checks that each step has Kubernetes settings.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from kfp.kubernetes import kubernetes_executor_config_pb2
-from kfp.pipeline_spec import pipeline_spec_pb2
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
+from kfp.pipeline_spec.pipeline_spec_pb2 import ComponentSpec, PipelineSpec, PipelineTaskSpec
 
-Kind = Literal["parameters", "artifacts"]
-_KINDS: tuple[Kind, ...] = ("parameters", "artifacts")
+Kind = Literal["parameter", "artifact"]
+_KINDS: tuple[Kind, ...] = ("parameter", "artifact")
 
 
 class PackageDefect(Exception):
     """The compiled pipeline is inconsistent: a defect of this project, not an error of its user."""
 
 
-def read_package(
-    path: Path,
-) -> tuple[
-    pipeline_spec_pb2.PipelineSpec, dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]
-]:
+def read_package(path: Path) -> tuple[PipelineSpec, dict[str, KubernetesExecutorConfig]]:
     """Read a compiled pipeline: its specification, and the Kubernetes settings by executor label.
 
     Raises:
@@ -37,9 +33,9 @@ def read_package(
     platforms = documents[1]["platforms"] if len(documents) > 1 else {}
     executors = platforms.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     try:
-        spec = json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+        spec = json_format.ParseDict(documents[0], PipelineSpec())
         settings = {
-            name: json_format.ParseDict(values, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+            name: json_format.ParseDict(values, KubernetesExecutorConfig())
             for name, values in executors.items()
         }
     except json_format.ParseError as error:
@@ -59,10 +55,10 @@ def check_package(path: Path, images: dict[str, str]) -> None:
     """
     spec, settings = read_package(path)
     executors = dict(spec.deployment_spec["executors"].items())
-    defects = list(_dag_defects(spec, "root", spec.root))
+    defects = list(_Graph(spec, "root", spec.root).defects())
     for name, component in spec.components.items():
         if component.HasField("dag"):
-            defects += _dag_defects(spec, name, component)
+            defects += _Graph(spec, name, component).defects()
         elif component.executor_label not in executors:
             defects.append(f"{name} has no executor {component.executor_label}")
     for label, executor in executors.items():
@@ -71,99 +67,73 @@ def check_package(path: Path, images: dict[str, str]) -> None:
             defects.append(f"{label} runs in {executor['container']['image']}, not in {images.get(step)}")
         if label not in settings:
             defects.append(f"{label} has no Kubernetes settings")
-    defects += [
-        f"Kubernetes settings for {label}, which does not exist"
-        for label in settings
-        if label not in executors
-    ]
+    unknown = [label for label in settings if label not in executors]
+    defects += [f"Kubernetes settings for {label}, which does not exist" for label in unknown]
     if defects:
         raise PackageDefect(f"{path}: {'; '.join(defects)}")
 
 
-def _dag_defects(
-    spec: pipeline_spec_pb2.PipelineSpec, name: str, component: pipeline_spec_pb2.ComponentSpec
-) -> Iterator[str]:
-    """Check the references of a graph's tasks and outputs."""
-    tasks = component.dag.tasks
-    graph_inputs = component.input_definitions
-    for task_name, task in tasks.items():
-        where = f"{name}.{task_name}"
-        used = spec.components.get(task.component_ref.name)
+class _Graph:
+    """The pipeline, or a group of tasks within it: checks what its tasks and outputs refer to."""
+
+    def __init__(self, spec: PipelineSpec, name: str, component: ComponentSpec) -> None:
+        self.components, self.name, self.inputs = spec.components, name, component.input_definitions
+        self.tasks, self.outputs = component.dag.tasks, component.dag.outputs
+
+    def defects(self) -> Iterator[str]:
+        for name, task in self.tasks.items():
+            yield from self._defects_of_task(f"{self.name}.{name}", task)
+        for key, output in self.outputs.parameters.items():
+            yield from self._defects_of_output(key, "parameter", output.value_from_parameter)
+        for key, output in self.outputs.artifacts.items():
+            for selector in output.artifact_selectors:
+                yield from self._defects_of_output(key, "artifact", selector)
+
+    def _defects_of_output(self, output: str, kind: Kind, selector: Message) -> Iterator[str]:
+        where, key = f"{self.name}'s output {output}", getattr(selector, f"output_{kind}_key")
+        yield from self._defects_of_reference(where, kind, selector.producer_subtask, key)
+
+    def _defects_of_task(self, where: str, task: PipelineTaskSpec) -> Iterator[str]:
+        name = task.component_ref.name
+        used = self.components.get(name)
         if used is None:
-            yield f"{where} uses the component {task.component_ref.name}, which does not exist"
-            continue
-        yield from (
-            f"{where} waits for {other}, which does not exist"
-            for other in task.dependent_tasks
-            if other not in tasks
-        )
+            yield f"{where} uses the component {name}, which does not exist"
+            return
+        missing = [other for other in task.dependent_tasks if other not in self.tasks]
+        yield from (f"{where} waits for {other}, which does not exist" for other in missing)
         # A loop over a constant list has `raw` here, and nothing to look up.
         items = task.parameter_iterator.items.input_parameter
         if items and items not in task.inputs.parameters:
             yield f"{where} iterates over {items}, which is not among its inputs"
         for kind in _KINDS:
-            inputs, known = getattr(task.inputs, kind), getattr(used.input_definitions, kind)
-            yield from (
-                f"{where} passes {key}, which {task.component_ref.name} does not accept"
-                for key in inputs
-                if key not in known
-            )
+            inputs, known = getattr(task.inputs, f"{kind}s"), getattr(used.input_definitions, f"{kind}s")
+            unknown = [key for key in inputs if key not in known]
+            yield from (f"{where} passes {key}, which {name} does not accept" for key in unknown)
             for key, definition in known.items():
-                optional = definition.is_optional or (
-                    kind == "parameters" and definition.HasField("default_value")
-                )
+                has_default = kind == "parameter" and definition.HasField("default_value")
                 # A loop itself provides its item, so the task does not list it among its inputs.
-                if key not in inputs and not optional and key != task.parameter_iterator.item_input:
+                given = key in inputs or key == task.parameter_iterator.item_input
+                if not (given or definition.is_optional or has_default):
                     yield f"{where} lacks its input {key}"
             for key, source in inputs.items():
-                yield from _source_defects(spec, tasks, graph_inputs, f"{where}.{key}", kind, source)
-    for kind in _KINDS:
-        for key, output in getattr(component.dag.outputs, kind).items():
-            selectors = output.artifact_selectors if kind == "artifacts" else [output.value_from_parameter]
-            for selector in selectors:
-                yield from _output_defects(
-                    spec,
-                    tasks,
-                    f"{name}'s output {key}",
-                    kind,
-                    selector.producer_subtask,
-                    getattr(selector, f"output_{kind.removesuffix('s')}_key"),
-                )
+                yield from self._defects_of_source(f"{where}.{key}", kind, source)
 
+    def _defects_of_source(self, where: str, kind: Kind, source: Message) -> Iterator[str]:
+        """Check the source of one input of a task: another task's output, or an input of the graph."""
+        # If the field is not set, protobuf returns an empty message, whose producer is "".
+        produced = getattr(source, f"task_output_{kind}")
+        if produced.producer_task:
+            key = getattr(produced, f"output_{kind}_key")
+            yield from self._defects_of_reference(where, kind, produced.producer_task, key)
+        passed = getattr(source, f"component_input_{kind}")
+        if passed and passed not in getattr(self.inputs, f"{kind}s"):
+            yield f"{where} comes from {passed}, which is not among the graph's inputs"
 
-def _source_defects(
-    spec: pipeline_spec_pb2.PipelineSpec,
-    tasks: Mapping[str, pipeline_spec_pb2.PipelineTaskSpec],
-    graph_inputs: pipeline_spec_pb2.ComponentInputsSpec,
-    where: str,
-    kind: Kind,
-    source: Message,
-) -> Iterator[str]:
-    """Check the source of one input of a task: another task's output, or an input of the graph."""
-    single = kind.removesuffix("s")
-    # If the field is not set, protobuf returns an empty message, whose producer is "".
-    produced = getattr(source, f"task_output_{single}")
-    if produced.producer_task:
-        yield from _output_defects(
-            spec, tasks, where, kind, produced.producer_task, getattr(produced, f"output_{single}_key")
-        )
-    passed = getattr(source, f"component_input_{single}")
-    if passed and passed not in getattr(graph_inputs, kind):
-        yield f"{where} comes from {passed}, which is not among the graph's inputs"
-
-
-def _output_defects(
-    spec: pipeline_spec_pb2.PipelineSpec,
-    tasks: Mapping[str, pipeline_spec_pb2.PipelineTaskSpec],
-    where: str,
-    kind: Kind,
-    producer: str,
-    key: str,
-) -> Iterator[str]:
-    """Check that a task and its output exist."""
-    if producer not in tasks:
-        yield f"{where} comes from {producer}, which does not exist"
-        return
-    component = spec.components.get(tasks[producer].component_ref.name)
-    if component is None or key not in getattr(component.output_definitions, kind):
-        yield f"{where} comes from {producer}'s output {key}, which does not exist"
+    def _defects_of_reference(self, where: str, kind: Kind, producer: str, key: str) -> Iterator[str]:
+        """Check that a task and its output exist."""
+        if producer not in self.tasks:
+            yield f"{where} comes from {producer}, which does not exist"
+            return
+        component = self.components.get(self.tasks[producer].component_ref.name)
+        if component is None or key not in getattr(component.output_definitions, f"{kind}s"):
+            yield f"{where} comes from {producer}'s output {key}, which does not exist"

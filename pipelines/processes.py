@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 
@@ -115,6 +115,19 @@ def run(command: list[str], on_line: Callable[[str], None], env: dict[str, str] 
             # The output is read until the end: a full pipe would block a step that still prints.
             _interrupt(process, process.communicate)
         lines.close()
+
+
+def decoded_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Split a log that arrives in chunks into lines, without their line breaks.
+
+    A chunk may end within a line, or within a UTF-8 character, so only complete lines are decoded.
+    """
+    rest = b""
+    for chunk in chunks:
+        *complete, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in complete)
+    if rest:
+        yield rest.decode("utf-8", "replace")
 
 
 def _interrupt(process: subprocess.Popen[bytes], wait: Callable[..., object]) -> None:

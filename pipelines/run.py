@@ -1,11 +1,11 @@
 """`python -m pipelines run`: run a pipeline, or one stage of it, on this machine."""
 
-import contextlib
 import itertools
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,12 +89,8 @@ def run(arguments: list[str]) -> int:
     prices = prices_from_environment()
     webhook = require_url(options["on_exit"]) if options["on_exit"] else ""
     started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        containers = (
-            stack.enter_context(_containers(options, output, request, corpus))
-            if options["runner"] == "docker"
-            else None
-        )
+    in_docker = options["runner"] == "docker"
+    with _containers(options, output, request, corpus) if in_docker else nullcontext() as containers:
         if code := _fetch_models(request):
             return code
 

@@ -9,13 +9,7 @@ from jsonargparse import ArgumentParser
 from slam_asr.artifacts.model_folder import read_config, shipped_models
 from slam_asr.cli import add_recipe_options, pop_recipe
 from slam_asr.config.recipe import Recipe, shipped_recipes
-from slam_asr.config.variations import (
-    Variation,
-    read_variations,
-    require_distinct_trainings,
-    resolve,
-    varied,
-)
+from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve, varied
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import parse_options, refuse_empty
 from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING, outputs_of
@@ -64,26 +58,25 @@ class RunRequest:
     def parameters(self) -> dict[str, Any]:
         """Pipeline parameters other than `corpus`, `store`, `recipe` and `recipe_overrides`."""
         if self.variations:
-            return {
-                "variations": [
-                    {"name": variation.name, **variation.overrides} for variation in self.variations
-                ]
-            }
+            return {"variations": [{"name": v.name, **v.overrides} for v in self.variations]}
         return {"model": self.model} if self.model else {}
+
+    @property
+    def variants(self) -> list[Recipe]:
+        """The recipe, and the recipe of each variation."""
+        recipe = self.resolved_recipe
+        return [recipe, *(varied(recipe, variation) for variation in self.variations)]
 
     def base_models(self) -> tuple[list[str], list[str]]:
         """Return the names of all encoders and of all LLMs that the run needs.
 
         The LLMs are those of the recipe and its variations, or the one that the model was trained with.
         """
-        recipe = self.resolved_recipe
+        encoders = [self.resolved_recipe.encoder.name]
         if self.model:
-            llms = [read_config(self.model).typed_recipe.llm.name]
-        else:
-            variants = [recipe, *(varied(recipe, variation) for variation in self.variations)]
-            # A variation may name another LLM but not another encoder: the features are shared.
-            llms = [variant.llm.name for variant in variants]
-        return [recipe.encoder.name], list(dict.fromkeys(llms))
+            return encoders, [read_config(self.model).typed_recipe.llm.name]
+        # A variation may name another LLM but not another encoder: the features are shared.
+        return encoders, list(dict.fromkeys(variant.llm.name for variant in self.variants))
 
 
 @dataclass

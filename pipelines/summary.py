@@ -73,11 +73,8 @@ def failure(step: LocalStep, output: Path) -> str:
         why = "stopped at the error above: fix it and run the same command again"
     # Shells and container engines report death by signal n as exit code 128 + n.
     elif code > 128:
-        why = f"was killed by signal {code - 128}{_likely_reason(code - 128)}"
+        likely = " (often: out of memory)" if code - 128 == signal.SIGKILL else ""
+        why = f"was killed by signal {code - 128}{likely}"
     else:
         why = f"failed with exit code {code}; its own output is above, kfp's is in {output / KFP_LOG}"
     return f"step {step.name} {why}; finished steps will be reused."
-
-
-def _likely_reason(number: int) -> str:
-    return " (often: out of memory)" if number == signal.SIGKILL else ""

@@ -7,18 +7,14 @@ from collections.abc import Callable
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
-from kfp.dsl.pipeline_channel import PipelineChannel
 
 from components.build_manifest.component import build_manifest
 from components.build_manifest.plan_sweep import plan_sweep
 from components.build_manifest.vary_recipe import vary_recipe
-from components.convert_checkpoint.component import convert_checkpoint
 from components.decode.compare_runs import compare_runs
-from components.decode.component import decode
-from components.decode.score import score
 from components.extract_features.component import extract_features
 from components.train.component import train
-from pipelines.asr import Place, apply_settings
+from pipelines.asr import Place, apply_settings, convert_and_measure
 from pipelines.notice import Steps, without_notice
 from slam_asr.steps import SWEEP
 
@@ -70,29 +66,19 @@ def build_pipeline(
             # kfp cannot pass the collected outputs of one loop to the steps of another. `train` therefore
             # reads the features from the store, and this loop waits until all of them are extracted.
             varied = vary_recipe(store=store, manifests=manifests, variation=variation).after(extraction)
-            trained = _train_and_measure(store, varied.outputs["varied_manifests"], trainjob)
+            varied_manifests = varied.outputs["varied_manifests"]
+            training = train(store=store, manifests=varied_manifests, trainjob=trainjob)
+            conversion, decoding, scoring = convert_and_measure(store, varied_manifests, training)
         comparison = compare_runs(
             store=store,
             planned=planned.outputs["planned"],
             variations=planned.outputs["Output"],
-            scores=dsl.Collected(trained[-1].outputs["scores"]),
+            scores=dsl.Collected(scoring.outputs["scores"]),
         )
-        apply_settings(place, planned, manifest, extraction, varied, *trained, comparison)
+        tasks = (planned, manifest, extraction, varied, training, conversion, decoding, scoring, comparison)
+        apply_settings(place, *tasks)
 
     return sweep
-
-
-def _train_and_measure(
-    store: PipelineChannel, manifests: PipelineChannel, trainjob: str
-) -> tuple[dsl.PipelineTask, ...]:
-    """Add the steps of one variation to the pipeline, and return their tasks; the last one scores."""
-    training = train(store=store, manifests=manifests, trainjob=trainjob)
-    conversion = convert_checkpoint(store=store, checkpoint=training.outputs["checkpoint"])
-    model = conversion.outputs["model"]
-    with dsl.ParallelFor(conversion.outputs["Output"], name="decode") as shard:
-        decoding = decode(store=store, manifests=manifests, model=model, shard=shard)
-    scoring = score(store=store, model=model, hypotheses=dsl.Collected(decoding.outputs["hypotheses"]))
-    return training, conversion, decoding, scoring
 
 
 sweep = build_pipeline(parallel=1)

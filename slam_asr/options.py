@@ -10,7 +10,7 @@ import re
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -71,7 +71,7 @@ def command_parser(program: str, description: str, positionals: str = "") -> Arg
 
 
 def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
-    """Add an option to a parser for each parameter of a function or field of a dataclass, except `recipe`.
+    """Add an option to a parser for each field of a dataclass, or parameter of a function except `recipe`.
 
     jsonargparse's own `add_function_arguments` would spell the options with underscores.
     """
@@ -81,7 +81,7 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
     documented = docstring_parser.parse_from_object(described).params
     help_texts = {p.arg_name: p.description or "" for p in documented}
     for name, parameter in inspect.signature(described).parameters.items():
-        if name == "recipe":
+        if name == "recipe" and not is_dataclass(described):
             continue
         required = parameter.default is inspect.Parameter.empty
         parser.add_argument(

@@ -12,21 +12,19 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import urllib3
 import yaml
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster
 from pipelines.kubeflow.connection import Connection
-from pipelines.kubeflow.logs import core_api
-from pipelines.kubeflow.namespace import DEFAULT_SECRET, create_secret
-from slam_asr.errors import ConfigurationError, UserError
-from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.kubernetes_api import UNREADABLE, config_map, core_api, if_exists
+from pipelines.kubeflow.namespace import DEFAULT_SECRET, Result, create_secret
+from slam_asr.errors import ConfigurationError
+from slam_asr.findings import BAD, GOOD, UNKNOWN
 
 _OWN_ROOT = "minio://mlpipeline/"
 """Beginning of the pipeline roots in the object storage that Kubeflow Pipelines brings along."""
 _OWN_STORAGE = "Kubeflow's own storage"
-_SUBJECT = "launcher configuration"
 _ARGO = "workflow-controller-configmap"
 """The ConfigMap of Argo's controller, in the namespace of Kubeflow."""
 
@@ -91,7 +89,7 @@ def _with_provider(root: str, scheme: str, provider: dict[str, Any]) -> Launcher
     return Launcher(root, endpoint, secret["secretName"], (secret["accessKeyKey"], secret["secretKeyKey"]))
 
 
-def check_launcher(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
+def check_launcher(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Result:
     """Check that the launcher can save artifacts, and that its settings do not contradict the profile's.
 
     Raises:
@@ -101,26 +99,22 @@ def check_launcher(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) 
     try:
         launcher = read_launcher(api, namespace)
     except ConfigurationError as error:
-        return Finding(BAD, _SUBJECT, str(error))
+        return BAD, str(error)
     where = f"artifacts go to {launcher.root or _OWN_STORAGE}"
     if _other_server(launcher, cluster):
-        return Finding(
-            BAD,
-            _SUBJECT,
+        return BAD, (
             f"{where} at {launcher.endpoint or 'AWS'}, but the profile's storage.endpoint is "
             f"{cluster.storage.endpoint or 'empty, for AWS'}: correct `providers` with {edit}, or the "
-            "profile.",
+            "profile."
         )
     if not launcher.secret:
-        return Finding(
-            UNKNOWN,
-            _SUBJECT,
+        return UNKNOWN, (
             f"{where} without a secret, so the role of the pods' account has to permit it; else name one in "
-            f"`providers` with {edit}",
+            f"`providers` with {edit}"
         )
     if lacks := _lacks(api, cluster, launcher, namespace):
-        return Finding(BAD, _SUBJECT, f"{where} with the secret {launcher.secret}, {lacks}.")
-    return Finding(GOOD, _SUBJECT, f"{where}, with the secret {launcher.secret}")
+        return BAD, f"{where} with the secret {launcher.secret}, {lacks}."
+    return GOOD, f"{where}, with the secret {launcher.secret}"
 
 
 def _other_server(launcher: Launcher, cluster: Cluster) -> bool:
@@ -146,20 +140,17 @@ def _server(endpoint: str) -> tuple[str, str, int | None]:
 
 def _lacks(api: kubernetes.CoreV1Api, cluster: Cluster, launcher: Launcher, namespace: str) -> str:
     """Return what is wrong with the launcher's secret, and how to correct it; empty if nothing is."""
-    try:
-        content = api.read_namespaced_secret(launcher.secret, namespace).data or {}
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
+    secret = if_exists(api.read_namespaced_secret, launcher.secret, namespace)
+    if secret is None:
         create = create_secret(cluster, launcher.secret, namespace, *launcher.keys)
         return f"which does not exist in {namespace}: {create}"
-    missing = [key for key in launcher.keys if key not in content]
+    missing = [key for key in launcher.keys if key not in (secret.data or {})]
     if not missing:
         return ""
     return f"which has no key {' and no '.join(missing)}: correct it, or the keys in `providers`"
 
 
-def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
+def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Result:
     """Check whether the dashboard can show the reports and curves of runs.
 
     A multi-user dashboard ignores a provider with a secret, except in the dashboard's own namespace
@@ -170,17 +161,15 @@ def check_pages(api: kubernetes.CoreV1Api, connection: Connection) -> Finding:
     """
     root = (config_map(api, "kfp-launcher", connection.namespace) or {}).get("defaultPipelineRoot") or ""
     if not connection.multi_user or not root or root.startswith(_OWN_ROOT):
-        return Finding(GOOD, "pages", "the dashboard can show reports and curves")
-    return Finding(
-        UNKNOWN,
-        "pages",
+        return GOOD, "the dashboard can show reports and curves"
+    return UNKNOWN, (
         f"a multi-user dashboard shows pages only from {_OWN_ROOT}…, but artifacts go to {root}: "
         f"remove defaultPipelineRoot (`kubectl -n {connection.namespace} edit configmap kfp-launcher`), or "
-        "open report.html in the store.",
+        "open report.html in the store."
     )
 
 
-def check_log_archive(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Finding:
+def check_log_archive(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: str) -> Result:
     """Check that the secret for Argo's archive of logs exists in the namespace of the runs.
 
     If Argo archives logs, it mounts this secret into every pod, and without it no pod starts.
@@ -188,33 +177,26 @@ def check_log_archive(api: kubernetes.CoreV1Api, cluster: Cluster, namespace: st
     Raises:
         kubernetes.ApiException: the configuration or the secret cannot be read.
     """
-    subject = "log archive"
     settings = config_map(api, _ARGO, cluster.kubeflow_namespace) or {}
     try:
         repository = yaml.safe_load(settings.get("artifactRepository") or "") or {}
         secret = ((repository.get("s3") or {}).get("secretKeySecret") or {}).get("name")
         archives = bool(repository.get("archiveLogs"))
     except (yaml.YAMLError, AttributeError):
-        return Finding(UNKNOWN, subject, f"the artifactRepository in {_ARGO} is not valid YAML")
+        return UNKNOWN, f"the artifactRepository in {_ARGO} is not valid YAML"
     if not archives:
-        return Finding(GOOD, subject, "Argo archives no logs: they are deleted with their pods")
+        return GOOD, "Argo archives no logs: they are deleted with their pods"
     if not secret:
-        return Finding(GOOD, subject, "Argo archives logs, without a secret")
-    try:
-        api.read_namespaced_secret(secret, namespace)
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        return Finding(
-            BAD,
-            subject,
+        return GOOD, "Argo archives logs, without a secret"
+    if if_exists(api.read_namespaced_secret, secret, namespace) is None:
+        return BAD, (
             f"Argo mounts the secret {secret} into every pod, to archive logs, but {namespace} has none: "
-            f"{create_secret(cluster, secret, namespace, 'accesskey', 'secretkey')}.",
+            f"{create_secret(cluster, secret, namespace, 'accesskey', 'secretkey')}."
         )
-    return Finding(GOOD, subject, f"Argo archives logs, with the secret {secret}")
+    return GOOD, f"Argo archives logs, with the secret {secret}"
 
 
-def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
+def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Result:
     """Report which failures Argo retries. Argo's own configuration decides this, not the pipeline.
 
     Raises:
@@ -223,11 +205,9 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     namespace = cluster.kubeflow_namespace
     settings = config_map(api, _ARGO, namespace)
     if settings is None:
-        return Finding(
-            UNKNOWN,
-            "retries",
+        return UNKNOWN, (
             f"{namespace} has no {_ARGO} of Argo: write the namespace of Kubeflow into "
-            "kubeflow_namespace of the profile",
+            "kubeflow_namespace of the profile"
         )
     # The policy is inside YAML text, in the value of whichever key the installation uses.
     policy = re.search(r"retryPolicy:\s*\"?(\w+)", "\n".join(settings.values()))
@@ -239,27 +219,16 @@ def check_retries(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     }
     # If the configuration names no policy, Argo applies OnFailure to steps that ask for retries.
     name = policy[1] if policy else "OnFailure"
-    return Finding(GOOD, "retries", f"Argo retries {explained.get(name, name)}")
-
-
-def config_map(api: kubernetes.CoreV1Api, name: str, namespace: str) -> dict[str, str] | None:
-    """Return the content of a ConfigMap; None if it does not exist."""
-    try:
-        return api.read_namespaced_config_map(name, namespace).data or {}
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        return None
+    return GOOD, f"Argo retries {explained.get(name, name)}"
 
 
 def launcher_changed_after(namespace: str, time: datetime) -> bool | None:
     """Return whether `kfp-launcher` was changed after a time; None if this cannot be read from here."""
     try:
-        metadata = (
-            core_api().read_namespaced_config_map("kfp-launcher", namespace, _request_timeout=5.0).metadata
-        )
-    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+        launcher = core_api().read_namespaced_config_map("kfp-launcher", namespace, _request_timeout=5.0)
+    except UNREADABLE:
         return None
+    metadata = launcher.metadata
     # `managed_fields` records when each client last changed the object.
     changes = [field.time for field in metadata.managed_fields or []]
     return any(change and change > time for change in [metadata.creation_timestamp, *changes])

@@ -6,13 +6,11 @@ and at most one GPU.
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from kfp import dsl
 from kfp.compiler import Compiler
-from kfp.dsl.base_component import BaseComponent
 
 from pipelines.cluster import Cluster
 from pipelines.package_check import check_package
@@ -98,25 +96,6 @@ def write_package(
         )
         return json.dumps(asdict(check))
 
-    def place_step(step: str, task: dsl.PipelineTask) -> None:
-        place(pods, images, step, task, by_trainjob=step == "train" and nodes > 1)
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    Compiler().compile(build_pipeline(request, place_step), str(output))
-    check_package(output, images)
-    return output
-
-
-def build_pipeline(
-    request: Callable[[str], str], place_step: Callable[[str, dsl.PipelineTask], None]
-) -> BaseComponent:
-    """Build the pipeline.
-
-    Args:
-        request: returns the `PodCheck` (JSON) of a step.
-        place_step: assigns the cluster's settings to the task of a step.
-    """
-
     @dsl.pipeline(name=NAME, display_name="SLAM-ASR: doctor", description=DESCRIPTION)
     def doctor() -> None:
         for step in CHECKED:
@@ -126,9 +105,12 @@ def build_pipeline(
             component.name = component.component_spec.name = step
             task = component(request=request(step))
             task.set_caching_options(False)
-            place_step(step, task)
+            place(pods, images, step, task, by_trainjob=step == "train" and nodes > 1)
 
-    return doctor
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Compiler().compile(doctor, str(output))
+    check_package(output, images)
+    return output
 
 
 def small(cluster: Cluster) -> Cluster:

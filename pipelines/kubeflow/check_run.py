@@ -3,6 +3,7 @@
 import re
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from pipelines.cluster import Cluster
 from pipelines.kubeflow.check_pipeline import CHECKED, NAME, write_package
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import LogReader
-from pipelines.kubeflow.run_view import ENDED, RunStep, RunView, view, why_failed
+from pipelines.kubeflow.run_view import ENDED, RunStep, RunView, log_changes, view, why_failed
 from pipelines.kubeflow.runs import find, start, stop
 from slam_asr.errors import UserError
 from slam_asr.findings import BAD, UNKNOWN, Finding, parse_finding
@@ -70,11 +71,8 @@ class CheckRun:
         while True:
             current = view(connection, run_id, self.cluster)
             now = time.monotonic()
+            log_changes(current.steps, logged, log_line)
             for step in current.steps:
-                if logged.get(step.name) != (step.state, step.detail):
-                    logged[step.name] = step.state, step.detail
-                    if step.state != "not started":
-                        log_line(step.line())
                 # The time counts from the last moment at which the step was not waiting.
                 if step.state not in ("waiting", "starting", "not started"):
                     since.pop(step.name, None)
@@ -106,11 +104,11 @@ def _stop(connection: Connection, run_id: str, log_line: Callable[[str], None]) 
 
 def _findings(connection: Connection, last: RunView) -> Iterator[Finding]:
     run_id = last.run.run_id
-    found: dict[str, list[Finding]] = {step: [] for step in CHECKED}
+    found: dict[str, list[Finding]] = defaultdict(list)
     unreadable = ""
     if any(step.started for step in last.steps):
         try:
-            found |= _read_logs(connection, run_id)
+            found = _read_logs(connection, run_id)
         except UserError as error:
             unreadable = str(error)
     for step in last.steps:
@@ -135,14 +133,14 @@ def _findings(connection: Connection, last: RunView) -> Iterator[Finding]:
 
 def _read_logs(connection: Connection, run_id: str) -> dict[str, list[Finding]]:
     """Return the findings in the logs of the run's pods, keyed by step."""
-    found: dict[str, list[Finding]] = {step: [] for step in CHECKED}
+    found: dict[str, list[Finding]] = defaultdict(list)
     step = ""
 
     def read(line: str) -> None:
         nonlocal step
         if heading := _HEADING.match(line):
             step = heading[1]
-        elif step in found and (finding := parse_finding(line)):
+        elif step in CHECKED and (finding := parse_finding(line)):
             found[step].append(finding)
 
     # The findings are lines of the logs, because a step's outputs can be read only after it has succeeded.

@@ -12,12 +12,12 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import kfp_server_api
 import urllib3
-from jsonargparse import ArgumentParser
 
 from pipelines.cluster import Cluster
 from slam_asr.errors import ClusterError, ConfigurationError
@@ -47,21 +47,18 @@ class Connection:
     Attributes:
         multi_user: whether it is installed for several users.
         namespace: the namespace in which its runs are.
+        request_namespace: the namespace to name in requests; None for a single-user server.
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        namespace: str,
-        certificates: str | None = None,
-        kubeflow_namespace: str = "kubeflow",
+        self, endpoint: str, namespace: str, certificates: str | None, kubeflow_namespace: str = "kubeflow"
     ) -> None:
         """Connect, and check that Kubeflow Pipelines answers.
 
         Args:
             endpoint: http:// or https:// address.
             namespace: namespace of the runs in a multi-user Kubeflow.
-            certificates: file with the certificates of a private authority.
+            certificates: file with the certificates of a private authority; None for the usual ones.
             kubeflow_namespace: namespace of Kubeflow itself. A single-user server puts every run there,
                 whatever the request says.
 
@@ -75,10 +72,14 @@ class Connection:
             raise ConfigurationError(f"The endpoint is {endpoint}: begin it with http:// or https://.")
         self.token = _token()
         self._pool = urllib3.PoolManager(
-            ca_certs=certificates, timeout=urllib3.Timeout(connect=5, read=20), retries=False
+            headers={"Authorization": f"Bearer {self.token}"} if self.token else {},
+            ca_certs=certificates,
+            timeout=urllib3.Timeout(connect=5, read=20),
+            retries=False,
         )
         self.multi_user = self._check_health()
         self.namespace = namespace if self.multi_user else kubeflow_namespace
+        self.request_namespace = self.namespace if self.multi_user else None
         from kfp.client import Client
 
         with warnings.catch_warnings():
@@ -115,9 +116,7 @@ class Connection:
                 # come too fast.
                 if error.status and error.status < 500 and error.status != 429:
                     raise ClusterError(self._refusal(what, error)) from None
-                reason = f"{error.status} {error.reason}"
-                if message := _server_message(error.body):
-                    reason = f"{reason}: {message}"
+                reason = _with_message(f"{error.status} {error.reason}", error.body)
             except (urllib3.exceptions.HTTPError, ValueError, TypeError, AttributeError) as error:
                 # A truncated answer is not valid JSON, or lacks fields that the API's classes require.
                 reason = _plain(error)
@@ -136,8 +135,7 @@ class Connection:
 
     def link(self, run_id: str) -> str:
         """Return the address of the run's page in the dashboard."""
-        page = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.endpoint
-        return f"{page.rstrip('/')}/#/runs/details/{run_id}"
+        return f"{self._dashboard()}/#/runs/details/{run_id}"
 
     def artifact(self, bucket: str, key: str) -> bytes | None:
         """Read an object of Kubeflow's own object storage through the dashboard, which has its credentials.
@@ -145,13 +143,9 @@ class Connection:
         Returns:
             The content; None if there is no dashboard at this address, or it cannot read the object.
         """
-        page = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.endpoint
         fields = {"source": "minio", "namespace": self.namespace, "bucket": bucket, "key": key}
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            answer = self._pool.request(
-                "GET", f"{page.rstrip('/')}/artifacts/get", fields=fields, headers=headers, redirect=False
-            )
+            answer = self._get(f"{self._dashboard()}/artifacts/get", fields)
         except urllib3.exceptions.HTTPError:
             return None
         # Unknown addresses may be answered with the dashboard's own page.
@@ -160,15 +154,11 @@ class Connection:
 
     def version(self) -> str:
         """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         # In the published API, only v1beta1's answer has a version. The dashboard, which passes the request
         # on, gives the key another name.
         for api in ("v2beta1", "v1beta1"):
             try:
-                answer = self._pool.request(
-                    "GET", f"{self.endpoint}/apis/{api}/healthz", headers=headers, redirect=False
-                )
-                health = json.loads(answer.data)
+                health = json.loads(self._get(f"{self.endpoint}/apis/{api}/healthz").data)
             except (urllib3.exceptions.HTTPError, ValueError):
                 continue
             named = isinstance(health, dict) and (health.get("tag_name") or health.get("apiServerTagName"))
@@ -176,16 +166,19 @@ class Connection:
                 return named
         return ""
 
+    def _dashboard(self) -> str:
+        return (os.environ.get("KF_PIPELINES_UI_ENDPOINT") or self.endpoint).rstrip("/")
+
+    def _get(self, address: str, fields: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
+        # Redirects are not followed: they most likely lead to a login page.
+        return self._pool.request("GET", address, fields=fields, redirect=False)
+
     def _check_health(self) -> bool:
         """Send the health check, and return whether Kubeflow is installed for several users."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         deadline = time.monotonic() + patience()
         while True:
             try:
-                # Redirects are not followed: they most likely lead to a login page, which is reported below.
-                answer = self._pool.request(
-                    "GET", f"{self.endpoint}/apis/v2beta1/healthz", headers=headers, redirect=False
-                )
+                answer = self._get(f"{self.endpoint}/apis/v2beta1/healthz")
                 if answer.status < 500:
                     break
                 reason = _with_message(f"HTTP {answer.status}", answer.data)
@@ -262,15 +255,16 @@ def require_seconds(options: dict[str, Any], *names: str) -> None:
             raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
 
 
-def add_connection_options(parser: ArgumentParser) -> None:
-    """Add to a parser the options that locate Kubeflow Pipelines."""
-    parser.add_argument(
-        "--endpoint",
-        type=str,
-        help=f"address of Kubeflow Pipelines (default: {ENDPOINT}, else the profile's)",
-    )
-    parser.add_argument("--namespace", type=str, help="namespace of the runs (default: the profile's)")
-    parser.add_argument("--ca-cert", type=str, help="file with the certificates of a private authority")
+@dataclass
+class ConnectionOptions:
+    """Options that locate Kubeflow Pipelines."""
+
+    endpoint: str | None = None
+    """address of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT, else the profile's)"""
+    namespace: str | None = None
+    """namespace of the runs (default: the profile's)"""
+    ca_cert: str | None = None
+    """file with the certificates of a private authority"""
 
 
 def connect(options: dict[str, Any], cluster: Cluster) -> Connection:

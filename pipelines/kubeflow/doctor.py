@@ -6,8 +6,10 @@ Each finding includes what to do about it.
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import urllib3
 from kubernetes import client as kubernetes
@@ -16,69 +18,48 @@ from components import images as images_of
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, OLDEST_BACKEND, images_source
-from pipelines.kubeflow.backend import (
-    check_launcher,
-    check_log_archive,
-    check_pages,
-    check_retries,
-    read_launcher,
-)
-from pipelines.kubeflow.connection import (
-    Connection,
-    NotFound,
-    add_connection_options,
-    connect,
-    require_seconds,
-)
-from pipelines.kubeflow.logs import core_api
-from pipelines.kubeflow.namespace import Check, check_rights, check_training_rights, namespace_checks
+from pipelines.kubeflow import backend
+from pipelines.kubeflow.commands import flags
+from pipelines.kubeflow.connection import Connection, ConnectionOptions, NotFound, connect, require_seconds
+from pipelines.kubeflow.kubernetes_api import core_api
+from pipelines.kubeflow.namespace import Check, Result, check_rights, check_training_rights, namespace_checks
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
 from pipelines.kubeflow.registry import check_images
 from pipelines.kubeflow.trainer import check_runtime, check_version
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
-from slam_asr.options import parse_options
+from slam_asr.options import add_options, parse_options
 from slam_asr.steps import OWN_IMAGE
 from slam_asr.storage import delete, join, write_bytes
 from slam_asr.storage.failures import CredentialsMissing
 
 
+@dataclass
+class Options:
+    """Options of `doctor`, besides those of the connection."""
+
+    cluster: str = DEFAULT_CLUSTER
+    """name or file of a cluster profile"""
+    images: str | None = None
+    """template for image names, or the file that `make images` writes (default: SLAM_ASR_IMAGES, else the
+    profile's images.names)"""
+    run: bool = False
+    """also start a small pod for each kind of step, which checks what the step needs from inside"""
+    nodes: int = 1
+    """with --run: also start a TrainJob with this many pods, which must reach each other; 1 starts no
+    TrainJob"""
+    patience: float = 600.0
+    """with --run: seconds for which a pod may wait to start, such as for a large image"""
+    poll: float = 5.0
+    """with --run: seconds between two requests for the run's state"""
+
+
 def doctor(arguments: list[str]) -> int:
     """Run all checks, print each finding, and return 1 if any check failed, else 0."""
     parser = command_parser("doctor", "Check that a cluster has everything that a run needs.")
-    parser.add_argument("--cluster", default=DEFAULT_CLUSTER, help="name or file of a cluster profile")
-    parser.add_argument(
-        "--images",
-        type=str,
-        help="template for image names, or the file that `make images` writes (default: SLAM_ASR_IMAGES, "
-        "else the profile's images.names)",
-    )
-    add_connection_options(parser)
-    parser.add_argument(
-        "--run",
-        action="store_true",
-        help="also start a small pod for each kind of step, which checks what the step needs from inside",
-    )
-    parser.add_argument(
-        "--nodes",
-        type=int,
-        default=1,
-        help="with --run: also start a TrainJob with this many pods, which must reach each other; 1 starts "
-        "no TrainJob",
-    )
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=600.0,
-        help="with --run: seconds for which a pod may wait to start, such as for a large image",
-    )
-    parser.add_argument(
-        "--poll",
-        type=float,
-        default=5.0,
-        help="with --run: seconds between two requests for the run's state",
-    )
-    options = parse_options(parser, arguments)
+    add_options(parser, Options)
+    add_options(parser, ConnectionOptions)
+    options = parse_options(parser, flags(arguments))
     require_seconds(options, "patience", "poll")
     _require_valid_nodes(options)
     cluster = load_cluster(options["cluster"])
@@ -107,11 +88,15 @@ def _require_valid_nodes(options: dict[str, Any]) -> None:
 def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding]:
     """Yield the findings from here, and then those of a run, if one is requested."""
     images = images_source(cluster, options["images"])
-    connection, findings = _check_pipelines(
-        options["namespace"] or cluster.namespace, lambda: connect(options, cluster)
-    )
-    yield from findings
-    namespace = connection.namespace if connection else options["namespace"] or cluster.namespace
+    namespace = options["namespace"] or cluster.namespace
+    try:
+        connection = connect(options, cluster)
+    except UserError as error:
+        connection = None
+        yield Finding(BAD, "Kubeflow Pipelines", str(error))
+    else:
+        yield from _check_pipelines(connection, namespace)
+        namespace = connection.namespace
     yield from examine(cluster, namespace, images, connection, options["nodes"])
     if not options["run"]:
         return
@@ -160,15 +145,15 @@ def _cluster_checks(
     """Yield each check that asks the Kubernetes API."""
     account, trainer = cluster.service_account, cluster.trainer
     yield from namespace_checks(api, cluster, namespace)
-    yield Check("launcher configuration", lambda: check_launcher(api, cluster, namespace))
-    yield Check("log archive", lambda: check_log_archive(api, cluster, namespace))
+    yield Check("launcher configuration", lambda: backend.check_launcher(api, cluster, namespace))
+    yield Check("log archive", lambda: backend.check_log_archive(api, cluster, namespace))
     if connection:
-        yield Check("pages", lambda: check_pages(api, connection))
+        yield Check("pages", lambda: backend.check_pages(api, connection))
     yield Check(
         f"rights of {account}",
-        lambda: check_rights(cluster, namespace, read_launcher(api, namespace).secret),
+        lambda: check_rights(cluster, namespace, backend.read_launcher(api, namespace).secret),
     )
-    yield Check("retries", lambda: check_retries(api, cluster))
+    yield Check("retries", lambda: backend.check_retries(api, cluster))
     yield Check("nodes", lambda: check_nodes(api, cluster))
     yield Check("Kubeflow Trainer", lambda: check_version(api, nodes))
     runtime = Check(f"training runtime {trainer.runtime}", lambda: check_runtime(cluster, namespace, nodes))
@@ -180,46 +165,36 @@ def _cluster_checks(
         )
 
 
-def _check_pipelines(
-    namespace: str, connected: Callable[[], Connection]
-) -> tuple[Connection | None, list[Finding]]:
-    """Return the connection, if Kubeflow Pipelines answers, and the findings about it."""
-    try:
-        connection = connected()
-    except UserError as error:
-        return None, [Finding(BAD, "Kubeflow Pipelines", str(error))]
+def _check_pipelines(connection: Connection, namespace: str) -> Iterator[Finding]:
+    """Check Kubeflow Pipelines, in which the runs should be in this namespace."""
     users = "several users" if connection.multi_user else "a single user"
     answers = f"answers at {connection.endpoint}, for {users}"
     if connection.namespace != namespace:
         answers += f": runs are in {connection.namespace}, not in {namespace}"
-    findings = [Finding(GOOD, "Kubeflow Pipelines", answers), _check_version(connection)]
-    subject = f"runs in {connection.namespace}"
-    try:
-        from pipelines.kubeflow.runs import latest
+    yield Finding(GOOD, "Kubeflow Pipelines", answers)
+    sign, detail = _check_version(connection)
+    yield Finding(sign, "version of Kubeflow Pipelines", detail)
+    from pipelines.kubeflow.runs import latest
 
+    try:
         # The smallest request that needs the right to list runs.
         latest(connection, 1)
-        findings.append(Finding(GOOD, subject, "you may list them"))
+        sign, detail = GOOD, "you may list them"
     except UserError as error:
-        findings.append(Finding(BAD, subject, str(error)))
-    return connection, findings
+        sign, detail = BAD, str(error)
+    yield Finding(sign, f"runs in {connection.namespace}", detail)
 
 
-def _check_version(connection: Connection) -> Finding:
-    subject = "version of Kubeflow Pipelines"
+def _check_version(connection: Connection) -> Result:
     version = re.search(r"\b(\d+)\.(\d+)(\.\d+)?", connection.version())
     if version is None:
-        return Finding(
-            UNKNOWN, subject, f"the server does not report it; {OLDEST_BACKEND} or later is needed"
-        )
+        return UNKNOWN, f"the server does not report it; {OLDEST_BACKEND} or later is needed"
     # Compared as numbers, because as text 2.9 would come after 2.16.
     if [int(version[1]), int(version[2])] < [int(part) for part in OLDEST_BACKEND.split(".")]:
-        return Finding(
-            BAD,
-            subject,
-            f"is {version[0]}, but compiled pipelines need {OLDEST_BACKEND} or later: install a newer one.",
+        return BAD, (
+            f"is {version[0]}, but compiled pipelines need {OLDEST_BACKEND} or later: install a newer one."
         )
-    return Finding(GOOD, subject, f"is {version[0]}")
+    return GOOD, f"is {version[0]}"
 
 
 def _check_store(cluster: Cluster) -> Iterator[Finding]:
@@ -228,27 +203,20 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(UNKNOWN, "store", "the profile names none, so each run must name one")
         return
     # The storage client reads these variables. The user's own take precedence over the profile's.
-    before = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
-    for name, value in (
-        ("AWS_ENDPOINT_URL", cluster.storage.endpoint),
-        ("AWS_REGION", cluster.storage.region),
-    ):
-        if value and not before[name]:
-            os.environ[name] = value
+    profile = {"AWS_ENDPOINT_URL": cluster.storage.endpoint, "AWS_REGION": cluster.storage.region}
+    unset = {name: value for name, value in profile.items() if value and not os.environ.get(name)}
     path = join(store, f".doctor-{secrets.token_hex(8)}")
     try:
-        write_bytes(path, b"slam-asr checks whether it may write here\n")
-        delete(path)
-        yield Finding(
-            GOOD, f"store {store}", "is writable with your own credentials; the steps use their own"
-        )
+        with mock.patch.dict(os.environ, unset):
+            write_bytes(path, b"slam-asr checks whether it may write here\n")
+            delete(path)
     except UserError as error:
         sign = UNKNOWN if isinstance(error, CredentialsMissing) else BAD
         yield Finding(sign, f"store {store}", f"{error} (tried from here, with your own credentials)")
-    finally:
-        for name, previous in before.items():
-            if not previous:
-                os.environ.pop(name, None)
+    else:
+        yield Finding(
+            GOOD, f"store {store}", "is writable with your own credentials; the steps use their own"
+        )
 
 
 def _check_images(cluster: Cluster, source: str, loaded: list[str] | None) -> Iterator[Finding]:
@@ -264,19 +232,16 @@ def _check_images(cluster: Cluster, source: str, loaded: list[str] | None) -> It
 def _finding_of(check: Check, namespace: str) -> Finding:
     """Run a check; turn an error into a finding."""
     try:
-        return check.run()
+        sign, detail = check.run()
     except kubernetes.ApiException as error:
+        sign, detail = UNKNOWN, f"the Kubernetes API answers {error.status} {error.reason}"
         if error.status == 404:
-            remedy = f": {check.remedy}" if check.remedy else ""
-            return Finding(BAD, check.subject, f"does not exist in {namespace}{remedy}.")
-        if error.status in (401, 403):
-            return Finding(UNKNOWN, check.subject, f"you are not allowed to read it ({error.status})")
-        return Finding(UNKNOWN, check.subject, f"the Kubernetes API answers {error.status} {error.reason}")
+            sign, detail = BAD, f"does not exist in {namespace}{check.remedy and f': {check.remedy}'}."
+        elif error.status in (401, 403):
+            detail = f"you are not allowed to read it ({error.status})"
     except urllib3.exceptions.HTTPError as error:
-        return Finding(
-            UNKNOWN,
-            check.subject,
-            f"the Kubernetes API does not answer ({type(error).__name__}): check KUBECONFIG",
-        )
+        sign = UNKNOWN
+        detail = f"the Kubernetes API does not answer ({type(error).__name__}): check KUBECONFIG"
     except UserError as error:
-        return Finding(UNKNOWN, check.subject, f"could not be checked: {error}")
+        sign, detail = UNKNOWN, f"could not be checked: {error}"
+    return Finding(sign, check.subject, detail)

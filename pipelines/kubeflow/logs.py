@@ -1,19 +1,22 @@
 """Reads the logs of a run's steps from the Kubernetes API, or else from Argo's archive."""
 
+import functools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
-import urllib3
 from kubernetes import client as kubernetes
-from kubernetes import config
 
 from pipelines.kubeflow.connection import Connection
+from pipelines.kubeflow.kubernetes_api import UNREADABLE, call_kubernetes, core_api
 from pipelines.kubeflow.workflow import read_workflow
+from pipelines.processes import decoded_lines
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.notices.reasons import explain_wait, waits_for
 from slam_asr.steps import STEPS
+from slam_asr.trainjob.waiting import why_pending
 
 RUN_LABEL = "pipeline/runid"
 """Label of a pod with the id of its run; Kubeflow sets it."""
@@ -33,26 +36,6 @@ _FRAMEWORK_LINE = re.compile(
     r"|\{.*\"argo\": ?true"  # Argo 4
     r"|\[KFP Executor "  # kfp in the step's Python
 )
-
-
-def core_api() -> kubernetes.CoreV1Api:
-    """Return a client for the Kubernetes API, with the pod's own account or the user's kubeconfig.
-
-    Raises:
-        ClusterError: neither exists.
-    """
-    try:
-        config.load_incluster_config()
-    except config.ConfigException:
-        try:
-            config.load_kube_config()
-        except (config.ConfigException, OSError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ClusterError(
-                f"No access to the Kubernetes API is configured ({reason}): set KUBECONFIG, "
-                "or read the logs in the dashboard."
-            ) from None
-    return kubernetes.CoreV1Api()
 
 
 class LogReader:
@@ -109,27 +92,16 @@ class LogReader:
 
     def _pods(self, api: kubernetes.CoreV1Api, step: str | None) -> list[Any]:
         """Return the pods of the steps, in the order of their creation."""
-        selector = f"{RUN_LABEL}={self.run_id}"
-        pods = call_kubernetes(
-            self.namespace,
-            "list pods",
-            lambda: api.list_namespaced_pod(self.namespace, label_selector=selector),
-        ).items
-        steps = [step] if step else list(STEPS)
+        selector, steps = f"{RUN_LABEL}={self.run_id}", [step] if step else list(STEPS)
+        request = functools.partial(api.list_namespaced_pod, self.namespace, label_selector=selector)
         selected = [
             pod
-            for pod in pods
+            for pod in call_kubernetes(self.namespace, "list pods", request).items
             if (pod.metadata.labels or {}).get(STEP_LABEL) in steps or (self.everything and not step)
         ]
-        # Pods without a creation time come last: the first item avoids a comparison of None with a time.
-        return sorted(
-            selected,
-            key=lambda p: (
-                p.metadata.creation_timestamp is None,
-                p.metadata.creation_timestamp,
-                p.metadata.name,
-            ),
-        )
+        # Pods without a creation time come last.
+        latest = datetime.max.replace(tzinfo=UTC)
+        return sorted(selected, key=lambda p: (p.metadata.creation_timestamp or latest, p.metadata.name))
 
     def _show_pod(
         self, api: kubernetes.CoreV1Api, pod: Any, follow: bool, on_line: Callable[[str], None]
@@ -138,19 +110,18 @@ class LogReader:
         step = (pod.metadata.labels or {}).get(STEP_LABEL, "driver")
         on_line(f"── {step} ({name}, {pod.status.phase.lower()})")
         if pod.status.phase == "Pending":
-            message = waiting_message(pod)
+            message = why_pending(pod)
             reason = explain_wait(message, step, self.namespace, self.run_id)
             colon = "" if waits_for(message) else ":"
             on_line(f"waiting{colon} {reason or f'`kubectl describe pod {name}` shows why'}")
             return
 
-        def request() -> Any:
-            # Without preloading, the client returns a stream instead of waiting for the complete log.
-            return api.read_namespaced_pod_log(
-                name, self.namespace, container=CONTAINER, follow=follow, _preload_content=False
-            )
-
-        self._print(_lines(call_kubernetes(self.namespace, "read logs", request).stream(8192)), on_line)
+        request = functools.partial(
+            api.read_namespaced_pod_log, name, self.namespace, container=CONTAINER, follow=follow
+        )
+        # Without preloading, the client returns a stream instead of waiting for the complete log.
+        log = call_kubernetes(self.namespace, "read logs", lambda: request(_preload_content=False))
+        self._print(decoded_lines(log.stream(8192)), on_line)
 
     def _show_archived(self, step: str | None, shown: set[str], on_line: Callable[[str], None]) -> bool:
         """Print the archived logs of all ended pods except those in `shown`; return whether any exist."""
@@ -169,23 +140,19 @@ class LogReader:
                 if content is None:
                     on_line(f"not readable through the dashboard: s3://{'/'.join(place)}")
                 else:
-                    self._print(_lines([content]), on_line)
+                    self._print(decoded_lines([content]), on_line)
                 found = True
         return found
 
     def _print(self, lines: Iterator[str], on_line: Callable[[str], None]) -> None:
         """Print the program's own lines; if the program never started, those of Kubeflow and Argo instead."""
-        if self.everything:
-            for line in lines:
-                on_line(line)
-            return
         others: deque[str] = deque(maxlen=_MAX_FRAMEWORK_LINES)
         any_of_program = False
         for is_of_program, line in _classified(lines):
-            if is_of_program:
+            if is_of_program or self.everything:
                 any_of_program = True
                 on_line(line)
-            elif not any_of_program:
+            else:
                 others.append(line)
         if not any_of_program:
             for line in others:
@@ -218,71 +185,15 @@ def waiting_pods(namespace: str, run_id: str) -> dict[str, str]:
         A message for each waiting pod, keyed by the name of its node in the workflow. Without access to the
         Kubernetes API it is empty, and only Kubeflow's own states are known.
     """
+    selector = f"{RUN_LABEL}={run_id}"
     try:
-        pods = (
-            core_api()
-            .list_namespaced_pod(
-                namespace, label_selector=f"{RUN_LABEL}={run_id}", _request_timeout=_QUICK_TIMEOUT
-            )
-            .items
+        pods = core_api().list_namespaced_pod(
+            namespace, label_selector=selector, _request_timeout=_QUICK_TIMEOUT
         )
-    except (ClusterError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+    except UNREADABLE:
         return {}
     return {
         (pod.metadata.annotations or {}).get(_NODE_NAME, ""): message
-        for pod in pods
-        if pod.status.phase == "Pending" and (message := waiting_message(pod))
+        for pod in pods.items
+        if pod.status.phase == "Pending" and (message := why_pending(pod))
     }
-
-
-def waiting_message(pod: Any) -> str:
-    """Return why a pod has not started, from a container's state or else from the pod's conditions."""
-    statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
-    for status in statuses:
-        waiting = status.state.waiting if status.state else None
-        # Every pod passes through these two states, so they are reported only if nothing else is known.
-        if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
-            return f"{waiting.reason}: {waiting.message or ''}"
-    for condition in pod.status.conditions or []:
-        if condition.status == "False" and condition.type == "PodScheduled":
-            return f"{condition.reason or 'Unschedulable'}: {condition.message or ''}"
-    return "ContainerCreating" if any(s.state and s.state.waiting for s in statuses) else ""
-
-
-def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> Any:
-    """Send a request to the Kubernetes API and return its answer.
-
-    Args:
-        namespace: namespace of the request, for messages.
-        what: the request as a verb and its object, for messages.
-        request: sends the request.
-
-    Raises:
-        ClusterError: the API refuses the request, or does not answer.
-    """
-    try:
-        return request()
-    except kubernetes.ApiException as error:
-        if error.status in (401, 403):
-            raise ClusterError(
-                f"You are not allowed to {what} in the namespace {namespace} ({error.status}): ask for the "
-                "role `view` there, or renew your login."
-            ) from None
-        raise ClusterError(
-            f"The Kubernetes API could not {what} in {namespace} ({error.status} {error.reason})."
-        ) from None
-    except urllib3.exceptions.HTTPError as error:
-        raise ClusterError(
-            f"The Kubernetes API does not answer ({type(error).__name__}): "
-            "check KUBECONFIG and your connection."
-        ) from None
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    # A chunk may end within a line, or within a UTF-8 character, so only complete lines are decoded.
-    rest = b""
-    for chunk in chunks:
-        *complete, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode("utf-8", "replace") for line in complete)
-    if rest:
-        yield rest.decode("utf-8", "replace")

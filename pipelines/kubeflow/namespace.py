@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster, Storage
-from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.kubernetes_api import if_exists
+from slam_asr.findings import BAD, GOOD, UNKNOWN
 
 DEFAULT_SECRET = "mlpipeline-minio-artifact"
 """Secret of the object storage that Kubeflow Pipelines brings along."""
@@ -20,6 +21,8 @@ _RUNNER_SECRETS = (Storage().secret, DEFAULT_SECRET)
 _CLUSTER_WIDE = "clustertrainingruntimes"
 """The only resource among the rights that is in no namespace."""
 
+Result = tuple[str, str]
+"""The sign and the detail of the finding of a check."""
 Right = tuple[str, str, str, str]
 """(verb, API group, resource, name); an empty name stands for all."""
 
@@ -29,8 +32,8 @@ class Check:
     """A check that asks the Kubernetes API."""
 
     subject: str
-    run: Callable[[], Finding]
-    """Returns the finding, or raises an error, from which `doctor` makes a finding."""
+    run: Callable[[], Result]
+    """Returns the result, or raises an error, from which `doctor` makes a finding."""
     remedy: str = ""
     """What to do if the object does not exist, without a full stop."""
 
@@ -91,7 +94,7 @@ def create_secret(cluster: Cluster, name: str, namespace: str, *keys: str) -> st
     return f"`kubectl -n {namespace} create secret generic {name} {values}` creates it"
 
 
-def check_rights(cluster: Cluster, namespace: str, launcher_secret: str) -> Finding:
+def check_rights(cluster: Cluster, namespace: str, launcher_secret: str) -> Result:
     """Check the rights of the runs' account, by asking the cluster what this account may do.
 
     Args:
@@ -102,10 +105,10 @@ def check_rights(cluster: Cluster, namespace: str, launcher_secret: str) -> Find
     Raises:
         kubernetes.ApiException: you are not allowed to ask, or the API does not answer.
     """
-    account, subject = cluster.service_account, f"rights of {cluster.service_account}"
+    account = cluster.service_account
     missing = _missing_rights(account, namespace, run_rights(launcher_secret))
     if not missing:
-        return Finding(GOOD, subject, "it may do what driver, launcher and Argo do in its name")
+        return GOOD, "it may do what driver, launcher and Argo do in its name"
     remedy = f"`kubectl apply -n {namespace} -k manifests/runner` grants what runs need"
     if account != _RUNNER:
         remedy += (
@@ -116,10 +119,10 @@ def check_rights(cluster: Cluster, namespace: str, launcher_secret: str) -> Find
         remedy += (
             f", once {launcher_secret} is among the resourceNames in manifests/runner/service-account.yaml"
         )
-    return Finding(BAD, subject, f"it is not allowed to {', '.join(missing)} in {namespace}: {remedy}.")
+    return BAD, f"it is not allowed to {', '.join(missing)} in {namespace}: {remedy}."
 
 
-def check_training_rights(cluster: Cluster, namespace: str, nodes: int) -> Finding:
+def check_training_rights(cluster: Cluster, namespace: str, nodes: int) -> Result:
     """Check the rights of the step that starts and watches a TrainJob.
 
     Args:
@@ -130,16 +133,13 @@ def check_training_rights(cluster: Cluster, namespace: str, nodes: int) -> Findi
     Raises:
         kubernetes.ApiException: you are not allowed to ask, or the API does not answer.
     """
-    subject = f"rights of {cluster.service_account} for TrainJobs"
     missing = _missing_rights(cluster.service_account, namespace, training_rights(cluster.trainer.runtime))
     if not missing:
-        return Finding(GOOD, subject, "it may start and watch them")
+        return GOOD, "it may start and watch them"
     only = "" if nodes > 1 else ", which only multi-node training needs"
-    return Finding(
-        BAD if nodes > 1 else UNKNOWN,
-        subject,
+    return BAD if nodes > 1 else UNKNOWN, (
         f"it is not allowed to {', '.join(missing)} in {namespace}{only}: add "
-        "manifests/components/trainer to your overlay, and apply it with `kubectl apply -k`.",
+        "manifests/components/trainer to your overlay, and apply it with `kubectl apply -k`."
     )
 
 
@@ -200,62 +200,49 @@ def _may(account: str, namespace: str, verb: str, group: str, resource: str, nam
     return bool(answer.status.allowed)
 
 
-def _check_account(api: kubernetes.CoreV1Api, account: str, namespace: str) -> Finding:
+def _check_account(api: kubernetes.CoreV1Api, account: str, namespace: str) -> Result:
     api.read_namespaced_service_account(account, namespace)
-    return Finding(GOOD, f"service account {account}", "exists")
+    return GOOD, "exists"
 
 
 def _check_keys(
     api: kubernetes.CoreV1Api, namespace: str, secret: str, alternatives: Iterable[tuple[str, ...]]
-) -> Finding:
+) -> Result:
     """Check that a secret contains all keys of one of the alternatives."""
     # Only the names of the keys: the values never leave this line.
     found = set(api.read_namespaced_secret(secret, namespace).data or {})
     for keys in alternatives:
         if found.issuperset(keys):
-            return Finding(GOOD, f"secret {secret}", f"exists, with {' and '.join(keys)}")
+            return GOOD, f"exists, with {' and '.join(keys)}"
     needed = [" and ".join(keys) for keys in alternatives]
-    return Finding(
-        BAD,
-        f"secret {secret}",
+    return BAD, (
         f"contains {', '.join(sorted(found)) or 'nothing'}, but must contain {', or '.join(needed)}: add "
-        f"what is missing with `kubectl -n {namespace} edit secret {secret}`.",
+        f"what is missing with `kubectl -n {namespace} edit secret {secret}`."
     )
 
 
-def _check_pull_secret(api: kubernetes.CoreV1Api, namespace: str, secret: str, create: str) -> Finding:
+def _check_pull_secret(api: kubernetes.CoreV1Api, namespace: str, secret: str, create: str) -> Result:
     kind = api.read_namespaced_secret(secret, namespace).type
     if kind in ("kubernetes.io/dockerconfigjson", "kubernetes.io/dockercfg"):
-        return Finding(GOOD, f"pull secret {secret}", "exists, with a login to a registry")
-    return Finding(
-        BAD,
-        f"pull secret {secret}",
-        f"is of type {kind}, but nodes need kubernetes.io/dockerconfigjson: delete it, then {create}.",
-    )
+        return GOOD, "exists, with a login to a registry"
+    return BAD, f"is of type {kind}, but nodes need kubernetes.io/dockerconfigjson: delete it, then {create}."
 
 
-def _check_claim(api: kubernetes.CoreV1Api, name: str, namespace: str) -> Finding:
+def _check_claim(api: kubernetes.CoreV1Api, name: str, namespace: str) -> Result:
     claim = api.read_namespaced_persistent_volume_claim(name, namespace)
-    subject = f"model volume {name}"
     if claim.status.phase == "Bound":
         size = (claim.status.capacity or {}).get("storage", "unknown size")
-        return Finding(GOOD, subject, f"is bound, {size}, {', '.join(claim.spec.access_modes or [])}")
-    return Finding(
-        UNKNOWN,
-        subject,
+        return GOOD, f"is bound, {size}, {', '.join(claim.spec.access_modes or [])}"
+    return UNKNOWN, (
         f"is {claim.status.phase}: expected if its storage class waits for the first pod, "
-        f"else see `kubectl -n {namespace} describe pvc {name}`",
+        f"else see `kubectl -n {namespace} describe pvc {name}`"
     )
 
 
-def _check_queue(name: str, namespace: str) -> Finding:
-    queues = kubernetes.CustomObjectsApi()
-    try:
-        queues.get_namespaced_custom_object("kueue.x-k8s.io", "v1beta2", namespace, "localqueues", name)
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
+def _check_queue(name: str, namespace: str) -> Result:
+    read = kubernetes.CustomObjectsApi().get_namespaced_custom_object
+    if if_exists(read, "kueue.x-k8s.io", "v1beta2", namespace, "localqueues", name) is None:
         # Kueue before 0.15 has only v1beta1. If that request is answered with 404 too, the queue does not
         # exist, and doctor reports it.
-        queues.get_namespaced_custom_object("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
-    return Finding(GOOD, f"queue {name}", "exists")
+        read("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
+    return GOOD, "exists"

@@ -6,7 +6,8 @@ import urllib3
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster, StepSettings
-from slam_asr.findings import BAD, GOOD, Finding
+from pipelines.kubeflow.namespace import Result
+from slam_asr.findings import BAD, GOOD
 from slam_asr.steps import STEPS
 
 
@@ -22,7 +23,7 @@ def loaded_images(api: kubernetes.CoreV1Api) -> list[str] | None:
     return [name for node in nodes for image in node.status.images or [] for name in image.names or []]
 
 
-def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
+def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Result:
     """Check for each step that requests GPUs whether a node has enough of them, and accepts its pod.
 
     Raises:
@@ -31,21 +32,17 @@ def check_nodes(api: kubernetes.CoreV1Api, cluster: Cluster) -> Finding:
     nodes = [node for node in api.list_node().items if not node.spec.unschedulable]
     gpu_steps = {name: cluster.steps[name] for name in STEPS if cluster.steps[name].gpus}
     if not gpu_steps:
-        return Finding(GOOD, "nodes", f"{len(nodes)} accept pods; the profile requests no GPUs")
-    lacking = {name: step for name, step in gpu_steps.items() if not any(_fits(node, step) for node in nodes)}
+        return GOOD, f"{len(nodes)} accept pods; the profile requests no GPUs"
+    lacking = [name for name, step in gpu_steps.items() if not any(_fits(node, step) for node in nodes)]
     if not lacking:
-        return Finding(
-            GOOD, "nodes", f"{len(nodes)} accept pods, and each step with GPUs fits on one of them"
-        )
-    name, step = next(iter(lacking.items()))
+        return GOOD, f"{len(nodes)} accept pods, and each step with GPUs fits on one of them"
+    name, step = lacking[0], gpu_steps[lacking[0]]
     settings = (STEPS[name].settings_of or name).replace("-", "_")
     max_gpus = max((_gpus(node, step) for node in nodes), default=0)
-    return Finding(
-        BAD,
-        "nodes",
+    return BAD, (
         f"no node has all of this for {name}: {step.gpus} × {step.gpu_resource} (the maximum is {max_gpus}), "
         f"the labels of node_selector, and no taints but tolerated ones. Lower steps.{settings}.gpus, or "
-        "correct node_selector and tolerations. Ignore this if the cluster adds such nodes on demand.",
+        "correct node_selector and tolerations. Ignore this if the cluster adds such nodes on demand."
     )
 
 

@@ -51,13 +51,13 @@ def _subject(sign: str, images: list[str]) -> str:
 
 def _check_image(image: str, loaded: Collection[str] | None) -> tuple[str, str]:
     """Return the sign and the detail of the finding about an image; the detail fits several images too."""
-    registry, slash, rest = image.partition("/")
+    registry, _, rest = image.partition("/")
     # A node puts its default registry before a name without one. On Docker Hub, a name without a slash is in
     # `library`.
     prefixes = ("", "docker.io/", "docker.io/library/", "localhost/")
     if {prefix + image for prefix in prefixes} & set(loaded or ()):
         return GOOD, "loaded into the nodes"
-    if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
+    if not has_registry(image):
         return UNKNOWN if loaded is None else BAD, _NO_REGISTRY
     name, _, reference = rest.partition("@") if "@" in rest else rest.rpartition(":")
     # If the name has neither a tag nor a digest, rpartition returns all of it as the last part.
@@ -86,6 +86,13 @@ def _check_image(image: str, loaded: Collection[str] | None) -> tuple[str, str]:
             "images.names."
         )
     return UNKNOWN, f"could not be checked: the registry answers {answer.status}"
+
+
+def has_registry(image: str) -> bool:
+    """Return whether an image's name begins with a registry."""
+    # Docker's own rule: the first part of a name is a registry if it looks like a host or has a port.
+    first, slash, _ = image.partition("/")
+    return bool(slash) and ("." in first or ":" in first or first == "localhost")
 
 
 def _anonymous_token(pool: urllib3.PoolManager, challenge: str) -> str | None:

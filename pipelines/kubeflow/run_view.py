@@ -230,18 +230,24 @@ def follow(
     logged: dict[str, tuple[str, str]] = {}
     while True:
         current = view(connection, run_id, cluster)
-        for step in current.steps:
-            now = (step.state, step.detail)
-            if logged.get(step.key) != now:
-                logged[step.key] = now
-                # Without this, the first look would log every step of the pipeline as not started.
-                if step.state != "not started":
-                    log_line(step.line())
+        log_changes(current.steps, logged, log_line)
         if current.ended:
-            break
+            log_line(current.outcome())
+            return current
         time.sleep(interval)
-    log_line(current.outcome())
-    return current
+
+
+def log_changes(
+    steps: list[RunStep], logged: dict[str, tuple[str, str]], log_line: Callable[[str], None]
+) -> None:
+    """Log each step whose state or reason differs from the last one in `logged`, and update `logged`."""
+    for step in steps:
+        now = (step.state, step.detail)
+        if logged.get(step.key) != now:
+            logged[step.key] = now
+            # Without this, the first look would log every step of the pipeline as not started.
+            if step.state != "not started":
+                log_line(step.line())
 
 
 def _steps_of_nodes(

@@ -1,7 +1,7 @@
 """Runs in Kubeflow Pipelines: start, find, retry and stop them."""
 
-import functools
 import getpass
+import itertools
 import os
 import re
 from dataclasses import asdict
@@ -13,7 +13,7 @@ import kfp_server_api
 
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
-from pipelines.kubeflow.versions import experiment_and_version
+from pipelines.kubeflow.versions import experiment_and_version, pages_of
 from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
@@ -56,6 +56,18 @@ def start(
         ClusterError: the API refuses or does not answer.
     """
     experiment_id, version = experiment_and_version(connection, package, experiment, pipeline)
+    return _create(connection, name, experiment_id, version, parameters, account)
+
+
+def _create(
+    connection: Connection,
+    name: str,
+    experiment_id: str,
+    version: kfp_server_api.V2beta1PipelineVersionReference,
+    parameters: dict[str, Any],
+    account: str,
+) -> str:
+    """Start a run of an uploaded version, and return its id."""
     request = kfp_server_api.V2beta1Run(
         experiment_id=experiment_id,
         display_name=name,
@@ -119,30 +131,28 @@ def latest(
         recipe: only runs of this shipped recipe; empty for all. A recipe from a file is passed as text and
             not by name, so its name cannot select runs.
     """
-    client = connection.client
-    namespace = connection.namespace if connection.multi_user else None
-    found: list[kfp_server_api.V2beta1Run] = []
-    token = ""
     # Runs are filtered here and not by the server, so a filter needs larger pages, and perhaps several.
-    while True:
-        answer = connection.call(
-            "list the runs",
-            functools.partial(
-                client.list_runs,
-                page_token=token,
-                page_size=max(count, 50) if mine or recipe else count,
-                sort_by="created_at desc",
-                namespace=namespace,
-            ),
-        )
-        for run in answer.runs or []:
-            parameters = (run.runtime_config.parameters if run.runtime_config else None) or {}
-            is_mine = run.description == submitter()
-            if (is_mine or not mine) and recipe in ("", parameters.get("recipe")):
-                found.append(run)
-        token = answer.next_page_token or ""
-        if not token or len(found) >= count:
-            return found[:count]
+    runs = pages_of(
+        connection,
+        "list the runs",
+        connection.client.list_runs,
+        "runs",
+        page_size=max(count, 50) if mine or recipe else count,
+        sort_by="created_at desc",
+        namespace=connection.request_namespace,
+    )
+    user = submitter()
+    selected = (
+        run
+        for run in runs
+        if (run.description == user or not mine) and recipe in ("", parameters_of(run).get("recipe"))
+    )
+    return list(itertools.islice(selected, max(count, 0)))
+
+
+def parameters_of(run: kfp_server_api.V2beta1Run) -> dict[str, Any]:
+    """Return the pipeline parameters of a run."""
+    return (run.runtime_config.parameters if run.runtime_config else None) or {}
 
 
 def has_expired(run: kfp_server_api.V2beta1Run) -> bool:
@@ -197,11 +207,8 @@ def retry(
             "restart the run", lambda: connection.runs.run_service_retry_run(run.run_id), once=True
         )
     except ClusterError as error:
-        gone = (
-            " Argo deletes a workflow an hour after its end, which may be the reason."
-            if has_expired(run)
-            else ""
-        )
+        reason = " Argo deletes a workflow an hour after its end, which may be the reason."
+        gone = reason if has_expired(run) else ""
         raise ClusterError(f"{str(error).rstrip('.')}; {again}.{gone}") from None
 
 
@@ -226,25 +233,15 @@ def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple
     if run.pipeline_version_reference is None:
         raise ConfigurationError(f"The run {run.display_name} names no version of a pipeline: {submit}")
     name = f"{_TIME_IN_NAME.sub('', run.display_name)} {datetime.now().strftime(_TIME_FORMAT)}"
-    parameters = run.runtime_config.parameters if run.runtime_config else None
-    request = kfp_server_api.V2beta1Run(
-        experiment_id=run.experiment_id,
-        display_name=name,
-        description=submitter(),
-        pipeline_version_reference=run.pipeline_version_reference,
-        # The other run's pipeline root is left out: a new run takes that of the launcher's configuration.
-        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=parameters),
-        service_account=run.service_account,
-    )
+    version, parameters = run.pipeline_version_reference, parameters_of(run)
     try:
-        started = connection.call(
-            "start the run", lambda: connection.runs.run_service_create_run(request), once=True
-        )
+        # The other run's pipeline root is left out: a new run takes that of the launcher's configuration.
+        run_id = _create(connection, name, run.experiment_id, version, parameters, run.service_account)
     except NotFound:
         raise ConfigurationError(
             f"The version of the pipeline of the run {run.display_name} does not exist any more: {submit}"
         ) from None
-    return started.run_id, name
+    return run_id, name
 
 
 def stop(connection: Connection, run: kfp_server_api.V2beta1Run) -> None:

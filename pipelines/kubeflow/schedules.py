@@ -4,19 +4,17 @@ A scheduled run reuses the results in the store, so without new data it computes
 """
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cronsim import CronSim, CronSimError
 
-from pipelines.cluster import load_cluster
-from pipelines.kubeflow.commands import flags, positional, run_parser
-from pipelines.kubeflow.connection import connect
-from pipelines.kubeflow.submit import Submission, checked, compiled, recipe_and_rest, submission_parser
+from pipelines.kubeflow.commands import parse_target
+from pipelines.kubeflow.submit import Submission, compiled, parse_submission
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
-from slam_asr.options import parse_options
 
 if TYPE_CHECKING:
     import kfp_server_api
@@ -32,28 +30,29 @@ _GRAMMAR = {
 """Patterns of the two fields that may contain names."""
 
 
+@dataclass
+class Options:
+    """Options of `schedule create`, besides those of `submit`."""
+
+    cron: str | None = None
+    """times of the runs in UTC: the five fields of cron, or the six of Kubeflow (seconds first)"""
+    schedule_name: str | None = None
+    """name of the schedule (default: the recipe's)"""
+    catch_up: bool = False
+    """also start the runs that were missed during a pause"""
+
+
 def create(arguments: list[str]) -> int:
     """Create a schedule, print its next times, and return the exit code."""
-    source, rest = recipe_and_rest("schedule create", arguments)
     description = "Start runs at the times of a cron expression. They reuse finished results in the store."
-    parser = submission_parser("schedule create", description, source)
-    parser.add_argument(
-        "--cron",
-        type=str,
-        help="times of the runs in UTC: the five fields of cron, or the six of Kubeflow (seconds first)",
-    )
-    parser.add_argument("--schedule-name", type=str, help="name of the schedule (default: the recipe's)")
-    parser.add_argument(
-        "--catch-up", type=bool, default=False, help="also start the runs that were missed during a pause"
-    )
-    options = parse_options(parser, flags(rest))
+    submission = parse_submission("schedule create", description, arguments, Options)
+    options = submission.options
     if not options["cron"]:
         raise ConfigurationError(
             '--cron is missing: give it as in --cron "0 3 * * *", for 3:00 UTC every day.'
         )
     cron = six_fields(options["cron"])
     times = next_times(cron)
-    submission = checked(options, source)
     name = options["schedule_name"] or submission.request.resolved_recipe.name
 
     _create(submission, name, cron, options["catch_up"])
@@ -83,7 +82,7 @@ def _create(submission: Submission, name: str, cron: str, catch_up: bool) -> Non
         experiment, version = experiment_and_version(
             connection, package, submission.options["experiment"], submission.request.pipeline
         )
-        request = kfp_server_api.V2beta1RecurringRun(
+        schedule = kfp_server_api.V2beta1RecurringRun(
             experiment_id=experiment,
             display_name=name,
             description=submitter(),
@@ -98,20 +97,13 @@ def _create(submission: Submission, name: str, cron: str, catch_up: bool) -> Non
             max_concurrency="1",
             no_catchup=not catch_up,
         )
-        api = connection.client._recurring_run_api
-        connection.call(
-            "create the schedule",
-            lambda: api.recurring_run_service_create_recurring_run(request),
-            once=True,
-        )
+        create = connection.client._recurring_run_api.recurring_run_service_create_recurring_run
+        connection.call("create the schedule", lambda: create(schedule), once=True)
 
 
 def list_all(arguments: list[str]) -> int:
     """Print all schedules, and return the exit code."""
-    parser = run_parser("schedule list", "List the schedules.")
-    options = parse_options(parser, flags(arguments))
-    connection = connect(options, load_cluster(options["cluster"]))
-    for known in _all(connection):
+    for known in _all(parse_target("schedule list", "List the schedules.", arguments).connection):
         cron = _cron_of(known)
         following = "" if _is_paused(known) or not cron else f"  next {_next_time(cron)}"
         state = "paused" if _is_paused(known) else "active"
@@ -143,13 +135,9 @@ def _change(command: str, action: str, outcome: str, arguments: list[str]) -> in
         outcome: the end of the sentence to print.
         arguments: NAME and options.
     """
-    name, rest = positional(
-        arguments, f"NAME is missing: python -m pipelines schedule {command} NAME; `schedule list` shows all"
-    )
-    parser = run_parser(f"schedule {command}", f"{command.capitalize()} a schedule.")
-    options = parse_options(parser, flags(rest))
-    connection = connect(options, load_cluster(options["cluster"]))
-    schedule = _find(connection, name)
+    target = parse_target(f"schedule {command}", f"{command.capitalize()} a schedule.", arguments)
+    connection = target.connection
+    schedule = _find(connection, target.name)
     request = getattr(connection.client._recurring_run_api, f"recurring_run_service_{action}_recurring_run")
     connection.call(f"{command} the schedule", lambda: request(schedule.recurring_run_id))
     print(f"schedule {schedule.display_name} {outcome}")
@@ -213,15 +201,11 @@ def next_times(cron: str, count: int = 3) -> list[str]:
 def _all(connection: "Connection") -> list["kfp_server_api.V2beta1RecurringRun"]:
     from pipelines.kubeflow.versions import pages_of
 
-    namespace = connection.namespace if connection.multi_user else None
-    return pages_of(
-        connection,
-        "list the schedules",
-        lambda token: connection.client.list_recurring_runs(
-            page_token=token, page_size=100, namespace=namespace
-        ),
-        "recurring_runs",
+    list_page, namespace = connection.client.list_recurring_runs, connection.request_namespace
+    pages = pages_of(
+        connection, "list the schedules", list_page, "recurring_runs", page_size=100, namespace=namespace
     )
+    return list(pages)
 
 
 def _find(connection: "Connection", name: str) -> "kfp_server_api.V2beta1RecurringRun":

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import (
@@ -19,16 +17,30 @@ from pipelines.compile import (
     recipe_parameters,
     require_no_templates,
 )
-from pipelines.kubeflow.commands import add_wait, flags, follow_run, positional
-from pipelines.kubeflow.connection import add_connection_options, connect, require_seconds
-from pipelines.run_request import RunRequest, add_pipeline_options, request_from_options
-from slam_asr.cli import add_recipe_options, pop_recipe
-from slam_asr.config.recipe import shipped_recipes
+from pipelines.kubeflow.commands import WaitOptions, flags, follow_run
+from pipelines.kubeflow.connection import ConnectionOptions, connect, require_seconds
+from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import parse_options
+from slam_asr.options import add_options
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.connection import Connection
+
+
+@dataclass
+class Options:
+    """Options that `submit` and `schedule create` have in common, besides those of the pipeline."""
+
+    experiment: str = "slam-asr"
+    """experiment that groups the runs in the dashboard"""
+
+
+@dataclass
+class NameOptions:
+    """Options of `submit` alone, besides those of waiting."""
+
+    run_name: str | None = None
+    """name of the run (default: recipe, digest and time)"""
 
 
 @dataclass
@@ -45,16 +57,10 @@ class Submission:
 
 def submit(arguments: list[str]) -> int:
     """Compile, upload and start a run, follow it if requested, and return the exit code."""
-    source, rest = recipe_and_rest("submit", arguments)
-    parser = submission_parser(
-        "submit", "Compile the pipeline, upload it and start a run; --wait follows it.", source
-    )
-    parser.add_argument("--run-name", type=str, help="name of the run (default: recipe, digest and time)")
-    add_wait(parser)
-    options = parse_options(parser, flags(rest))
+    description = "Compile the pipeline, upload it and start a run; --wait follows it."
+    submission = parse_submission("submit", description, arguments, NameOptions, WaitOptions)
+    options, cluster = submission.options, submission.cluster
     require_seconds(options, "poll")
-    submission = checked(options, source)
-    cluster = submission.cluster
 
     # These import kfp, which is slow, so a mistake in the options is reported first.
     from pipelines.kubeflow.runs import run_name, start
@@ -82,49 +88,31 @@ def submit(arguments: list[str]) -> int:
     return follow_run(connection, run_id, cluster, options["poll"], with_notice=True)
 
 
-def recipe_and_rest(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """Split off the recipe, which comes first.
-
-    Raises:
-        ConfigurationError: it is missing.
-    """
-    return positional(
-        arguments,
-        f"RECIPE is missing: python -m pipelines {command} RECIPE, with a file or one of "
-        + ", ".join(shipped_recipes()),
-    )
-
-
-def submission_parser(command: str, description: str, source: str) -> ArgumentParser:
-    """Return a parser for the options that `submit` and `schedule create` have in common."""
-    parser = command_parser(command, description)
-    add_cluster_options(parser)
-    add_connection_options(parser)
-    parser.add_argument(
-        "--experiment", type=str, default="slam-asr", help="experiment that groups the runs in the dashboard"
-    )
-    add_pipeline_options(parser, in_a_cluster=True)
-    add_recipe_options(parser, source)
-    return parser
-
-
-def checked(options: dict[str, Any], source: str) -> Submission:
-    """Check parsed options, and return what they ask to run.
+def parse_submission(command: str, description: str, arguments: list[str], *own_options: type) -> Submission:
+    """Parse and check the command line of `submit` or `schedule create`.
 
     Args:
-        options: values of the options of `submission_parser`.
-        source: name of a shipped recipe, or path of a file.
+        command: the command.
+        description: what the command does.
+        arguments: the recipe and the options.
+        own_options: dataclasses of the command's own options.
 
     Raises:
-        UserError: the profile, the recipe or an option is wrong, or corpus or store are missing.
+        UserError: the profile, the recipe or an option is wrong, or recipe, corpus or store are missing.
     """
+    parser = command_parser(command, description)
+    add_cluster_options(parser)
+    for options_class in (ConnectionOptions, Options, *own_options):
+        add_options(parser, options_class)
+    add_pipeline_options(parser, in_a_cluster=True)
+    options, recipe = parse_with_recipe(parser, flags(arguments), required=True)
     cluster = load_cluster(options["cluster"])
-    request = request_from_options(options, pop_recipe(options), in_a_cluster=True)
+    request = request_from_options(options, recipe, in_a_cluster=True)
     check_recipe(request, cluster)
     parameters = (
         location_parameters(cluster, options["corpus"], options["store"], request.model)
         | request.parameters
-        | recipe_parameters(source, request.resolved_recipe)
+        | recipe_parameters(options["source"], request.resolved_recipe)
     )
     require_no_templates(parameters)
     for name, option in (

@@ -1,25 +1,25 @@
 """Checks of Kubeflow Trainer: its version, and the runtime for training on several nodes."""
 
+import functools
 import json
 import re
 
-import urllib3
 from kubernetes import client as kubernetes
 
 from pipelines.cluster import Cluster
-from pipelines.kubeflow.backend import config_map
-from pipelines.kubeflow.logs import core_api
-from slam_asr.errors import ClusterError, UserError
-from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
+from pipelines.kubeflow.kubernetes_api import UNREADABLE, config_map, core_api, if_exists
+from pipelines.kubeflow.namespace import Result
+from slam_asr.errors import ClusterError
+from slam_asr.findings import BAD, GOOD, UNKNOWN
+from slam_asr.trainjob.owner import API
 
-_GROUP = ("trainer.kubeflow.org", "v1alpha1")
 _OLDEST = (2, 2)
 """First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
 _INSTALL = '`kubectl apply --server-side -k "https://github.com/kubeflow/trainer.git/manifests/overlays/{}?ref=v2.3.0"`'
 """The command of Trainer's own guide, for `manager` or `runtimes`."""
 
 
-def check_version(api: kubernetes.CoreV1Api, nodes: int = 1) -> Finding:
+def check_version(api: kubernetes.CoreV1Api, nodes: int = 1) -> Result:
     """Check the version of Kubeflow Trainer.
 
     Args:
@@ -29,7 +29,6 @@ def check_version(api: kubernetes.CoreV1Api, nodes: int = 1) -> Finding:
     Raises:
         kubernetes.ApiException: the version cannot be read.
     """
-    subject = "Kubeflow Trainer"
     try:
         public = config_map(api, "kubeflow-trainer-public", "kubeflow-system") or {}
     except kubernetes.ApiException as error:
@@ -44,41 +43,31 @@ def check_version(api: kubernetes.CoreV1Api, nodes: int = 1) -> Finding:
         schema = _schema()
         if schema is None:
             only = "" if nodes > 1 else "; only multi-node training needs it, in version 2.2 or later"
-            return Finding(
-                BAD if nodes > 1 else UNKNOWN,
-                subject,
-                f"is not installed{only}: {_INSTALL.format('manager')} installs it",
-            )
+            sign = BAD if nodes > 1 else UNKNOWN
+            return sign, f"is not installed{only}: {_INSTALL.format('manager')} installs it"
         new_enough = "runtimePatches" in schema
         name = "2.2 or later, by its schema" if new_enough else "older than 2.2, by its schema"
     if not new_enough:
-        return Finding(
-            BAD,
-            subject,
+        return BAD, (
             f"is {name}, but training on several nodes needs 2.2 or later: "
-            f"{_INSTALL.format('manager')} installs a newer one.",
+            f"{_INSTALL.format('manager')} installs a newer one."
         )
-    return Finding(GOOD, subject, f"is {name}")
+    return GOOD, f"is {name}"
 
 
 def _schema() -> str | None:
     """Return the schema of Trainer's objects as the Kubernetes API publishes it; None without Trainer."""
-    try:
-        answer = kubernetes.ApiClient().call_api(
-            f"/openapi/v3/apis/{'/'.join(_GROUP)}",
-            "GET",
-            auth_settings=["BearerToken"],
-            response_type="object",
-            _return_http_data_only=True,
-        )
-    except kubernetes.ApiException as error:
-        if error.status != 404:
-            raise
-        return None
-    return json.dumps(answer)
+    request = functools.partial(
+        kubernetes.ApiClient().call_api,
+        auth_settings=["BearerToken"],
+        response_type="object",
+        _return_http_data_only=True,
+    )
+    answer = if_exists(request, f"/openapi/v3/apis/{'/'.join(API)}", "GET")
+    return None if answer is None else json.dumps(answer)
 
 
-def check_runtime(cluster: Cluster, namespace: str, nodes: int = 1) -> Finding:
+def check_runtime(cluster: Cluster, namespace: str, nodes: int = 1) -> Result:
     """Check that the runtime for training on several nodes exists.
 
     Args:
@@ -89,14 +78,11 @@ def check_runtime(cluster: Cluster, namespace: str, nodes: int = 1) -> Finding:
     Raises:
         kubernetes.ApiException: the API refuses the request.
     """
-    subject = f"training runtime {cluster.trainer.runtime}"
     if has_runtime(cluster, namespace):
-        return Finding(GOOD, subject, "exists, for multi-node training")
+        return GOOD, "exists, for multi-node training"
     only = "" if nodes > 1 else "; only multi-node training (training.nodes above 1) needs it"
-    return Finding(
-        BAD if nodes > 1 else UNKNOWN,
-        subject,
-        f"does not exist{only}: {_INSTALL.format('runtimes')} installs it, or correct trainer.runtime",
+    return BAD if nodes > 1 else UNKNOWN, (
+        f"does not exist{only}: {_INSTALL.format('runtimes')} installs it, or correct trainer.runtime"
     )
 
 
@@ -110,18 +96,10 @@ def has_runtime(cluster: Cluster, namespace: str) -> bool:
     """
     api, name = kubernetes.CustomObjectsApi(), cluster.trainer.runtime
     # Without Kubeflow Trainer, the API knows neither kind of object, and answers 404 too.
-    for request in (
-        lambda: api.get_namespaced_custom_object(*_GROUP, namespace, "trainingruntimes", name),
-        lambda: api.get_cluster_custom_object(*_GROUP, "clustertrainingruntimes", name),
-    ):
-        try:
-            request()
-        except kubernetes.ApiException as error:
-            if error.status != 404:
-                raise
-        else:
-            return True
-    return False
+    in_namespace = if_exists(api.get_namespaced_custom_object, *API, namespace, "trainingruntimes", name)
+    return bool(
+        in_namespace or if_exists(api.get_cluster_custom_object, *API, "clustertrainingruntimes", name)
+    )
 
 
 def require_trainer(cluster: Cluster, namespace: str) -> None:
@@ -133,7 +111,7 @@ def require_trainer(cluster: Cluster, namespace: str) -> None:
     try:
         core_api()
         exists = has_runtime(cluster, namespace)
-    except (UserError, kubernetes.ApiException, urllib3.exceptions.HTTPError):
+    except UNREADABLE:
         return
     if not exists:
         raise ClusterError(

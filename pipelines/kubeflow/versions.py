@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +41,26 @@ def experiment_and_version(
     Raises:
         ClusterError: the API refuses or does not answer.
     """
-    pipeline_id, version_id, _ = upload(connection, package, pipeline)
-    namespace = connection.namespace if connection.multi_user else None
+    version = _upload(connection, package, pipeline)
+    create, namespace = connection.client.create_experiment, connection.request_namespace
     # The client returns an existing experiment of that name, so this request may be retried.
-    group = connection.call(
-        "create the experiment", lambda: connection.client.create_experiment(experiment, namespace=namespace)
-    )
-    return group.experiment_id, kfp_server_api.V2beta1PipelineVersionReference(
-        pipeline_id=pipeline_id, pipeline_version_id=version_id
-    )
+    group = connection.call("create the experiment", lambda: create(experiment, namespace=namespace))
+    return group.experiment_id, version
 
 
-def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> tuple[str, str, str]:
+def _upload(
+    connection: Connection, package: Path, pipeline: str
+) -> kfp_server_api.V2beta1PipelineVersionReference:
     """Upload a package as a version of its pipeline, unless the same content was uploaded before.
 
     The version's name contains a digest of the package, by which an earlier upload is recognised.
-
-    Args:
-        connection: the connection to Kubeflow Pipelines.
-        package: the compiled pipeline.
-        pipeline: name of the pipeline.
-
-    Returns:
-        The ids of the pipeline and the version, and the name of the version.
-
-    Raises:
-        ClusterError: the API refuses or does not answer.
     """
     client = connection.client
     description = _DESCRIPTIONS[pipeline]
     # The digest has 48 bits. Two of n versions have the same one with a probability of about n² / 2 / 2**48:
     # for n = 1000, 2 in a billion.
-    version = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
-    namespace = connection.namespace if connection.multi_user else None
+    name = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+    namespace = connection.request_namespace
     pipeline_id = _find_pipeline(connection, pipeline, namespace)
     if pipeline_id is None:
         # The pipeline is created empty. If it were created from the package, this would add a version with
@@ -81,29 +68,23 @@ def upload(connection: Connection, package: Path, pipeline: str = TRAINING) -> t
         empty = kfp_server_api.V2beta1Pipeline(
             display_name=pipeline, name=pipeline, description=description, namespace=namespace
         )
-        created = connection.call(
-            "create the pipeline",
-            lambda: client._pipelines_api.pipeline_service_create_pipeline(empty),
+        create = client._pipelines_api.pipeline_service_create_pipeline
+        pipeline_id = connection.call("create the pipeline", lambda: create(empty), once=True).pipeline_id
+    list_page = functools.partial(client.list_pipeline_versions, pipeline_id)
+    versions = pages_of(
+        connection, "list the versions of the pipeline", list_page, "pipeline_versions", page_size=100
+    )
+    version = next((known for known in versions if known.display_name == name), None)
+    if version is None:
+        upload = functools.partial(client.upload_pipeline_version, str(package), name)
+        version = connection.call(
+            "upload the version of the pipeline",
+            lambda: upload(pipeline_id=pipeline_id, description=description),
             once=True,
         )
-        pipeline_id = created.pipeline_id
-    versions = pages_of(
-        connection,
-        "list the versions of the pipeline",
-        lambda token: client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100),
-        "pipeline_versions",
+    return kfp_server_api.V2beta1PipelineVersionReference(
+        pipeline_id=pipeline_id, pipeline_version_id=version.pipeline_version_id
     )
-    for known in versions:
-        if known.display_name == version:
-            return pipeline_id, known.pipeline_version_id, version
-    created = connection.call(
-        "upload the version of the pipeline",
-        lambda: client.upload_pipeline_version(
-            str(package), version, pipeline_id=pipeline_id, description=description
-        ),
-        once=True,
-    )
-    return pipeline_id, created.pipeline_version_id, version
 
 
 def _find_pipeline(connection: Connection, name: str, namespace: str | None) -> str | None:
@@ -121,13 +102,20 @@ def _find_pipeline(connection: Connection, name: str, namespace: str | None) -> 
     return next((p.pipeline_id for p in answer.pipelines or [] if p.display_name == name), None)
 
 
-def pages_of(connection: Connection, what: str, page: Callable[[str], Any], field: str) -> list[Any]:
-    """Return the items of all pages of a list: the `field` of each answer to `page(token)`."""
-    items: list[Any] = []
-    token = ""
-    while True:
-        answer = connection.call(what, functools.partial(page, token))
-        items += getattr(answer, field) or []
-        token = answer.next_page_token
-        if not token:
-            return items
+def pages_of(
+    connection: Connection, what: str, list_page: Callable[..., Any], field: str, **options: Any
+) -> Iterator[Any]:
+    """Yield the items of all pages of a list, and request each page only when it is needed.
+
+    Args:
+        connection: the connection to Kubeflow Pipelines.
+        what: the request as a verb and its object, for messages.
+        list_page: the client's function that requests a page.
+        field: the field of its answers with the items.
+        options: arguments of `list_page`, besides the page's token.
+    """
+    token: str | None = ""
+    while token is not None:
+        answer = connection.call(what, functools.partial(list_page, page_token=token, **options))
+        yield from getattr(answer, field) or []
+        token = answer.next_page_token or None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from slam_asr.errors import ClusterError, UserError
+from slam_asr.errors import ERROR_PREFIX, ClusterError, UserError
 from slam_asr.progress import log_line
 from slam_asr.trainjob.request import NODE, TrainJobClient, cause_of, status_of
 from slam_asr.trainjob.waiting import waiting_nodes
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 POLL = 5.0
 """Seconds between two requests for the job's state."""
-_ERROR = "slam-asr: error: "
-"""The text before a node's error message in its log, as `errors.exit_on_user_error` prints it."""
 
 
 class FollowedTrainJob:
@@ -52,12 +50,7 @@ class FollowedTrainJob:
             RuntimeError: a request of the SDK failed; see `explained_refusals`.
             TimeoutError: Kubernetes does not answer.
         """
-        try:
-            existing = self.client.get_job(self.name)
-        except RuntimeError as error:
-            if status_of(error) != 404:
-                raise
-            existing = None
+        existing = self._job()
         if existing is not None and existing.status == "Failed":
             self.client.delete_job(self.name)
             self._until_gone()
@@ -83,12 +76,8 @@ class FollowedTrainJob:
         log_thread: threading.Thread | None = None
         while True:
             try:
-                job, unreachable_since = self.client.get_job(self.name), 0.0
+                job, unreachable_since = self._job(), 0.0
             except (RuntimeError, TimeoutError) as error:
-                if status_of(error) == 404:
-                    raise ClusterError(
-                        f"TrainJob {self.name} was deleted while it ran: start the step again."
-                    ) from None
                 # The API server may be unreachable for a while; the job continues in the meantime.
                 unreachable_since = unreachable_since or time.monotonic()
                 if time.monotonic() - unreachable_since > 600:
@@ -98,6 +87,8 @@ class FollowedTrainJob:
                     ) from None
                 time.sleep(POLL)
                 continue
+            if job is None:
+                raise ClusterError(f"TrainJob {self.name} was deleted while it ran: start the step again.")
             if job.status != state:
                 state = job.status
                 log_line(f"TrainJob {self.name}: {state.lower()}")
@@ -128,13 +119,20 @@ class FollowedTrainJob:
         with contextlib.suppress(RuntimeError, TimeoutError):
             self.client.delete_job(self.name)
 
+    def _job(self) -> "TrainJob | None":
+        """Return the job's present state; None if the job does not exist."""
+        try:
+            return self.client.get_job(self.name)
+        except RuntimeError as error:
+            if status_of(error) == 404:
+                return None
+            raise
+
     def _until_gone(self) -> None:
         # Waits for about a minute: by default, a pod has 30 seconds to end.
         for _ in range(60):
-            try:
-                self.client.get_job(self.name)
-            except RuntimeError as error:
-                if status_of(error) == 404:
+            with contextlib.suppress(RuntimeError):
+                if self._job() is None:
                     return
             time.sleep(POLL / 5)
         raise ClusterError(
@@ -152,11 +150,8 @@ class FollowedTrainJob:
         with contextlib.suppress(RuntimeError):
             # The SDK drops empty lines only while it follows a log. Here they are always dropped, so that
             # `_lines_logged` counts the same lines in both cases.
-            lines = (
-                line
-                for line in self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
-                if line.strip()
-            )
+            log = self.client.get_job_logs(self.name, follow=follow, step=f"{NODE}-0")
+            lines = (line for line in log if line.strip())
             # Each connection yields the log from its first line.
             for line in itertools.islice(lines, self._lines_logged, None):
                 self._lines_logged += 1
@@ -192,7 +187,7 @@ class FollowedTrainJob:
             if step.name != f"{NODE}-0":
                 for line in lines[-10:]:
                     log_line(f"{step.name}: {line}")
-            errors = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+            errors = [line.partition(ERROR_PREFIX)[2] for line in lines if ERROR_PREFIX in line]
             # A node that ends because another one failed reports only an exit code, which is not the cause.
             causes = [e for e in errors if not e.startswith("A training process ended with code")]
             message = message or next(iter(causes), None)

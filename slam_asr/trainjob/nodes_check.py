@@ -23,10 +23,10 @@ def run_on_nodes(placement: Placement, nodes: int, command: list[str]) -> None:
             job was deleted or takes too long.
         UserError: a node failed. The message is that of the failed node.
     """
-    with explained_refusals(placement):
-        client = TrainJobClient(placement)
     # The name is random, because two checks at the same time must not follow the same job.
-    job = FollowedTrainJob(client, f"slam-asr-doctor-{secrets.token_hex(4)}")
+    name = f"slam-asr-doctor-{secrets.token_hex(4)}"
+    with explained_refusals(placement):
+        job = FollowedTrainJob(TrainJobClient(placement), name)
     with deleted_when_interrupted(job):
         try:
             with explained_refusals(placement):

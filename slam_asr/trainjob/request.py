@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kubernetes.client import ApiException
+from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from slam_asr.errors import ClusterError
@@ -59,34 +60,31 @@ class TrainJobClient:
             command: program and arguments that each node runs.
         """
         from kubeflow.trainer import CustomTrainerContainer
-        from kubeflow.trainer.options import (
-            ActiveDeadlineSeconds,
-            Annotations,
-            Labels,
-            Name,
-            TrainerArgs,
-            TrainerCommand,
-        )
+        from kubeflow.trainer import options as sdk
 
         placement = self.placement
+        # For the hub's token, the path of a mounted file is given. The token's variable cannot come from a
+        # secret: the SDK accepts only plain values, and Trainer's webhook refuses variables in changes to the
+        # runtime.
+        token = {"HF_TOKEN_PATH": f"{TOKEN_FOLDER}/HF_TOKEN"} if placement.token_secret else {}
         trainer = CustomTrainerContainer(
             image=placement.image,
             num_nodes=nodes,
             resources_per_node=placement.resources,
-            env=_environment(placement),
+            env=token | placement.environment,
         )
         options: list[Any] = [
-            Name(name),
-            TrainerCommand(command[:1]),
-            TrainerArgs(command[1:]),
+            sdk.Name(name),
+            sdk.TrainerCommand(command[:1]),
+            sdk.TrainerArgs(command[1:]),
             runtime_patch(placement),
         ]
         if placement.labels:
-            options.append(Labels(dict(placement.labels)))
+            options.append(sdk.Labels(dict(placement.labels)))
         if placement.timeout_hours:
-            options.append(ActiveDeadlineSeconds(round(placement.timeout_hours * 3600)))
+            options.append(sdk.ActiveDeadlineSeconds(round(placement.timeout_hours * 3600)))
         if placement.annotations:
-            options.append(Annotations(dict(placement.annotations)))
+            options.append(sdk.Annotations(dict(placement.annotations)))
         self.client.train(runtime=self.runtime, trainer=trainer, options=options)
 
     def adopt(self, name: str) -> None:
@@ -118,40 +116,19 @@ class TrainJobClient:
         return self._send(group, version, namespace, plural, job, **options)
 
 
-def _environment(placement: Placement) -> dict[str, str]:
-    """Return the environment variables of each node.
-
-    For the hub's token, the path of a mounted file is given. The token's variable cannot come from a secret:
-    the SDK accepts only plain values, and Trainer's webhook refuses variables in changes to the runtime.
-    """
-    token = {"HF_TOKEN_PATH": f"{TOKEN_FOLDER}/HF_TOKEN"} if placement.token_secret else {}
-    return token | placement.environment
-
-
 def runtime_patch(placement: Placement) -> "RuntimePatch":
     """Build the changes to the runtime's pods: labels, volumes, secrets, node selection, user and account."""
-    from kubeflow.trainer.options import (
-        ContainerPatch,
-        JobSetSpecPatch,
-        JobSetTemplatePatch,
-        JobSpecPatch,
-        JobTemplatePatch,
-        PodSpecPatch,
-        PodTemplatePatch,
-        ReplicatedJobPatch,
-        RuntimePatch,
-        TrainingRuntimeSpecPatch,
-    )
+    from kubeflow.trainer import options as sdk
 
     volumes = _volumes(placement)
-    container = ContainerPatch(
+    container = sdk.ContainerPatch(
         name=NODE,
         volume_mounts=[{"name": volume["name"], "mountPath": path} for volume, path in volumes] or None,
         # With the pod's security context below, this satisfies Kubernetes' pod security level `restricted`.
         security_context={"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     )
     user = placement.run_as_user
-    pod = PodSpecPatch(
+    pod = sdk.PodSpecPatch(
         service_account_name=placement.service_account or None,
         volumes=[volume for volume, _ in volumes] or None,
         containers=[container],
@@ -167,34 +144,29 @@ def runtime_patch(placement: Placement) -> "RuntimePatch":
         node_selector=placement.node_selector or None,
         tolerations=placement.tolerations or None,
     )
-    template = PodTemplatePatch(metadata={"labels": placement.labels} if placement.labels else None, spec=pod)
-    replicated = ReplicatedJobPatch(
-        name=NODE, template=JobTemplatePatch(spec=JobSpecPatch(template=template))
+    template = sdk.PodTemplatePatch(
+        metadata={"labels": placement.labels} if placement.labels else None, spec=pod
     )
-    return RuntimePatch(TrainingRuntimeSpecPatch(JobSetTemplatePatch(spec=JobSetSpecPatch([replicated]))))
+    replicated = sdk.ReplicatedJobPatch(
+        name=NODE, template=sdk.JobTemplatePatch(spec=sdk.JobSpecPatch(template=template))
+    )
+    return sdk.RuntimePatch(
+        sdk.TrainingRuntimeSpecPatch(sdk.JobSetTemplatePatch(spec=sdk.JobSetSpecPatch([replicated])))
+    )
 
 
 def _volumes(placement: Placement) -> list[tuple[dict[str, Any], str]]:
     """Return the volumes that the settings ask for, each with its mount path."""
-    memory = {"medium": "Memory", "sizeLimit": placement.shared_memory}
-    claim, secret = {"claimName": placement.models_claim}, {"secretName": placement.storage_secret}
-    token = {"secretName": placement.token_secret}
-    volumes: list[tuple[str, dict[str, Any], str]] = [
-        (placement.shared_memory, {"name": "shm", "emptyDir": memory}, "/dev/shm"),
-        (
-            placement.scratch,
-            {"name": "scratch", "emptyDir": {"sizeLimit": placement.scratch}},
-            placement.cache,
-        ),
-        (
-            placement.models_claim,
-            {"name": "models", "persistentVolumeClaim": claim},
-            f"{placement.cache}/models",
-        ),
-        (placement.storage_secret, {"name": "s3", "secret": secret}, SECRET_FOLDER),
-        (placement.token_secret, {"name": "hub", "secret": token}, TOKEN_FOLDER),
+    memory, scratch = placement.shared_memory, placement.scratch
+    claim, secret, token = placement.models_claim, placement.storage_secret, placement.token_secret
+    volumes: list[tuple[str, str, dict[str, Any], str]] = [
+        (memory, "shm", {"emptyDir": {"medium": "Memory", "sizeLimit": memory}}, "/dev/shm"),
+        (scratch, "scratch", {"emptyDir": {"sizeLimit": scratch}}, placement.cache),
+        (claim, "models", {"persistentVolumeClaim": {"claimName": claim}}, f"{placement.cache}/models"),
+        (secret, "s3", {"secret": {"secretName": secret}}, SECRET_FOLDER),
+        (token, "hub", {"secret": {"secretName": token}}, TOKEN_FOLDER),
     ]
-    return [(volume, path) for setting, volume, path in volumes if setting]
+    return [({"name": name, **source}, path) for setting, name, source, path in volumes if setting]
 
 
 @contextlib.contextmanager
@@ -207,46 +179,43 @@ def explained_refusals(placement: Placement) -> Iterator[None]:
     Raises:
         ClusterError: the SDK raised an exception.
     """
-    from kubernetes.config import ConfigException
-
     try:
         yield
-    except ConfigException as error:
-        raise ClusterError(
-            f"No Kubernetes API is configured here ({' '.join(str(error).split()).rstrip('.')}): training "
-            "on several nodes needs a cluster."
-        ) from None
-    except TimeoutError as error:
-        raise ClusterError(f"The Kubernetes API does not answer ({error}): try again.") from None
-    except (RuntimeError, ValueError) as error:
-        # The SDK wraps the exceptions of its Kubernetes client, so the complete chain is searched.
-        if any(isinstance(link, HTTPError) for link in _chain(error)):
-            raise ClusterError(
-                f"The Kubernetes API does not answer ({cause_of(error)}): try again."
-            ) from None
-        status, cause = status_of(error), cause_of(error)
-        if _ADMISSION.search(cause):
-            raise ClusterError(
-                f"The cluster does not accept the TrainJob ({cause}): correct what it names in the cluster's "
-                "profile, or in the cluster."
-            ) from None
-        if status == 401:
-            raise ClusterError(
-                f"Kubernetes refuses the token of this step's account ({cause}): start the step again, "
-                "which then gets a new one."
-            ) from None
-        if status == 403:
-            raise ClusterError(
-                f"The account {placement.service_account or 'of this step'} is not allowed to use TrainJobs "
-                f"in {placement.namespace} (403): apply the component manifests/components/trainer."
-            ) from None
-        if status == 404 or "Runtime" in str(error):
-            raise ClusterError(
-                f"The cluster has no training runtime {placement.runtime} ({cause}): install "
-                "Kubeflow Trainer 2 with its runtimes, correct trainer.runtime in the cluster's profile, or "
-                "set training.nodes to 1."
-            ) from None
-        raise ClusterError(f"Kubeflow Trainer refuses the TrainJob ({cause}).") from None
+    except (ConfigException, TimeoutError, RuntimeError, ValueError) as error:
+        raise ClusterError(_explain(error, placement)) from None
+
+
+def _explain(error: Exception, placement: Placement) -> str:
+    if isinstance(error, ConfigException):
+        reason = " ".join(str(error).split()).rstrip(".")
+        return f"No Kubernetes API is configured here ({reason}): training on several nodes needs a cluster."
+    if isinstance(error, TimeoutError):
+        return f"The Kubernetes API does not answer ({error}): try again."
+    status, cause = status_of(error), cause_of(error)
+    # The SDK wraps the exceptions of its Kubernetes client, so the complete chain is searched.
+    if any(isinstance(link, HTTPError) for link in _chain(error)):
+        return f"The Kubernetes API does not answer ({cause}): try again."
+    if _ADMISSION.search(cause):
+        return (
+            f"The cluster does not accept the TrainJob ({cause}): correct what it names in the cluster's "
+            "profile, or in the cluster."
+        )
+    if status == 401:
+        return (
+            f"Kubernetes refuses the token of this step's account ({cause}): start the step again, "
+            "which then gets a new one."
+        )
+    if status == 403:
+        return (
+            f"The account {placement.service_account or 'of this step'} is not allowed to use TrainJobs "
+            f"in {placement.namespace} (403): apply the component manifests/components/trainer."
+        )
+    if status == 404 or "Runtime" in str(error):
+        return (
+            f"The cluster has no training runtime {placement.runtime} ({cause}): install Kubeflow Trainer 2 "
+            "with its runtimes, correct trainer.runtime in the cluster's profile, or set training.nodes to 1."
+        )
+    return f"Kubeflow Trainer refuses the TrainJob ({cause})."
 
 
 def status_of(error: BaseException) -> int | None:

@@ -64,31 +64,23 @@ def train_on_nodes(
     pointer = join(store, "train", "jobs", f"{name}.json")
     command += ["--pointer", pointer]
     with explained_refusals(placement):
-        client = TrainJobClient(placement)
-    job, started = FollowedTrainJob(client, name), time.time()
+        job, started = FollowedTrainJob(TrainJobClient(placement), name), time.time()
     with deleted_when_interrupted(job):
         with explained_refusals(placement):
-            if job.find_or_create(recipe.training.nodes, command):
-                log_line(
-                    f"TrainJob {name}: {recipe.training.nodes} nodes in the namespace {placement.namespace}"
-                )
-            else:
-                log_line(f"TrainJob {name} exists already: following it")
+            is_new = job.find_or_create(recipe.training.nodes, command)
+        created = f"TrainJob {name}: {recipe.training.nodes} nodes in the namespace {placement.namespace}"
+        log_line(created if is_new else f"TrainJob {name} exists already: following it")
         try:
             job.follow(placement.timeout_hours * 3600)
         finally:
             job.delete()
-    record = _record_at(pointer, name)
-    return replace(record, reused=record.finished < started)
-
-
-def _record_at(pointer: str, job: str) -> Record:
-    """Read the record to which the first node of a complete job has written a pointer."""
     if not exists(pointer):
         raise ClusterError(
-            f"TrainJob {job} is complete, but {pointer} does not exist: check that its nodes may write there."
+            f"TrainJob {name} is complete, but {pointer} does not exist: check that its nodes may write "
+            "there."
         )
-    return require_record(follow_pointer(pointer), "train")
+    record = require_record(follow_pointer(pointer), "train")
+    return replace(record, reused=record.finished < started)
 
 
 def in_this_namespace(placement: Placement) -> Placement:

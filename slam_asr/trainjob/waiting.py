@@ -68,22 +68,34 @@ def _why_no_pod(job: str, events: list[CoreV1Event]) -> str:
     return _latest_warning(related) or "it has no pod yet"
 
 
-def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
-    """Return why a pod is pending: the reason of its condition, of a container, or of its latest warning."""
+def why_pending(pod: V1Pod) -> str:
+    """Return why a pod is pending: the reason of its condition, or of a container; empty if neither is known.
+
+    Every pod passes through the states `ContainerCreating` and `PodInitializing`, so they are returned only
+    if no container has another reason.
+    """
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":
-            return _sentence(condition.reason, condition.message)
-    starting = "Pending"
+            return _sentence(condition.reason or "Unschedulable", condition.message)
+    starting = ""
     for container in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]:
         state = container.state and container.state.waiting
-        if state and state.reason in _STARTING:
-            starting = state.reason
-        elif state and state.reason:
+        if state and state.reason in (None, *_STARTING):
+            starting = state.reason or _STARTING[0]
+        elif state:
             return _sentence(state.reason, state.message)
+    return starting
+
+
+def _why_pending(pod: V1Pod, events: list[CoreV1Event]) -> str:
+    """Return why a pod is pending; if it only starts, its latest warning comes first."""
+    reason = why_pending(pod)
+    if reason not in ("", *_STARTING):
+        return reason
     own = [
         e for e in events if e.involved_object.kind == "Pod" and e.involved_object.name == pod.metadata.name
     ]
-    return _latest_warning(own) or starting
+    return _latest_warning(own) or reason or "Pending"
 
 
 def _latest_warning(events: list[CoreV1Event]) -> str:
