@@ -77,8 +77,8 @@ class DecodeJournal:
         if not path.exists():
             return []
         lines = []
-        with contextlib.suppress(ValueError):  # raised by the first incomplete line
-            for line in path.read_text(encoding="utf-8").split("\n"):
+        with contextlib.suppress(ValueError):  # raised by the first line that is incomplete or damaged
+            for line in path.read_bytes().split(b"\n"):
                 lines.append(json.loads(line))
         return lines[1:] if lines[:1] == [head] else []
 

@@ -283,8 +283,8 @@ def _attend(layer: SharedLayer, query: torch.Tensor, key: torch.Tensor, value: t
     prefix_scores = by_utterance(query) @ layer.prefix_keys.transpose(-1, -2) + layer.padding_bias
     token_scores = by_utterance(query @ key.transpose(-1, -2))
     # One softmax covers prefix and generated tokens, as if their keys were one tensor.
-    scores = torch.cat([prefix_scores, token_scores], -1)
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    probabilities = torch.cat([prefix_scores, token_scores], -1).softmax(-1, dtype=torch.float32)
+    probabilities = probabilities.to(value.dtype)
     # The weighted sum of all values is the sum over the prefix, whose values the beams share, plus the sum
     # over each beam's own tokens.
     of_prefix = by_beam(probabilities[..., :prefix] @ layer.prefix_values)

@@ -126,7 +126,7 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, config
         ModelError: the tokenizer belongs to another LLM.
     """
     # The configuration of a model that also reads images has a nested configuration for its LLM.
-    embeddings = getattr(config.get_text_config(), "vocab_size", None) or math.inf
+    embeddings = getattr(config.get_text_config(), "vocab_size", math.inf)
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     unused = (unused | set(tokenizer.all_special_ids)) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= embeddings and i not in unused]

@@ -44,8 +44,8 @@ def explain_precision(precision: str, device: torch.device) -> str:
             "Precision fp16 needs a GPU; on this CPU choose bf16 or fp32 "
             "(for training, --training.precision bf16)."
         )
-    on_cpu = "faster than bf16 on CPUs without matrix units for it"
-    use = on_cpu if device.type == "cpu" else "for comparisons"
+    cpu_use = "faster than bf16 on CPUs without matrix units for it"
+    use = cpu_use if device.type == "cpu" else "for comparisons"
     reasons = {
         "bf16": "half of fp32's memory and its full range; in training, the master weights are in fp32",
         "fp16": "for GPUs without bf16; in training, with loss scaling and fp32 master weights",
@@ -65,8 +65,10 @@ def encoder_precision(feature_dtype: str, on_gpu: bool) -> str:
     return {"fp8": "bf16"}.get(feature_dtype, feature_dtype)
 
 
-PEAKS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312}
-PEAKS |= {"L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
+PEAKS = {
+    **{"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312},
+    **{"L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65},
+}
 """Dense TFLOP/s of GPUs in half precision, from NVIDIA's data sheets.
 
 A key is a word of the device's name. If a GPU exists as SXM and as PCIe card, the number is that of SXM: an

@@ -105,6 +105,7 @@ class Searcher:
                 found = self.model.search(batch, self.generation, self.ctc_weight)
                 if found is not None:
                     return self._from_search(found)
+            # In training, close calls are not recorded.
             watch = CloseCalls(torch.tensor(self.prompt.stops, device=batch.mask.device))
             output = self.model.generate(batch, self.generation, watch if self.inference_only else None)
             ids = output.sequences.tolist()

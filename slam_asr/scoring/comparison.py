@@ -68,8 +68,8 @@ def compare_pairs(pairs: Sequence[tuple[Hypothesis, Hypothesis]], first: str, se
         )
     subsets = groups_of(a.rows, lambda row: row.subset)
     # A single subset would repeat the row of all utterances, and a subset without words has no rate.
-    groups = [group for group in subsets.items() if len(subsets) > 1 and group[0] and a.words[group[1]].sum()]
-    groups.append((ALL, np.arange(len(pairs))))
+    named = [(name, rows) for name, rows in subsets.items() if name and a.words[rows].sum()]
+    groups = (named if len(subsets) > 1 else []) + [(ALL, np.arange(len(pairs)))]
     return [_compared(name, a, b, indices, seed) for name, indices in groups]
 
 

@@ -41,11 +41,11 @@ def _read_pair(path: str) -> list[Hypothesis]:
                 "other, and both are needed."
             )
     hypotheses, reference_lines = _read_lines(fetch(path)), _read_lines(fetch(references))
-    for file, keys, others, lack in (
+    for file, lines, other_lines, lack in (
         (path, hypotheses, reference_lines, "no reference"),
         (references, reference_lines, hypotheses, "no hypothesis"),
     ):
-        if unpaired := sorted(keys.keys() - others.keys()):
+        if unpaired := sorted(lines.keys() - other_lines.keys()):
             raise InputError(
                 f"{file} has {len(unpaired)} utterances with {lack}, first {unpaired[0]}: "
                 "both files must contain the same utterances."

@@ -128,7 +128,8 @@ def _metrics(numbers: dict[str, Any]) -> dict[str, float]:
     metrics = {name: counts["rate"] for name, counts in named.items()}
     total = numbers["all"]
     metrics[f"{short} 95 % low"], metrics[f"{short} 95 % high"] = total["interval"] or (None, None)
-    metrics |= {f"{short} normalised": total["normalised"], "cer": total["cer"]}
+    for name, value in ((f"{short} normalised", total["normalised"]), ("cer", total["cer"])):
+        metrics[name] = metrics.get(name) if value is None else value
     # A subset whose references are empty has no rate.
     return {name: value for name, value in metrics.items() if value is not None}
 
