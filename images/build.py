@@ -49,7 +49,8 @@ def main() -> int:
         if options.load:
             _load(options.load, list(names.values()))
         for stage, name in names.items():
-            print(f"{stage:<20} {_size(name):>8} MB  {references[stage]}")
+            megabytes = int(_inspect(name, "{{.Size}}")) / 1e6
+            print(f"{stage:<20} {megabytes:>8,.0f} MB  {references[stage]}")
     except BuildError as error:
         print(f"images: error: {error}", file=sys.stderr)
         return 2
@@ -230,11 +231,6 @@ def _load(tool: str, names: list[str]) -> None:
         print(f"loading {name} into the nodes", flush=True)
         remedy = f"check that the {tool} cluster runs"
         _output_of([tool, *LOADERS[tool], name], f"{name} was not loaded", remedy)
-
-
-def _size(name: str) -> str:
-    """Return the size of an image in MB (10^6 bytes)."""
-    return f"{int(_inspect(name, '{{.Size}}')) / 1e6:,.0f}"
 
 
 def _write_list(references: dict[str, str]) -> None:

@@ -249,11 +249,8 @@ class Cluster:
         yield from self._unless("run_as_user", lambda user: user > 0, "above 0: steps do not run as root")
         yield from problems_of_address("storage.store", self.storage.store)
         yield from self._unless("storage.store", lambda store: not store or is_s3(store), "an s3:// prefix")
-        yield from self._unless(
-            "storage.endpoint",
-            lambda address: not address or _ADDRESS.fullmatch(address),
-            "http://host:port or https://host, without a name or password in it",
-        )
+        expected = "http://host:port or https://host, without a name or password in it"
+        yield from self._unless("storage.endpoint", _ADDRESS.fullmatch, expected)
         for key in ("prices.gpu_hour", "prices.cpu_hour"):
             yield from self._unless(key, lambda price: 0 <= price < math.inf, "0 or more")
         for key in ("secret", "key"):
@@ -320,7 +317,7 @@ class Cluster:
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SECRET = re.compile(r"[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?")
-_ADDRESS = re.compile(r"https?://[^/@\s]+/?")
+_ADDRESS = re.compile(r"(https?://[^/@\s]+/?)?")
 _TOLERATION_KEYS = ["key", "operator", "value", "effect"]
 
 

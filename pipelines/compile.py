@@ -5,6 +5,7 @@ The output is reproducible: the same source gives the same bytes.
 
 import ast
 import copy
+import itertools
 import json
 import os
 import pprint
@@ -123,18 +124,13 @@ def check_recipe(request: RunRequest, cluster: Cluster) -> None:
     Raises:
         ConfigurationError: the recipe gives a step more processes than the profile gives it GPUs.
     """
-    for variant in request.variants:
-        _check_recipe(variant, cluster, trains=request.model is None)
-
-
-def _check_recipe(recipe: Recipe, cluster: Cluster, trains: bool) -> None:
-    for name, step in STEPS.items():
+    for recipe, (name, step) in itertools.product(request.variants, STEPS.items()):
         # On CPUs, the number of processes has no such limit.
         gpus = cluster.steps[name].gpus if step.processes else 0
         # Steps are recognised by their outputs: without a cache nothing is extracted, and an evaluation
         # trains nothing.
-        unused = {"features": not recipe.caches_features, "checkpoint": not trains}.get(step.output, False)
-        if gpus and not unused and (processes := value_of(recipe, step.processes)) > gpus:
+        unused = {"features": not recipe.caches_features, "checkpoint": request.model is not None}
+        if gpus and not unused.get(step.output) and (processes := value_of(recipe, step.processes)) > gpus:
             key = f"steps.{name.replace('-', '_')}.gpus"
             raise ConfigurationError(
                 f"Recipe {recipe.name}: {step.processes} is {processes}, but the cluster {cluster.name} "

@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import docker
@@ -92,9 +91,7 @@ class Containers:
             _remove(container)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # Another thread may be about to start a step: `run` checks this flag first.
         self._ending = True
         # A copy is made because stopping takes up to `GRACE` seconds, and the threads that wait for the steps
@@ -277,14 +274,12 @@ def _environment() -> dict[str, str]:
 
 
 def _gpus(requested: str, info: dict[str, Any]) -> list[docker.types.DeviceRequest]:
+    if requested not in ("auto", "all", "none") and not requested.isdigit():
+        raise ConfigurationError(f"--gpus is {requested}: give auto, all, none or a number.")
     available = "nvidia" in (info.get("Runtimes") or {}) or any(
         "nvidia" in str(d) for d in info.get("DiscoveredDevices") or []
     )
-    if requested == "none" or (requested == "auto" and not available):
-        return []
-    if requested not in ("auto", "all") and not requested.isdigit():
-        raise ConfigurationError(f"--gpus is {requested}: give auto, all, none or a number.")
-    if requested == "0":
+    if requested in ("none", "0") or (requested == "auto" and not available):
         return []
     if not available:
         raise ClusterError(

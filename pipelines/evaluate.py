@@ -18,8 +18,7 @@ DESCRIPTION = "Measure a trained SLAM-ASR model: decode test sets and report the
 
 
 def build_pipeline(
-    place: Place = lambda step, task: None,
-    ending: Callable[[Steps], Steps] = without_notice,
+    place: Place = lambda step, task: None, ending: Callable[[Steps], Steps] = without_notice
 ) -> BaseComponent:
     """Build the evaluation pipeline.
 

@@ -112,18 +112,14 @@ def placement(cluster: Cluster, image: str) -> str:
         image: image of the step `train`.
     """
     step = cluster.steps["train"]
-    resources = {
-        "cpu": step.cpu,
-        "memory": step.memory,
-        **({step.gpu_resource: str(step.gpus)} if step.gpus else {}),
-    }
+    gpus = {step.gpu_resource: str(step.gpus)} if step.gpus else {}
     return json.dumps(
         asdict(
             Placement(
                 namespace=cluster.namespace,
                 image=image,
                 runtime=cluster.trainer.runtime,
-                resources=resources,
+                resources={"cpu": step.cpu, "memory": step.memory, **gpus},
                 cpu_limit=step.cpu_limit,
                 shared_memory=step.shared_memory,
                 scratch=step.scratch,

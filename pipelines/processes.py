@@ -144,10 +144,9 @@ def _interrupt(process: subprocess.Popen[bytes], wait: Callable[..., object]) ->
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
     try:
-        os.killpg(process.pid, signal.SIGINT)
-        wait(timeout=GRACE)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt, ProcessLookupError):
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt, ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+            wait(timeout=GRACE)
     finally:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):

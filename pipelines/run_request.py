@@ -11,7 +11,7 @@ from slam_asr.cli import add_recipe_options, pop_recipe
 from slam_asr.config.recipe import Recipe, shipped_recipes
 from slam_asr.config.variations import Variation, read_variations, require_distinct_trainings, resolve, varied
 from slam_asr.errors import ConfigurationError
-from slam_asr.options import parse_options, refuse_empty
+from slam_asr.options import add_options, parse_options, refuse_empty
 from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING, outputs_of
 from slam_asr.storage import is_s3, local_path
 
@@ -97,6 +97,23 @@ class Settings:
     a corpus list names."""
 
 
+@dataclass
+class SweepOptions:
+    """Options that select a sweep."""
+
+    sweep: str | None = None
+    """train every variation listed in this YAML file (a list of changes, or a grid) with the same features,
+    and compare them"""
+
+
+@dataclass
+class ParallelOptions:
+    """Options of a sweep in a cluster."""
+
+    parallel: int = 0
+    """sweep: number of variations that run at the same time (default: all)"""
+
+
 def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
     """Add to a parser the options that select the pipeline."""
     places = "an s3:// prefix" if in_a_cluster else "a folder, an s3:// prefix"
@@ -105,19 +122,9 @@ def add_pipeline_options(parser: ArgumentParser, in_a_cluster: bool) -> None:
         type=str,
         help=f"evaluate this model instead of training one: {places}, or the name of a shipped model",
     )
-    parser.add_argument(
-        "--sweep",
-        type=str,
-        help="train every variation listed in this YAML file (a list of changes, or a grid) with the same "
-        "features, and compare them",
-    )
+    add_options(parser, SweepOptions)
     if in_a_cluster:
-        parser.add_argument(
-            "--parallel",
-            type=int,
-            default=0,
-            help="sweep: number of variations that run at the same time (default: all)",
-        )
+        add_options(parser, ParallelOptions)
 
 
 def parse_with_recipe(

@@ -1,6 +1,7 @@
 """The commands of `python -m pipelines` for runs in a cluster, such as `status`, `logs` and `resume`."""
 
 import contextlib
+import math
 import os
 import sys
 import webbrowser
@@ -12,7 +13,7 @@ from unittest import mock
 from pipelines.cli import COMMANDS, command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER
-from pipelines.kubeflow.connection import Connection, ConnectionOptions, connect, require_seconds
+from pipelines.kubeflow.connection import Connection, ConnectionOptions, connect
 from slam_asr.artifacts.costs import describe_costs
 from slam_asr.artifacts.run_records import read_steps
 from slam_asr.errors import ClusterError, ConfigurationError, UserError
@@ -175,7 +176,6 @@ def resume(arguments: list[str]) -> int:
     target = parse_target("resume", description, arguments, WaitOptions, ResumeOptions)
     from pipelines.kubeflow.backend import launcher_changed_after
     from pipelines.kubeflow.runs import has_expired, retry, start_again
-    from pipelines.kubeflow.workflow import read_workflow
 
     connection, options = target.connection, target.options
     run = target.run()
@@ -185,7 +185,7 @@ def resume(arguments: list[str]) -> int:
         print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     else:
         changed = launcher_changed_after(connection.namespace, run.created_at) if run.created_at else None
-        retry(connection, run, read_workflow(connection, run_id), changed)
+        retry(connection, run, connection.workflow(run_id), changed)
         print(f"{run.display_name} was restarted\n{connection.link(run_id)}", flush=True)
         if has_expired(run):
             print(
@@ -243,6 +243,18 @@ _LISTED_BY = {
     "NAME": "`schedule list` shows all",
 }
 """For each required argument by position, the command that lists its values."""
+
+
+def require_seconds(options: dict[str, Any], *names: str) -> None:
+    """Check options that are numbers of seconds: `time.sleep` accepts neither negative nor infinite ones.
+
+    Raises:
+        ConfigurationError: one of them is negative, infinite or NaN.
+    """
+    for name in names:
+        # A comparison with NaN is false as well.
+        if not 0 <= options[name] < math.inf:
+            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
 
 
 def _print_runs(connection: Connection, count: int, mine: bool = False, recipe: str = "") -> None:

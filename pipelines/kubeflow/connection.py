@@ -5,9 +5,9 @@ reveals a login page, an expired token or a wrong address.
 """
 
 import contextlib
+import functools
 import io
 import json
-import math
 import os
 import time
 import warnings
@@ -21,6 +21,7 @@ import urllib3
 
 from pipelines.cluster import Cluster
 from slam_asr.errors import ClusterError, ConfigurationError
+from slam_asr.notices.workflow import Workflow, workflow_of
 from slam_asr.storage.client import seconds_from_environment
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
@@ -152,6 +153,28 @@ class Connection:
         is_page = "html" in answer.headers.get("content-type", "")
         return answer.data if answer.status == 200 and not is_page else None
 
+    def workflow(self, run_id: str) -> Workflow | None:
+        """Read a run's Argo workflow.
+
+        Returns:
+            The workflow; None if it cannot be read: the server has no API v1beta1 or returns no workflows
+            there, it refuses the request, or temporary failures lasted for `patience()` seconds (see `call`).
+        """
+        request = functools.partial(
+            self.runs.api_client.call_api,
+            "/apis/v1beta1/runs/{run_id}",
+            "GET",
+            {"run_id": run_id},
+            response_type="object",
+            auth_settings=["Bearer"],
+            _return_http_data_only=True,
+        )
+        try:
+            return workflow_of(self.call("read the run's workflow", request))
+        except ClusterError:
+            # Without the workflow, callers still know the states from v2beta1, and lack only the reasons.
+            return None
+
     def version(self) -> str:
         """Return the server's version, such as `2.17.0`; empty if it does not say (some builds do not)."""
         # In the published API, only v1beta1's answer has a version. The dashboard, which passes the request
@@ -241,18 +264,6 @@ class Connection:
             )
         reason = _server_message(error.body) or error.reason
         return f"{self.endpoint} refuses to {what} ({error.status}: {reason})."
-
-
-def require_seconds(options: dict[str, Any], *names: str) -> None:
-    """Check options that are numbers of seconds: `time.sleep` accepts neither negative nor infinite ones.
-
-    Raises:
-        ConfigurationError: one of them is negative, infinite or NaN.
-    """
-    for name in names:
-        # A comparison with NaN is false as well.
-        if not 0 <= options[name] < math.inf:
-            raise ConfigurationError(f"--{name} is {options[name]:g}: give a number of seconds, 0 or more.")
 
 
 @dataclass

@@ -19,8 +19,8 @@ from pipelines.cli import command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER, OLDEST_BACKEND, images_source
 from pipelines.kubeflow import backend
-from pipelines.kubeflow.commands import flags
-from pipelines.kubeflow.connection import Connection, ConnectionOptions, NotFound, connect, require_seconds
+from pipelines.kubeflow.commands import flags, require_seconds
+from pipelines.kubeflow.connection import Connection, ConnectionOptions, NotFound, connect
 from pipelines.kubeflow.kubernetes_api import core_api
 from pipelines.kubeflow.namespace import Check, Result, check_rights, check_training_rights, namespace_checks
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
@@ -89,12 +89,12 @@ def _all_findings(cluster: Cluster, options: dict[str, Any]) -> Iterator[Finding
     """Yield the findings from here, and then those of a run, if one is requested."""
     images = images_source(cluster, options["images"])
     namespace = options["namespace"] or cluster.namespace
+    connection: Connection | None = None
     try:
         connection = connect(options, cluster)
     except UserError as error:
-        connection = None
         yield Finding(BAD, "Kubeflow Pipelines", str(error))
-    else:
+    if connection:
         yield from _check_pipelines(connection, namespace)
         namespace = connection.namespace
     yield from examine(cluster, namespace, images, connection, options["nodes"])

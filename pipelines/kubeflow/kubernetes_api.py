@@ -48,19 +48,16 @@ def call_kubernetes(namespace: str, what: str, request: Callable[[], Any]) -> An
     try:
         return request()
     except kubernetes.ApiException as error:
+        problem = f"The Kubernetes API could not {what} in {namespace} ({error.status} {error.reason})."
         if error.status in (401, 403):
-            raise ClusterError(
+            problem = (
                 f"You are not allowed to {what} in the namespace {namespace} ({error.status}): ask for the "
                 "role `view` there, or renew your login."
-            ) from None
-        raise ClusterError(
-            f"The Kubernetes API could not {what} in {namespace} ({error.status} {error.reason})."
-        ) from None
+            )
     except HTTPError as error:
-        raise ClusterError(
-            f"The Kubernetes API does not answer ({type(error).__name__}): "
-            "check KUBECONFIG and your connection."
-        ) from None
+        name = type(error).__name__
+        problem = f"The Kubernetes API does not answer ({name}): check KUBECONFIG and your connection."
+    raise ClusterError(problem)
 
 
 def if_exists(request: Callable[..., Any], *arguments: str) -> Any:

@@ -11,7 +11,6 @@ from kubernetes import client as kubernetes
 
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.kubernetes_api import UNREADABLE, call_kubernetes, core_api
-from pipelines.kubeflow.workflow import read_workflow
 from pipelines.processes import decoded_lines
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.notices.reasons import explain_wait, waits_for
@@ -125,7 +124,7 @@ class LogReader:
 
     def _show_archived(self, step: str | None, shown: set[str], on_line: Callable[[str], None]) -> bool:
         """Print the archived logs of all ended pods except those in `shown`; return whether any exist."""
-        workflow = read_workflow(self.connection, self.run_id)
+        workflow = self.connection.workflow(self.run_id)
         if workflow is None:
             return False
         found = False

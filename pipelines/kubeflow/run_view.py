@@ -1,7 +1,7 @@
 """A run as people see it: what each step does, what it waits for, and why it failed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,6 @@ import kfp_server_api
 from pipelines.cluster import Cluster
 from pipelines.kubeflow.connection import Connection
 from pipelines.kubeflow.logs import waiting_pods
-from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.notices.reasons import explain, explain_wait, waits_for, why_driver_failed
 from slam_asr.notices.workflow import Node, Workflow
 from slam_asr.progress import clock
@@ -50,30 +49,6 @@ class RunStep:
         duration = f"  {clock(self.seconds)}" if self.started else ""
         detail = f"  {self.detail}" if self.detail else ""
         return f"{self.name:<20} {self.state:<10}{duration}{detail}"
-
-
-def steps_of(
-    run: kfp_server_api.V2beta1Run,
-    workflow: Workflow | None = None,
-    waiting_pods: Mapping[str, str] | None = None,
-    attempts: Mapping[str, int] | None = None,
-) -> list[RunStep]:
-    """Return the pipeline's own steps in pipeline order, without the drivers and loops that Kubeflow adds.
-
-    Args:
-        run: the run, from the API v2beta1.
-        workflow: its workflow. Without it, the only reasons are the error messages of the API.
-        waiting_pods: why pods have not started, in the words of Kubernetes, keyed by the name of their
-            workflow node. The workflow itself does not show that Kueue holds a pod back.
-        attempts: maximum number of attempts at each step, used if the workflow does not contain it.
-    """
-    if workflow is None or not workflow.nodes:
-        steps = _steps_of_tasks(run)
-    else:
-        steps = _steps_of_nodes(run, workflow, waiting_pods or {}, attempts or {})
-    order = list(STEPS)
-    latest = datetime.max.replace(tzinfo=UTC)
-    return sorted(steps, key=lambda s: (order.index(s.name), s.started or latest, s.key))
 
 
 def was_stopped(run: kfp_server_api.V2beta1Run) -> bool:
@@ -196,7 +171,7 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
             `Connection.call`).
     """
     run = connection.call("read the run", lambda: _complete(connection.runs.run_service_get_run(run_id)))
-    workflow = read_workflow(connection, run_id)
+    workflow = connection.workflow(run_id)
     waiting: dict[str, str] = {}
     if workflow is not None and run.state not in ENDED:
         # Only the last attempt at a step can be waiting.
@@ -204,8 +179,13 @@ def view(connection: Connection, run_id: str, cluster: Cluster) -> RunView:
         # Kubernetes is asked only if the workflow gives no reason: many users are not allowed to read pods.
         if any(pod.phase == "Pending" and not pod.reason for pod in pods):
             waiting = waiting_pods(workflow.namespace, run_id)
-    attempts = {name: cluster.steps[name].retries + 1 for name in STEPS}
-    return RunView(run, workflow, steps_of(run, workflow, waiting, attempts))
+    if workflow is not None and workflow.nodes:
+        steps = _steps_of_nodes(run, workflow, waiting, cluster)
+    else:
+        steps = _steps_of_tasks(run)
+    order, latest = list(STEPS), datetime.max.replace(tzinfo=UTC)
+    steps.sort(key=lambda step: (order.index(step.name), step.started or latest, step.key))
+    return RunView(run, workflow, steps)
 
 
 def follow(
@@ -251,15 +231,21 @@ def log_changes(
 
 
 def _steps_of_nodes(
-    run: kfp_server_api.V2beta1Run,
-    workflow: Workflow,
-    waiting_pods: Mapping[str, str],
-    attempts: Mapping[str, int],
+    run: kfp_server_api.V2beta1Run, workflow: Workflow, waiting: dict[str, str], cluster: Cluster
 ) -> list[RunStep]:
+    """Return the pipeline's own steps, without the drivers and loops that Kubeflow adds.
+
+    Args:
+        run: the run, from the API v2beta1.
+        workflow: its workflow.
+        waiting: why pods have not started, in the words of Kubernetes, keyed by the name of their workflow
+            node. The workflow itself does not show that Kueue holds a pod back.
+        cluster: the profile, for the number of attempts if the workflow does not contain it.
+    """
     steps = []
     for place, nodes in workflow.attempts().items():
-        limit = workflow.max_attempts(place) or attempts.get(nodes[-1].task)
-        steps.append(_step_of_attempts(run, workflow, place, nodes, waiting_pods, limit))
+        limit = workflow.max_attempts(place) or cluster.steps[nodes[-1].task].retries + 1
+        steps.append(_step_of_attempts(run, workflow, place, nodes, waiting, limit))
     reached = {step.name for step in steps}
     state = "never reached" if run.state in ENDED else "not started"
     # Before a loop starts, the workflow has no nodes of its steps, so the names come from the pipeline.
@@ -272,8 +258,8 @@ def _step_of_attempts(
     workflow: Workflow,
     place: str,
     nodes: list[Node],
-    waiting_pods: Mapping[str, str],
-    max_attempts: int | None,
+    waiting: dict[str, str],
+    max_attempts: int,
 ) -> RunStep:
     """Return the state of one step.
 
@@ -282,8 +268,8 @@ def _step_of_attempts(
         workflow: its workflow.
         place: identifies the step in the workflow.
         nodes: the pods of its attempts, in the order of their start; at least one.
-        waiting_pods: as for `steps_of`.
-        max_attempts: maximum number of attempts; None if unknown.
+        waiting: as for `_steps_of_nodes`.
+        max_attempts: maximum number of attempts.
     """
     last = nodes[-1]
     step = RunStep(place, last.task, "running", last.started, last.ended)
@@ -294,7 +280,7 @@ def _step_of_attempts(
     if last.phase == "Succeeded":
         step.state = "succeeded"
     elif last.phase == "Pending":
-        message = last.reason or waiting_pods.get(last.name, "")
+        message = last.reason or waiting.get(last.name, "")
         step.state = "waiting" if waits_for(message) else "starting"
         if message:
             step.detail = explain_wait(message, last.task, workflow.namespace, run.run_id)
@@ -308,9 +294,8 @@ def _step_of_attempts(
             step.state, step.ended = "waiting", None
             step.detail = f"after a failure: {why(last)}" if why(last) else "after a failure"
     if len(nodes) > 1:
-        of_all = f" of {max_attempts}" if max_attempts else ""
         cause = why(nodes[-2])
-        retried = f"attempt {len(nodes)}{of_all}" + (f", because {cause}" if cause else "")
+        retried = f"attempt {len(nodes)} of {max_attempts}" + (f", because {cause}" if cause else "")
         step.detail = f"{step.detail} ({retried})" if step.detail else f"({retried})"
     return step
 

@@ -1,5 +1,6 @@
 """Runs in Kubeflow Pipelines: start, find, retry and stop them."""
 
+import contextlib
 import getpass
 import itertools
 import os
@@ -14,7 +15,6 @@ import kfp_server_api
 from pipelines.kubeflow.connection import Connection, NotFound
 from pipelines.kubeflow.run_view import ENDED, broken_driver, is_orphaned, new_run_hint
 from pipelines.kubeflow.versions import experiment_and_version, pages_of
-from pipelines.kubeflow.workflow import read_workflow
 from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
@@ -104,10 +104,8 @@ def find(connection: Connection, id_or_name: str) -> kfp_server_api.V2beta1Run:
     Raises:
         ClusterError: there is no such run.
     """
-    try:
+    with contextlib.suppress(NotFound):
         return connection.call("read the run", lambda: connection.runs.run_service_get_run(id_or_name))
-    except NotFound:
-        pass
     known = latest(connection)
     for run in known:
         if id_or_name in (run.display_name, run.run_id):
@@ -224,7 +222,7 @@ def start_again(connection: Connection, run: kfp_server_api.V2beta1Run) -> tuple
         ConfigurationError: the run has not ended, or its version of the pipeline does not exist any more.
         ClusterError: the API refuses or does not answer.
     """
-    if run.state not in ENDED and not is_orphaned(run, read_workflow(connection, run.run_id)):
+    if run.state not in ENDED and not is_orphaned(run, connection.workflow(run.run_id)):
         raise ConfigurationError(
             f"The run {run.display_name} is in state {(run.state or 'pending').lower()}, and two runs would "
             f"write the same results: `python -m pipelines stop {run.run_id}` stops it."

@@ -17,8 +17,8 @@ from pipelines.compile import (
     recipe_parameters,
     require_no_templates,
 )
-from pipelines.kubeflow.commands import WaitOptions, flags, follow_run
-from pipelines.kubeflow.connection import ConnectionOptions, connect, require_seconds
+from pipelines.kubeflow.commands import WaitOptions, flags, follow_run, require_seconds
+from pipelines.kubeflow.connection import ConnectionOptions, connect
 from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import add_options
@@ -60,7 +60,6 @@ def submit(arguments: list[str]) -> int:
     description = "Compile the pipeline, upload it and start a run; --wait follows it."
     submission = parse_submission("submit", description, arguments, NameOptions, WaitOptions)
     options, cluster = submission.options, submission.cluster
-    require_seconds(options, "poll")
 
     # These import kfp, which is slow, so a mistake in the options is reported first.
     from pipelines.kubeflow.runs import run_name, start
@@ -106,6 +105,8 @@ def parse_submission(command: str, description: str, arguments: list[str], *own_
         add_options(parser, options_class)
     add_pipeline_options(parser, in_a_cluster=True)
     options, recipe = parse_with_recipe(parser, flags(arguments), required=True)
+    if "poll" in options:
+        require_seconds(options, "poll")
     cluster = load_cluster(options["cluster"])
     request = request_from_options(options, recipe, in_a_cluster=True)
     check_recipe(request, cluster)

@@ -97,9 +97,8 @@ def has_runtime(cluster: Cluster, namespace: str) -> bool:
     api, name = kubernetes.CustomObjectsApi(), cluster.trainer.runtime
     # Without Kubeflow Trainer, the API knows neither kind of object, and answers 404 too.
     in_namespace = if_exists(api.get_namespaced_custom_object, *API, namespace, "trainingruntimes", name)
-    return bool(
-        in_namespace or if_exists(api.get_cluster_custom_object, *API, "clustertrainingruntimes", name)
-    )
+    in_cluster = functools.partial(if_exists, api.get_cluster_custom_object, *API, "clustertrainingruntimes")
+    return in_namespace is not None or in_cluster(name) is not None
 
 
 def require_trainer(cluster: Cluster, namespace: str) -> None:
