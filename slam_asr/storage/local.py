@@ -50,7 +50,7 @@ def local_path(path: PathOrUri) -> Path:
 
 @contextlib.contextmanager
 def errors_naming(path: PathOrUri) -> Iterator[None]:
-    """Let an `OSError` of the block name this path, which the user knows, instead of a temporary file."""
+    """Let an `OSError` of the block name this path. It may name no file, or a temporary one."""
     try:
         yield
     except OSError as error:

@@ -113,7 +113,7 @@ class Index:
         """Return some entries, and the shards that they refer to.
 
         Args:
-            selection: a mask, bool [entries], or ascending positions, int [n].
+            selection: a mask, bool [entries]; or positions, int [n], in the order of their audio ids.
         """
         columns = {name: column[selection] for name, column in self.columns.items()}
         # `used` contains the old shard numbers in ascending order. The inverse contains, for each entry, the
