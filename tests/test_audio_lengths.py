@@ -181,6 +181,15 @@ def test_a_damaged_mp3_is_refused():
     assert "the last 5000 bytes are not audio" in refusal(content + b"x" * 5000)
 
 
+@pytest.mark.parametrize("container", ["FLAC", "OGG"])
+def test_joined_files_with_different_rates_are_refused_when_their_length_is_counted(container, tmp_path):
+    path = tmp_path / "joined"
+    path.write_bytes(encoded(container, noise(0.5)) + encoded(container, noise(0.5, 16_000), 16_000))
+    for call in (count_samples, read_clip):
+        with pytest.raises(AudioError, match="changes its sample rate or number of channels"):
+            call(path)
+
+
 @pytest.mark.parametrize("scale", [128.0, 32768.0])
 def test_float_samples_far_above_full_scale_are_refused(scale):
     assert "but full scale is 1" in refusal(_float(noise(0.5) * scale))

@@ -57,8 +57,9 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
 
     Raises:
         StructureError: the file holds less or more than its header announces, is damaged in its structure,
-            changes its sample rate or number of channels, or is encrypted.
-        AudioError: the file is empty or not audio, or its header has no length or too low a sample rate.
+            or is encrypted.
+        AudioError: the file is empty or not audio, its header has no length or too low a sample rate, or its
+            sample rate or number of channels changes.
         ConfigurationError: the file needs PyAV, and that is not installed.
     """
     with contextlib.ExitStack() as stack:
@@ -72,8 +73,6 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             sounds = _opened(stream, file, path, stack)
             if announced is not None and len(sounds) == 1 and sounds[0].sample_bytes:
                 _limit_frames(sounds[0], announced)
-            if len({(sound.sample_rate, sound.channels) for sound in sounds}) > 1:
-                raise ContainerFault(CHANGED_TEXT)
         except ContainerFault as fault:
             raise StructureError(f"{path} {fault}.") from fault
         except (soundfile.LibsndfileError, TypeError) as error:
@@ -86,6 +85,8 @@ def open_sound(file: Path | bytes, path: str | os.PathLike) -> Iterator[Sound]:
             )
         if first.sample_rate < _MIN_SAMPLE_RATE:
             raise AudioError(f"{path} has a sample rate of {first.sample_rate} Hz: its header is damaged.")
+        if len({(sound.sample_rate, sound.channels) for sound in sounds}) > 1:
+            raise AudioError(f"{path} {CHANGED_TEXT}.")
         yield first if len(sounds) == 1 else joined(sounds)
 
 

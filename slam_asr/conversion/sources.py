@@ -158,13 +158,14 @@ def _recipe_of_training(folder: str) -> Recipe:
 
 
 def _from_training(trained: Record, which: str, given: Recipe | None) -> Source:
-    place, recipe = join(trained.folder, CHECKPOINTS), _recipe_of_training(trained.folder)
+    place = join(trained.folder, CHECKPOINTS)
     # Checkpoints of the beginning have other weights, and are not averaged with later ones.
     if which == "average":
         sources = [saved for saved in all_complete(place) if saved.phase == MAIN]
     else:
         sources = [require(place, which)]
     files = [{name: facts["sha256"] for name, facts in source.files.items()} for source in sources]
+    recipe = _recipe_of_training(trained.folder)
 
     def read() -> Content:
         facts = {**trained.facts, "steps": sources[-1].step}

@@ -71,7 +71,7 @@ def write_voxtral(folder: Path, parts: Parts, report: Report | None) -> str:
     prompt = Prompt(tokenizer := load_tokenizer(locate_model(recipe.llm.name)), recipe.llm)
     positions = spec.window_frames // recipe.projector.downsampling
     ids, audio_id = _prepare_tokenizer(tokenizer, prompt, recipe, positions)
-    encoder = load_trained_encoder(spec, parts, torch.float32)[1]  # the decoder is not needed
+    _, encoder = load_trained_encoder(spec, parts, torch.float32)
     llm = load_trained_llm(parts, torch.float32)
     projector = parts.projector
     assert isinstance(projector, LinearProjector), "_require_conditions has checked it"

@@ -83,6 +83,8 @@ def write(folder: Path, content: Content, target: TargetFormat) -> Outcome:
             _write_llm(folder, parts)
         case "voxtral":
             checked = write_voxtral(folder, parts, target.report)
+        case _:
+            raise ConfigurationError(f"--to is {target.to}, which is not a format: see --help.")
     if target.verify and target.to != "voxtral":
         checked = verify(folder, parts, target.to, target.half)
     allow_readers(folder)

@@ -80,7 +80,7 @@ class Rejection:
     key: str
     source: str
     reason: str
-    """One of the constants above or of `slam_asr.audio.faults`; statistics count rejections by it."""
+    """A `Reason` or a `Fault` of `slam_asr.audio.faults`; statistics count rejections by it."""
     detail: str = ""
     """A sentence for the user."""
 

@@ -97,7 +97,7 @@ def audio_path(source: str, list_file: str, audio_root: str) -> str:
     folder = parent_of(list_file)
     resolved = resolve(source, resolve(audio_root, folder) if audio_root else folder)
     try:
-        return absolute(resolved)
+        return resolved if is_s3(resolved) else absolute(resolved)
     except UserError as error:
         raise InputError(f"{list_file}: {error}") from error
 

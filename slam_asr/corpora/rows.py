@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-"""Suffixes of the files that `Table.find` looks for. This module reads JSON lines and arrow too, but only for
-Hugging Face datasets."""
+"""Suffixes of the files that `Table.find` looks for. This module also reads arrow files, for Hugging Face
+datasets, and JSON lines, for them and for Lhotse."""
 
 _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
 """Numbers of rows that are decoded at once, in tables with and without cells that may contain audio.
@@ -152,7 +152,7 @@ def json_rows(path: str) -> Iterator[Row]:
                     raise ValueError(f"it is longer than {_MAX_LINE // 2**20} MiB")
                 if line.isspace():
                     continue
-                cells = json.loads(line.decode("utf-8-sig"))
+                cells = json.loads(line)
                 if not isinstance(cells, dict):
                     raise InputError(
                         f"{path}, line {number} is of type {type(cells).__name__}: it must be an object."

@@ -176,7 +176,7 @@ def run_shards(
     with Meter("extract-features", total=sum(len(s.audio) for s in shards), unit="utt") as meter:
         batches = plan_batches(task, shards, meter)
         for batch, inputs in loader.prepare((batch, batch.utterances) for batch in batches):
-            # No variable holds these tensors, so that the GPU's memory is free before the next batch is encoded.
+            # No variable holds the quantized tensors, since the next batch needs their memory on the GPU.
             encoded = _copy_to_host(batch, [feature_dtype.quantize(f, dtype) for f in encoder.encode(inputs)])
             # `add` waits until the batch is copied. The previous batch is therefore added only now, when the
             # GPU already has the current one to compute.

@@ -75,22 +75,22 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def require_finite_weight(name: str, weight: torch.Tensor, what: str) -> None:
+def require_finite_weight(
+    name: str, weight: torch.Tensor, what: str, remedy: str = "fetch or convert the model again"
+) -> None:
     """Refuse a weight that contains NaN or infinity.
 
     Args:
         name: the weight's name, for the error message.
         weight: the weight or some of its rows, of any shape and floating-point dtype.
         what: the beginning of the error message, such as `The LLM in /models/llm`.
+        remedy: the end of the error message: what the user can do.
 
     Raises:
         ModelError: the weight is not finite.
     """
     if not is_finite(weight):
-        raise ModelError(
-            f"{what} holds values that are not finite (NaN or infinite) in {name}: "
-            "fetch or convert the model again."
-        )
+        raise ModelError(f"{what} holds values that are not finite (NaN or infinite) in {name}: {remedy}.")
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def convert_original(source: Path, folder: Path) -> str:
     original = recognise(read_pickle(source), str(source))
     weights = map_tensors(original, str(source))
     for name, tensor in weights.items():
-        require_finite_weight(f"the tensor that becomes {name}", tensor, str(source))
+        require_finite_weight(f"the tensor that becomes {name}", tensor, str(source), "fetch it again")
     folder.mkdir(parents=True, exist_ok=True)
     # An earlier config.json must not vouch for the new weights if the conversion is interrupted.
     (folder / "config.json").unlink(missing_ok=True)
@@ -230,7 +230,10 @@ def _whisper(dims: dict[str, int], tensors: TensorDict, where: str) -> Original:
             decoder_attention_heads=dims["n_text_head"],
             decoder_ffn_dim=4 * width,
             # Only the decoder uses these ids. transformers requires that they are below vocab_size.
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=0,
         )
     except KeyError as error:
         raise ModelError(
@@ -258,9 +261,12 @@ def _without_decoder(
     dropped = [name for name in tensors if name.startswith("decoder.")]
     encoder = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     dtype = next(iter(encoder.values())).dtype if encoder else torch.float32
-    # The shapes are [1, width] and, in the norm, [width].
-    rows = {"token_embedding.weight": (1,), "positional_embedding": (1,), "ln.weight": (), "ln.bias": ()}
-    empty = {f"decoder.{name}": torch.zeros(*first, width, dtype=dtype) for name, first in rows.items()}
+    one_row, row = (1, width), (width,)
+    shapes = {
+        **{"token_embedding.weight": one_row, "positional_embedding": one_row},
+        **{"ln.weight": row, "ln.bias": row},
+    }
+    empty = {f"decoder.{name}": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     sizes = {"n_vocab": 1, "n_text_ctx": 1, "n_text_layer": 0, "n_text_head": dims["n_audio_head"]}
     return dims | sizes, encoder | empty, dropped
 

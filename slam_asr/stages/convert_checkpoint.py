@@ -53,7 +53,8 @@ def convert_checkpoint(
             become part of the model card.
         verify: compare all weights of the result with the checkpoint's and, if the LLM fits in memory, the
             loss on random audio; with `--to llm` only the loss, with `--to voxtral` the logits.
-        overwrite: replace a model that was made from another checkpoint.
+        overwrite: replace a model that was made from another checkpoint, with other options or, for
+            huggingface, with other code.
 
     Returns:
         The stage's record; its folder holds projector.safetensors and config.json, or the requested format.

@@ -83,14 +83,15 @@ def compile_layers(llm: PreTrainedModel) -> None:
     exclude_from_compilation()
     # By default, torch compiles code for the first length alone, and at the second length compiles again with
     # symbolic lengths.
-    compiled = functools.partial(torch.compile, dynamic=True)
+    compile_ = functools.partial(torch.compile, dynamic=True)
     for layer in layers:
         forward = layer.forward
         if isinstance(forward, functools.partial) and forward.func is checkpoint:
             # Compile the checkpointed function itself, not the checkpointing around it.
-            layer.forward = functools.partial(checkpoint, compiled(*forward.args), **forward.keywords)
+            (checkpointed,) = forward.args
+            layer.forward = functools.partial(checkpoint, compile_(checkpointed), **forward.keywords)
         else:
-            layer.forward = compiled(forward)
+            layer.forward = compile_(forward)
 
 
 def use_liger(llm: PreTrainedModel) -> None:

@@ -123,9 +123,10 @@ def count_parameters(model: nn.Module, encoder: int) -> dict[str, tuple[int, int
         (all parameters, trained ones) of `projector`, `llm` and `encoder`. In the phase `beginning`, `head`
         takes the place of `llm`.
     """
-    # A frozen encoder is not a child of the model (see `Slam`). With cached features, it is not even loaded.
-    counts = {"encoder": (encoder, 0)}
+    counts = {}
     for name, part in model.named_children():
         sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
         counts[name] = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+    # A frozen encoder is not a child of the model (see `Slam`). With cached features, it is not even loaded.
+    counts.setdefault("encoder", (encoder, 0))
     return counts

@@ -22,7 +22,9 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
 
     Args:
         items: the items. Only the thread iterates over them.
-        depth: maximum number of prepared items that wait. The thread may be preparing one more.
+        depth: number of items that are prepared in advance while one more is being prepared; at most
+            `depth + 1` prepared items wait. When Python exits, it waits for the item in preparation; training
+            processes leave with `os._exit`.
     """
     iterator = iter(items)
     # The items are prepared in order, because there is only one thread.

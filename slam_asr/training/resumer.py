@@ -96,7 +96,7 @@ class Resumer:
             UserError: the model's weights cannot be used, or the folder of the checkpoints cannot be read or
                 written.
         """
-        parts = self.parts
+        parts, progress = self.parts, Progress()
         # Only the first process looks for a checkpoint, and broadcasts the result: otherwise the processes
         # could find different checkpoints.
         candidates: list[Checkpoint | None] = [None]
@@ -124,7 +124,7 @@ class Resumer:
             enter_beginning(parts)
         else:
             enter_main(parts, counts.sharpness)
-        progress, curve = Progress(), b""
+        curve = b""
         if latest is not None:
             restore(parts.engine, latest)
             self.writer.latest = latest.folder

@@ -19,6 +19,7 @@ from slam_asr.conversion.huggingface.modeling_slam_asr import SlamAsrForConditio
 from slam_asr.conversion.huggingface.processing_slam_asr import SlamAsrProcessor
 from slam_asr.conversion.huggingface_folder import SOURCES
 from slam_asr.decoding.model import open_model
+from slam_asr.errors import ConfigurationError
 from slam_asr.generation import ctc_prefix
 from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
@@ -250,3 +251,14 @@ def test_the_search_of_the_folder_is_the_file_of_this_project(tiny_recipe, llm, 
     assert (folder / "ctc_prefix_slam_asr.py").read_text(encoding="utf-8") == own
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "with a share of 0.4" in card and "## Without CTC" not in card
+
+
+def test_a_folder_is_not_taken_for_one_with_other_code(tiny_recipe, llm, tmp_path, monkeypatch):
+    model, folder = exported(tiny_recipe, llm, tmp_path)
+    changed = tmp_path / "changed.py"
+    changed.write_bytes(Path(ctc_prefix.__file__).read_bytes() + b"# another version\n")
+    monkeypatch.setitem(SOURCES, "ctc_prefix_slam_asr.py", changed)
+    with pytest.raises(ConfigurationError, match=r"with other inputs \(changed: code\)"):
+        convert_checkpoint(model, folder, to="huggingface", verify=False)
+    convert_checkpoint(model, folder, to="huggingface", verify=False, overwrite=True)
+    assert (Path(folder) / "ctc_prefix_slam_asr.py").read_bytes() == changed.read_bytes()

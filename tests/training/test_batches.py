@@ -109,13 +109,8 @@ def test_training_ends_after_its_epochs_or_its_steps():
     steps = [(window.epoch, step) for window, _, step in plan.after(0)]
     assert {epoch for epoch, _ in steps} == {0, 1, 2} and plan.steps == len(steps) and plan.epochs == 3
     cut = TrainingPlan(examples(), Budget(1500, 1500), 4, 0, epochs=3, max_steps=5)
-    assert [(window.epoch, step) for window, _, step in cut.after(0)] == steps[:5] and (
-        cut.steps,
-        cut.epochs,
-    ) == (
-        5,
-        1,
-    )
+    assert [(window.epoch, step) for window, _, step in cut.after(0)] == steps[:5]
+    assert (cut.steps, cut.epochs) == (5, 1)
 
 
 def test_each_window_comes_with_the_next_one_across_epochs():
