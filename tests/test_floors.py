@@ -1,6 +1,6 @@
 """The floors of `slam_asr`: no folder imports from a floor above its own, and no trade from another trade.
 
-Imports inside functions count too. CONTRIBUTING.md explains the floors.
+Imports inside functions count too. CONTRIBUTING.md explains the floors. Files and functions stay short.
 """
 
 import ast
@@ -195,4 +195,20 @@ def test_importing_changes_no_global_state():
             is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
             if is_call and file.name != "__main__.py":
                 found.append(f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}")
+    assert found == []
+
+
+def test_files_and_functions_are_short():
+    """At most 350 lines per file, and 60 per function without its docstring."""
+    found = []
+    for folder in ("slam_asr", "components", "pipelines"):
+        for file in (PACKAGE.parent / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            if (lines := len(text.splitlines())) > 350:
+                found.append(f"{file}: {lines} lines")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    docstring = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
+                    if (lines := node.end_lineno - node.lineno + 1 - docstring) > 60:
+                        found.append(f"{file}: {node.name} has {lines} lines")
     assert found == []

@@ -15,7 +15,7 @@ from slam_asr.storage import sha256_of_file
 STAGE = "convert-checkpoint"
 
 
-def convert_checkpoint(
+def convert_checkpoint(  # noqa: PLR0913 (each parameter is an option of the command)
     checkpoint: str,
     output: str,
     to: Literal["model", "huggingface", "voxtral", "slam-llm", "llm"] = "model",

@@ -11,7 +11,7 @@ from slam_asr.planning.shapes import Shapes, describe
 from slam_asr.progress import clock, log_line
 
 
-def plan(
+def plan(  # noqa: PLR0913 (each parameter is an option of the command)
     recipe: Recipe,
     gpus: int = 1,
     gpu_memory: float = 80.0,

@@ -31,7 +31,7 @@ class SlamAsrConfig(PreTrainedConfig):
 
     model_type = "slam_asr"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each parameter is a key of the file)
         self,
         encoder_name: str | None = None,
         llm_name: str | None = None,

@@ -33,7 +33,7 @@ class SlamAsrProcessor(ProcessorMixin):
         normalize: whether waveforms are normalised over their samples.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each parameter is a key of the file)
         self,
         feature_extractor: Any,
         tokenizer: Any,
