@@ -193,7 +193,10 @@ class SharedLayer(BeamLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append as in `BeamLayer`, and return the keys and values of the generated tokens only."""
+        """Append as in `BeamLayer`, but return the keys and values of the generated tokens only.
+
+        Arguments and results have the shapes of `BeamLayer.update`.
+        """
         # transformers calls `attend` next, but passes it only keys and values. `attend` therefore finds this
         # layer in `_UPDATED`.
         _UPDATED.set(self)

@@ -133,7 +133,10 @@ class Slam(nn.Module):
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)
 
     def prepare(self, batch: Batch) -> tuple[Batch, torch.Tensor]:
-        """Return what the LLM reads: the batch and its embeddings, without blanks if there is a filter."""
+        """Return what the LLM reads: the batch and its embeddings, [rows, positions, LLM width].
+
+        If there is a filter, both are without the positions that it takes for blanks.
+        """
         embeddings = self.embed(batch)
         if self.blank_filter is None or self._projected is None:
             return batch, embeddings

@@ -86,6 +86,7 @@ class LoraLinear(nn.Module):
         self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_a), nn.Parameter(lora_b)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the layer's outputs for inputs of [..., width of the input]."""
         return self.base(hidden) + self.lora_B(self.lora_A(hidden)) * self.scale
 
 
@@ -102,6 +103,7 @@ class MaskedGroupNorm(nn.Module):
         """[utterances]: number of frames after the first convolution; None in a batch without padding."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise [utterances, channels, frames]; the result has the same shape and dtype."""
         if self.lengths is None:
             return functional.group_norm(hidden, hidden.shape[1], self.weight, self.bias, self.eps)
         x, count = hidden.float(), self.lengths[:, None, None]
