@@ -321,3 +321,7 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
     return None
+
+
+if __name__ == "__main__":
+    main()

@@ -37,9 +37,10 @@ MODEL_KEYS = ("encoder.name", "llm.name", "llm.trust_remote_code")
 base models are, and whether the LLM's own code may run."""
 _DISTRIBUTION = ("nodes", "processes", "engine", "zero_stage", "offload_optimizer", "deepspeed")
 _KERNELS = ("positions_per_batch", "packing", "gradient_checkpointing", "compile", "liger")
-_CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "checkpoints")
-_LOGS = ("log_every", "nonfinite_steps", "samples", "trackers")
-"""Keys of the section `training` that change the trained weights by rounding errors at most."""
+_CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "checkpoints", "nonfinite_steps")
+_LOGS = ("log_every", "samples", "trackers")
+"""Keys of the section `training`, in these four groups, that change the trained weights by rounding errors at
+most."""
 FRAMES_PER_SECOND = 50
 """Frames per second of audio: every supported encoder gives one frame per 20 ms."""
 

@@ -108,7 +108,7 @@ async def events_of(format: str, duration: float, answers: AsyncIterator[Decoded
                 }
             )
         elif segment.text:
-            delta = f" {segment.text}" if transcript.text else segment.text
+            delta = f" {segment.text}" if any(s.text for s in transcript.segments) else segment.text
             yield as_event({"type": "transcript.text.delta", "delta": delta})
         transcript.segments.append(segment)
     usage = {"type": "duration", "seconds": round(duration, 3)}

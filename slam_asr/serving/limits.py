@@ -49,6 +49,9 @@ class Refusal(Exception):
     headers: dict[str, str] = field(default_factory=dict)
     """Additional headers of the response."""
 
+    def __str__(self) -> str:
+        return self.message
+
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON of the response's body."""

@@ -26,7 +26,7 @@ STAGE = "score"
 
 _TIMES = ("seconds", "audio_hours", "hours_decoded")
 _COUNTS = ("utterances", "answers_cut", "empty_answers", "close_calls")
-"""Facts of a decoding that are added up over its work shards."""
+"""Facts of a decoding that are added up over its work shards: times, and counts."""
 
 
 def score(recipe: Recipe, model: str, parts: list[str], output: str, overwrite: bool = False) -> Record:
