@@ -318,6 +318,7 @@ class Cluster:
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SECRET = re.compile(r"[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?")
 _ADDRESS = re.compile(r"(https?://[^/@\s]+/?)?")
+"""An object storage's endpoint; empty for AWS."""
 _TOLERATION_KEYS = ["key", "operator", "value", "effect"]
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
-from unittest import mock
 
 from kfp import local
 from kfp.local import docker_task_handler, subprocess_task_handler
@@ -178,9 +178,9 @@ class LocalRun:
             return run(command, image, options.get("environment") or {})
 
         with (
-            mock.patch.object(subprocess_task_handler, "run_local_subprocess", run_process),
-            mock.patch.object(docker_task_handler, "run_docker_container", run_container),
-            mock.patch.object(subprocess_task_handler, "replace_python_executable", _use_this_python),
+            _replaced(subprocess_task_handler, "run_local_subprocess", run_process),
+            _replaced(docker_task_handler, "run_docker_container", run_container),
+            _replaced(subprocess_task_handler, "replace_python_executable", _use_this_python),
             contextlib.redirect_stdout(log),
             warnings.catch_warnings(),
         ):
@@ -270,3 +270,14 @@ def _artifact_folder(command: list[str]) -> Path:
     """Return the folder of a step's output artifacts, from the command line that kfp runs."""
     executor_input = json.loads(command[command.index("--executor_input") + 1])
     return Path(executor_input["outputs"]["outputFile"]).parent
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace `module.name` with `function` within the block."""
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

@@ -84,9 +84,11 @@ def add_options(parser: ArgumentParser, described: Callable[..., Any]) -> None:
         if name == "recipe" and not is_dataclass(described):
             continue
         required = parameter.default is inspect.Parameter.empty
+        # jsonargparse would read `null` as no value. In scripts, it is often what a missing key gives.
+        is_text = is_dataclass(described) and parameter.annotation == (str | None)
         parser.add_argument(
             option_name(name),
-            type=parameter.annotation,
+            type=str if is_text else parameter.annotation,
             help=" ".join(help_texts.get(name, "").split()),
             required=required,
             default=None if required else parameter.default,

@@ -8,12 +8,12 @@ import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from pipelines.cli import COMMANDS, command_parser
 from pipelines.cluster import Cluster, load_cluster
 from pipelines.compile import DEFAULT_CLUSTER
 from pipelines.kubeflow.connection import Connection, ConnectionOptions, connect
+from pipelines.processes import variables
 from slam_asr.artifacts.costs import describe_costs
 from slam_asr.artifacts.run_records import read_steps
 from slam_asr.errors import ClusterError, ConfigurationError, UserError
@@ -227,6 +227,9 @@ def parse_target(command: str, description: str, arguments: list[str], *own_opti
     positional, name = COMMANDS[command].positionals, ""
     if positional and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
+        # An unset variable in a script gives an empty argument.
+        if not name and positional not in _LISTED_BY:
+            raise ConfigurationError(f"{positional.strip('[]')} is empty: give a value, or leave it out.")
     options = parse_options(parser, flags(arguments))
     if not name and positional in _LISTED_BY:
         raise ConfigurationError(
@@ -267,6 +270,7 @@ def _print_runs(connection: Connection, count: int, mine: bool = False, recipe: 
 
 
 _FLAGS = ("--wait", "--follow", "--mine", "--all", "--new", "--catch-up", "--run")
+"""Options that are true if they have no value."""
 
 
 def flags(arguments: list[str]) -> list[str]:
@@ -274,7 +278,7 @@ def flags(arguments: list[str]) -> list[str]:
     # Nothing follows the last argument. `--` stands in, so that a flag there counts as one without a value.
     followers = [*arguments[1:], "--"]
     return [
-        f"{argument}=true" if argument in _FLAGS and following.startswith("--") else argument
+        f"{argument}=true" if argument in _FLAGS and following.startswith("-") else argument
         for argument, following in zip(arguments, followers, strict=False)
     ]
 
@@ -320,7 +324,7 @@ def _print_costs(run: "RunView", cluster: Cluster) -> None:
     store = parameters_of(run.run).get("store")
     # The store may be reachable only inside the cluster, so this must not wait for long.
     limits = {name: "5" for name in (PATIENCE, TIMEOUT) if name not in os.environ}
-    with mock.patch.dict(os.environ, limits), contextlib.suppress(UserError):
+    with variables(limits), contextlib.suppress(UserError):
         if store and (costs := describe_costs(read_steps(store, run.run.run_id), cluster.prices)):
             print(f"\n{costs}", flush=True)
 

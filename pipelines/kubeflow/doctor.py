@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import urllib3
 from kubernetes import client as kubernetes
@@ -26,6 +25,7 @@ from pipelines.kubeflow.namespace import Check, Result, check_rights, check_trai
 from pipelines.kubeflow.nodes import check_nodes, loaded_images
 from pipelines.kubeflow.registry import check_images
 from pipelines.kubeflow.trainer import check_runtime, check_version
+from pipelines.processes import variables
 from slam_asr.errors import ConfigurationError, UserError
 from slam_asr.findings import BAD, GOOD, UNKNOWN, Finding
 from slam_asr.options import add_options, parse_options
@@ -207,7 +207,7 @@ def _check_store(cluster: Cluster) -> Iterator[Finding]:
     unset = {name: value for name, value in profile.items() if value and not os.environ.get(name)}
     path = join(store, f".doctor-{secrets.token_hex(8)}")
     try:
-        with mock.patch.dict(os.environ, unset):
+        with variables(unset):
             write_bytes(path, b"slam-asr checks whether it may write here\n")
             delete(path)
     except UserError as error:

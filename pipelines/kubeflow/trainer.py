@@ -11,7 +11,7 @@ from pipelines.kubeflow.kubernetes_api import UNREADABLE, config_map, core_api, 
 from pipelines.kubeflow.namespace import Result
 from slam_asr.errors import ClusterError
 from slam_asr.findings import BAD, GOOD, UNKNOWN
-from slam_asr.trainjob.owner import API
+from slam_asr.trainjob.owner import TRAINER_API
 
 _OLDEST = (2, 2)
 """First version of Kubeflow Trainer with `runtimePatches` in its TrainJob."""
@@ -63,7 +63,7 @@ def _schema() -> str | None:
         response_type="object",
         _return_http_data_only=True,
     )
-    answer = if_exists(request, f"/openapi/v3/apis/{'/'.join(API)}", "GET")
+    answer = if_exists(request, f"/openapi/v3/apis/{'/'.join(TRAINER_API)}", "GET")
     return None if answer is None else json.dumps(answer)
 
 
@@ -96,9 +96,11 @@ def has_runtime(cluster: Cluster, namespace: str) -> bool:
     """
     api, name = kubernetes.CustomObjectsApi(), cluster.trainer.runtime
     # Without Kubeflow Trainer, the API knows neither kind of object, and answers 404 too.
-    in_namespace = if_exists(api.get_namespaced_custom_object, *API, namespace, "trainingruntimes", name)
-    in_cluster = functools.partial(if_exists, api.get_cluster_custom_object, *API, "clustertrainingruntimes")
-    return in_namespace is not None or in_cluster(name) is not None
+    place = (*TRAINER_API, namespace, "trainingruntimes")
+    if if_exists(api.get_namespaced_custom_object, *place, name) is not None:
+        return True
+    place = (*TRAINER_API, "clustertrainingruntimes")
+    return if_exists(api.get_cluster_custom_object, *place, name) is not None
 
 
 def require_trainer(cluster: Cluster, namespace: str) -> None:

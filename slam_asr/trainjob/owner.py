@@ -15,7 +15,7 @@ from slam_asr.progress import log_line
 
 POD_NAME = "KFP_POD_NAME"
 """Environment variable with the name of the step's own pod; Kubeflow Pipelines sets it."""
-API = ("trainer.kubeflow.org", "v1alpha1")
+TRAINER_API = ("trainer.kubeflow.org", "v1alpha1")
 """Group and version of the API for TrainJobs and their runtimes."""
 
 
@@ -64,11 +64,13 @@ def add_owner(custom_api: Any, namespace: str, job: str, owner: dict[str, str]) 
         ApiException: the API refuses a request.
         HTTPError: the API does not answer.
     """
-    metadata = custom_api.get_namespaced_custom_object(*API, namespace, "trainjobs", job)["metadata"]
+    metadata = custom_api.get_namespaced_custom_object(*TRAINER_API, namespace, "trainjobs", job)["metadata"]
     owners = metadata.get("ownerReferences") or []
     # A job without an owner needs none: no workflow's deletion deletes it.
     if owners and owner["uid"] not in [known["uid"] for known in owners]:
         # The patch replaces the complete list of owners. With the resource version, the API refuses the patch
         # if the job has changed since it was read, so no other owner is lost.
         change = {"ownerReferences": [*owners, owner], "resourceVersion": metadata.get("resourceVersion")}
-        custom_api.patch_namespaced_custom_object(*API, namespace, "trainjobs", job, {"metadata": change})
+        custom_api.patch_namespaced_custom_object(
+            *TRAINER_API, namespace, "trainjobs", job, {"metadata": change}
+        )

@@ -235,6 +235,21 @@ def test_refusal_is_one_sentence_and_nothing_is_created(kubeflow, program, fault
     assert not kubeflow.pipelines and not kubeflow.runs
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["status", "", "--wait"], "RUN is empty: give a value, or leave it out."),
+        (["logs", ""], "RUN is missing: "),
+        (["compile", "demo", "--store", "null"], "--store is null, a path on this machine"),
+        (["submit", "demo", "--sweep", "null"], "The variations null cannot be read"),
+    ],
+)
+def test_values_of_unset_variables_and_missing_keys_are_refused(kubeflow, program, command, sentence):
+    code, out, err = program(*command)
+    assert (code, out) == (2, "") and sentence in err
+    assert kubeflow.requests == []
+
+
 def test_missing_token_is_asked_for(kubeflow, program, monkeypatch):
     monkeypatch.delenv("KFP_EXISTING_TOKEN")
     assert (
