@@ -96,11 +96,12 @@ def has_runtime(cluster: Cluster, namespace: str) -> bool:
     """
     api, name = kubernetes.CustomObjectsApi(), cluster.trainer.runtime
     # Without Kubeflow Trainer, the API knows neither kind of object, and answers 404 too.
-    place = (*TRAINER_API, namespace, "trainingruntimes")
-    if if_exists(api.get_namespaced_custom_object, *place, name) is not None:
-        return True
-    place = (*TRAINER_API, "clustertrainingruntimes")
-    return if_exists(api.get_cluster_custom_object, *place, name) is not None
+    in_namespace = (*TRAINER_API, namespace, "trainingruntimes", name)
+    in_cluster = (*TRAINER_API, "clustertrainingruntimes", name)
+    return (
+        if_exists(api.get_namespaced_custom_object, *in_namespace) is not None
+        or if_exists(api.get_cluster_custom_object, *in_cluster) is not None
+    )
 
 
 def require_trainer(cluster: Cluster, namespace: str) -> None:
