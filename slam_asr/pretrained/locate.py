@@ -118,15 +118,15 @@ def locate_config(name: str) -> Path:
         name: as for `locate_model`.
 
     Returns:
-        The complete model's folder, if the model is already on this machine or its source cannot provide the
-        configuration alone; else a folder with only the small files.
+        The complete model's folder, if the model is already on this machine or at an s3:// address, or if its
+        source cannot provide the configuration alone; else a folder with only the small files.
 
     Raises:
         ModelError: no source has the model.
         StorageError: object storage cannot be read.
     """
-    # Original files contain no configuration that could be fetched alone. A wrong name goes to
-    # `locate_model` too, which reports it.
+    # A model in object storage is always fetched completely, and an original file contains no configuration
+    # that could be fetched alone. A wrong name goes to `locate_model` too, which reports it.
     if is_s3(name) or local_path(name).exists() or is_complete(_cached_model(name)) or not _is_hub_name(name):
         return locate_model(name)
     if snapshot := cached_snapshot(name):
