@@ -48,9 +48,10 @@ FIRST_SPEAKERS = {"dev-synthetic": 200_001, "test-synthetic": 300_001, "train-sy
 """Number of each subset's first speaker."""
 HELD_OUT_SPEAKERS = 12  # in each of dev-synthetic and test-synthetic
 WORDS_PER_SECOND = 2.5
-"""The voices' average pace, which converts a number of hours to a number of utterances."""
+"""The voices' average pace, which converts a number of hours to a number of words."""
 CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
-"""Parameters of the Dirichlet distribution of the weights: the mean weight of the man is twice a woman's."""
+"""Parameters of the Dirichlet distribution of a speaker's weights, in the order of VOICES: four women and,
+last, a man, whose mean weight is twice a woman's."""
 PITCHES = (0.88, 1.12)
 """Range of a speaker's pitch, relative to the voices' own."""
 PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)

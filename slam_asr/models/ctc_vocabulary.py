@@ -48,7 +48,7 @@ class CtcVocabulary:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def columns(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the index in `token_ids` of each of the LLM's tokens.
+        """Return the column of each of the LLM's tokens in CTC's scores: its index in `token_ids`.
 
         The index may be different for an answer's first token. CTC spells every word with a space before it,
         including the first. The LLM's answer begins without this space, so its first token gets the index of
@@ -60,7 +60,7 @@ class CtcVocabulary:
 
         Returns:
             The indices of tokens within an answer and those of an answer's first token, each [vocabulary]
-            int64; -1 for a token that is not among `token_ids`, and for the blank.
+            int64; -1 for a token without such an index, and for the blank.
         """
         within = torch.full((vocabulary,), -1)
         within[list(self._index)] = torch.tensor(list(self._index.values()))

@@ -1,8 +1,8 @@
 """Kubeflow's Model Registry, through its own client.
 
 The client's version decides which API it uses. Version 0.3.14 is the last that uses v1alpha3, which is the
-only API of servers from before the summer of 2026. For some time, newer servers have both v1alpha3 and v1
-(https://github.com/kubeflow/hub/issues/2992).
+only API of servers from before the summer of 2026. Newer servers have both v1alpha3 and v1, but v1alpha3 only
+for a limited time (https://github.com/kubeflow/hub/issues/2992).
 """
 
 import asyncio

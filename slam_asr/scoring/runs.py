@@ -77,7 +77,10 @@ class Run:
 
 
 def rate_of(counts: dict[str, Any]) -> Any:
-    """Return the rate from counts in a `wer.json`; None without words. Older files have only `wer`."""
+    """Return the rate from counts in a `wer.json`; None if the references have no words.
+
+    Older files have only `wer`.
+    """
     return counts.get("rate", counts["wer"])
 
 

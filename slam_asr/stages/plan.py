@@ -86,7 +86,7 @@ def _print_memory(result: Plan, shapes: Shapes, gpus: Gpus) -> None:
     peak, total = result.memory.total, "total"
     if result.beginning:
         rows["total with the LLM"] = peak
-        rows[f"in the beginning, with at most {shapes.vocabulary} tokens"] = result.beginning.total
+        rows[f"in the beginning, with at most {shapes.vocabulary} tokens for CTC"] = result.beginning.total
         peak, total = max(peak, result.beginning.total), "peak"
     for name, size in rows.items():
         log_line(f"  {name:<52}{size / 1e9:8.2f}")
