@@ -13,7 +13,7 @@ from slam_asr.storage import exists, fetch, join
 
 CARD = "README.md"
 NUMBERS_FILE = "wer.json"
-"""File of a report with the numbers for programs; `score` writes it."""
+"""The file of a report that contains its numbers for other programs to read; `score` writes it."""
 LICENCES = {
     "openai/whisper-": "MIT",
     "facebook/hubert-": "Apache-2.0",

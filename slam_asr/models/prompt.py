@@ -112,7 +112,7 @@ class Prompt:
         return cast(str, self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def texts_around_audio(self, prompt: str, template: str) -> tuple[str, str]:
-        """Return the texts before and after the audio, with the prompt filled into `llm.template`'s value."""
+        """Return the texts before and after the audio, for a prompt and the value of `llm.template`."""
         if self.chat:
             turn = {"role": "user", "content": _MARK + prompt}
             before, _, text = _chat(self.tokenizer, [turn], True).partition(_MARK)

@@ -94,7 +94,8 @@ def walk(root: PathOrUri) -> Iterator[Info]:
     If the folder does not exist, nothing is yielded.
 
     Links are followed, except those that lead to a folder above them: following such a link would never end.
-    Names are read lazily, so a listing of a million files needs little memory.
+    Folders are read one after another, and object storage page by page, so a listing of a million files
+    needs little memory, unless they are all in one local folder.
 
     Raises:
         StorageError: object storage cannot be read.
