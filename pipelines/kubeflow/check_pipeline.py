@@ -23,9 +23,11 @@ from slam_asr.version import source_digest
 NAME = "slam-asr-doctor"
 DESCRIPTION = "Check in a pod of each step whether it has what it needs: `python -m pipelines doctor --run`."
 CHECKED = tuple(name for name, step in STEPS.items() if not step.settings_of)
-"""Steps with settings of their own, which are the steps of the training pipeline. `run_view` lists them for
-the pipeline of checks too: it finds a run's steps by the beginning of its workflow's name, and the names of
-both pipelines' workflows begin with `slam-asr-`."""
+"""Steps with settings of their own, which are the steps of the training pipeline.
+
+`run_view` must list the same steps for this pipeline. It recognises a pipeline by the beginning of the
+workflow's name, so it takes `slam-asr-doctor-…` for a workflow of the training pipeline, `slam-asr`.
+"""
 _MINUTES = 10
 """Time limit in minutes of a pod, a TrainJob and each of its pods."""
 

@@ -147,7 +147,7 @@ def _is_permanent_tls_failure(error: Any) -> bool:
 
 
 def _by_name(names: dict[T, str]) -> dict[str, T]:
-    """Invert a table from meanings to their names, separated by spaces: return the meaning of each name."""
+    """Return the meaning of each name. In `names`, each meaning has its names in a text, separated by spaces."""
     return {name: meaning for meaning, group in names.items() for name in group.split()}
 
 
