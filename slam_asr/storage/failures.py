@@ -147,7 +147,7 @@ def _is_permanent_tls_failure(error: Any) -> bool:
 
 
 def _by_name(names: dict[T, str]) -> dict[str, T]:
-    """Return the meaning of each name. In `names`, each meaning has its names in a text, separated by spaces."""
+    """Return the meaning of each name. In `names`, the names of a meaning are a text, separated by spaces."""
     return {name: meaning for meaning, group in names.items() for name in group.split()}
 
 
