@@ -103,7 +103,7 @@ def _stages(names: str) -> list[str]:
 def _require_index(stages: list[str], options: argparse.Namespace) -> None:
     """Check that pip gets an index with torch's CPU builds, if they are needed.
 
-    Without this check, a missing index would fail the build only at the fourth image.
+    Without this check, a missing index would fail the build only after other images are built.
     """
     without_cuda = [stage for stage in stages if _torch_of(stage, options) == "cpu"]
     if without_cuda and not options.pip_args and not options.base_image:

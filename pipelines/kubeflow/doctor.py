@@ -1,6 +1,6 @@
 """`python -m pipelines doctor`: check that a cluster has everything that a run needs.
 
-Each finding includes what to do about it.
+The finding of a failed check usually says what to do about it.
 """
 
 import os
@@ -166,7 +166,7 @@ def _cluster_checks(
 
 
 def _check_pipelines(connection: Connection, namespace: str) -> Iterator[Finding]:
-    """Check Kubeflow Pipelines, in which the runs should be in this namespace."""
+    """Check Kubeflow Pipelines; `namespace` is the one in which the runs should be."""
     users = "several users" if connection.multi_user else "a single user"
     answers = f"answers at {connection.endpoint}, for {users}"
     if connection.namespace != namespace:

@@ -3,8 +3,8 @@
 If the references of a test set are in a script that does not separate words, such as Chinese, each character
 counts as a word. The word error rate of such a measurement is the character error rate.
 
-All counts of an utterance come from a single alignment, by jiwer. Totals, groups of utterances, confidence
-intervals and comparisons are all computed from sums of these counts.
+All word counts of an utterance come from a single alignment, by jiwer. Totals, groups of utterances,
+confidence intervals and comparisons are all computed from sums of these counts.
 """
 
 from collections import Counter

@@ -40,7 +40,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory) -> str:
-    """A tiny LLM whose texts depend on the audio. Its tokens are letters, with and without a space."""
+    """A tiny LLM whose texts depend on the audio. Its tokens are single bytes, and letters after a space."""
     folder = tmp_path_factory.mktemp("llm")
     pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġ{c}" for c in LETTERS)]
     tokenizer = Tokenizer(
@@ -111,7 +111,7 @@ def exported(tiny_recipe, llm: str, folder: Path, blanks: bool = False, **option
     # With this sharpness, CTC prefers some tokens, but rules out none.
     add_to_config(model, head_of(llm, 2 / float(head_logits(model).std(1).mean())))
     if blanks:
-        # Half of the positions are left out. Rounding decides about none, as the threshold is in a gap.
+        # One to two thirds of the positions are left out. The threshold is in a gap, so rounding decides none.
         probabilities = head_logits(model).softmax(1)[:, 0].sort().values
         middle = slice(len(probabilities) // 3, 2 * len(probabilities) // 3)
         gap = middle.start + int(probabilities[middle].diff().argmax())
@@ -223,7 +223,7 @@ def test_logits_of_greedy_search_are_normalised():
     expected = processor_of(logits, [5, 3], 1)(ids, scores.log_softmax(1))
     torch.testing.assert_close(processor_of(logits, [5, 3], 1)(ids, scores + 5), expected)
     assert bool((expected < 0).all())
-    # In beam search, a repetition penalty has lowered some log probabilities, so they do not sum to 1.
+    # Beam search gives log probabilities, some lowered by a repetition penalty. They stay as they are.
     lowered = processor_of(logits[:5], [5], 2)(ids, scores.log_softmax(1) - 1)
     normal = processor_of(logits[:5], [5], 2)(ids, scores.log_softmax(1))
     torch.testing.assert_close(lowered, normal - 0.5)
