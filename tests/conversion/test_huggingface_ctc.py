@@ -111,7 +111,7 @@ def exported(tiny_recipe, llm: str, folder: Path, blanks: bool = False, **option
     # With this sharpness, CTC prefers some tokens, but rules out none.
     add_to_config(model, head_of(llm, 2 / float(head_logits(model).std(1).mean())))
     if blanks:
-        # One to two thirds of the positions are left out. The threshold is in a gap, so rounding decides none.
+        # One to two thirds of the positions are left out. The threshold is in a gap: rounding decides none.
         probabilities = head_logits(model).softmax(1)[:, 0].sort().values
         middle = slice(len(probabilities) // 3, 2 * len(probabilities) // 3)
         gap = middle.start + int(probabilities[middle].diff().argmax())
