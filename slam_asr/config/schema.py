@@ -178,7 +178,8 @@ _HOLDS = {
 def problems(section: Any, prefix: str = "") -> Iterator[str]:
     """Yield a sentence for each value of a dataclass that is out of bounds or contradicts another one.
 
-    A section's contradictions come after the bounds of all its values, which they may rely on.
+    A section's contradictions come last. They may rely on its bounds, because callers stop at the first
+    sentence.
     """
     for key in fields(section):
         value, name = getattr(section, key.name), prefix + key.name

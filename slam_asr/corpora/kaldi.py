@@ -35,9 +35,12 @@ _CHANNELS = "reco2file_and_channel"
 _LISTS = ("wav.scp", "text", "segments", "utt2spk", _CHANNELS)
 
 _Field = list[Any]
-"""What a line of a list says of an utterance or a recording, with its name first: ["audio", source, start,
-duration, channel] with times in seconds, ["text", transcript], ["speaker", name], or ["recorded", channel]
-with a recording's channel in the original file. Channels are counted from 0."""
+"""What a line of a list says of an utterance or a recording: the field's name, and then its values.
+
+The fields are ["audio", source, start, duration, channel] with times in seconds, ["text", transcript],
+["speaker", name], ["recorded", channel] with a recording's channel in the original file, and ["segment",
+utterance, start, duration, channel]. Channels are counted from 0.
+"""
 
 
 class Kaldi(ListedCorpus):

@@ -29,8 +29,8 @@ _ROWS_WITH_AUDIO, _ROWS_WITHOUT_AUDIO = 32, 4096
 Larger numbers are faster but need more memory.
 """
 _BUFFER = 2**20
-"""Bytes read ahead of a parquet column. Without a buffer, pyarrow would read complete row groups into
-memory."""
+"""Bytes of a parquet column that are read at once. Without a buffer, pyarrow would read complete row groups
+into memory."""
 _MAX_LINE = 2**26
 """Maximum length of a line of JSON in bytes. Without it, a small compressed file could fill the memory: a
 line of zeros grows a thousandfold when it is decompressed."""

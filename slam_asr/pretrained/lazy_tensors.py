@@ -63,7 +63,7 @@ def rename_tensors(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
 
 
 def join_tensors(*mappings: Mapping[str, torch.Tensor]) -> LazyTensors:
-    """Join mappings without reading their tensors; the last mapping that has a name supplies its tensor."""
+    """Join mappings without reading their tensors. If several have the same name, the last one's is used."""
     return LazyTensors({name: partial(tensors.__getitem__, name) for tensors in mappings for name in tensors})
 
 

@@ -1,4 +1,4 @@
-"""Builds the model of a training job, and the projector that each of its phases starts from."""
+"""Builds the model with the LLM, and the projector that a training run starts from."""
 
 from pathlib import Path
 

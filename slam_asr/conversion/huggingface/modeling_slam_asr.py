@@ -237,7 +237,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             Embeddings [rows, positions, LLM width] of tokens and projected audio; the attention mask, which
             is 0 at blanks too if the model was trained without them; and CTC's logits of all audio positions,
-            if `ctc` requests them or blanks are searched.
+            if `ctc` requests them or the LLM does not read blanks.
         """
         is_audio = input_ids == self.config.audio_token_id
         # The LLM's embedding may have no row for the audio's token, and needs none.
@@ -325,7 +325,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if weight and logits is not None:
             positions = (input_ids == self.config.audio_token_id).sum(1).tolist()
             processors.append(CtcPrefixProcessor(logits, positions, self.config, weight, config))
-        # From the LLM's own configuration, `generate` would take options that are not set here.
+        # Otherwise, `generate` would take the options that `config` does not set from the LLM's own
+        # configuration.
         self.llm.generation_config = config
         output = self.llm.generate(
             inputs_embeds=embeddings,
