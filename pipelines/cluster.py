@@ -97,7 +97,7 @@ class Trainer:
     """Kubeflow Trainer, used if the recipe's training.nodes is above 1."""
 
     runtime: str = "torch-distributed"
-    """Name of a TrainingRuntime of the namespace or else a ClusterTrainingRuntime; a launcher per node."""
+    """Name of a TrainingRuntime of the namespace, or else of a ClusterTrainingRuntime."""
     timeout_hours: float = 24.0 * 14
     """Time limit in hours of one attempt at a multi-node training, including its time in a queue. For such a
     training, it replaces steps.train.timeout_hours. 0: no limit."""

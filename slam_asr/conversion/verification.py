@@ -157,7 +157,7 @@ def _compare_merged_loss(folder: Path, parts: Parts, before: TrainedWeights) -> 
     [expected], tokens = _probe_losses(recipe, llm_folder, width, [before])
     frozen = replace(recipe, llm=replace(recipe.llm, tuning="frozen"))
     [actual], _ = _probe_losses(frozen, folder, width, [TrainedWeights(before.projector, {})])
-    # bf16 has the largest tolerance of all precisions.
+    # The loss of a large LLM is computed in bf16, which has the largest tolerance of all precisions.
     precision = recipe.training.precision if _weight_bytes(llm_folder) < FP32_LLM_BYTES else "bf16"
     if abs(actual - expected) > MERGED_TOLERANCE[precision] * abs(expected):
         raise ModelError(_difference(str(folder), expected / tokens, actual / tokens))

@@ -50,7 +50,7 @@ def local_path(path: PathOrUri) -> Path:
 
 @contextlib.contextmanager
 def errors_naming(path: PathOrUri) -> Iterator[None]:
-    """Let an `OSError` of the block name this path. It may name no file, or a temporary one."""
+    """Let an `OSError` of the block name this path. By itself, it may name no file, or a temporary one."""
     try:
         yield
     except OSError as error:

@@ -106,7 +106,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         # `purge_step` hides the steps that an earlier attempt logged after its last checkpoint. Without the
-        # suffix, the file names of two attempts would differ only by the second of their creation.
+        # suffix, the file names of two attempts would differ only in their creation time, in whole seconds.
         self.writer = SummaryWriter(
             str(folder), purge_step=done + 1 if done else None, filename_suffix=f".from-{done}"
         )

@@ -331,7 +331,7 @@ def test_two_extractors_at_once_fill_one_store(tiny_models, many, tmp_path, buck
     options = {"encoder.name": tiny_models["encoder"], "features.dtype": "fp32", **SMALL}
     run_to_the_end(options, many, tmp_path / "undisturbed")
     # The two runs differ as on two machines: clocks a year apart, other host names and caches, and no common
-    # lock. A program with a name like this starts warm (see tests/warm).
+    # lock. A program whose file name ends with `_program.py` starts warm (see tests/warm).
     elsewhere = tmp_path / "elsewhere_program.py"
     elsewhere.write_text(
         "import runpy, socket, sys, time\n"

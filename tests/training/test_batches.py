@@ -166,7 +166,7 @@ def test_the_order_of_two_epochs_is_the_same_for_any_number_of_processes(process
         assert len({len(share) for share in shares}) == 1
 
 
-def test_batches_of_a_fixed_number_of_utterances_as_in_the_reference():
+def test_batches_of_a_fixed_number_of_utterances_as_in_the_reference_implementation():
     budget = budget_for(Training(utterances_per_batch=4, accumulation=2), processes=3)
     assert (budget.step, budget.batch) == (24, 4)
     plan = TrainingPlan(examples(), budget, 4, 0, epochs=1, max_steps=10**9)
