@@ -65,7 +65,7 @@ def own_code_refused(folder: Path, part: str, error: Exception) -> ModelError | 
     Args:
         folder: the model's folder.
         part: `encoder` or `LLM`.
-        error: the exception of a call of transformers with `trust_remote_code=False`.
+        error: the exception that transformers raised.
     """
     # transformers has no exception of its own for this.
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):

@@ -28,7 +28,7 @@ def no_report(_: int) -> None:
 def in_parallel(
     transfer: Callable[[int, int, threading.Event], T], size: int, piece_bytes: int
 ) -> Generator[tuple[int, int, T], None, None]:
-    """Transfer the pieces of `size` bytes in threads.
+    """Transfer `size` bytes in pieces, several at once in threads.
 
     Args:
         transfer: a function of the piece's offset, the offset of its end, and an event that is set when

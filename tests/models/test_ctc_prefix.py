@@ -87,7 +87,7 @@ def test_unknown_tokens_stay_possible_and_the_order_of_the_audio_wins():
         scorer.advance(torch.tensor([0]), torch.tensor([token]))
 
 
-def test_if_the_audio_is_too_short_for_any_token_the_llm_chooses():
+def test_the_llm_chooses_if_the_audio_is_too_short_for_any_token():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     scorer = CtcScorer(CtcSpelling.of(logits, [1], COLUMNS, COLUMNS), 0.5, 1, STOPS)
     scorer.advance(torch.tensor([0]), torch.tensor([5]))

@@ -1,4 +1,4 @@
-"""The checks of `doctor --run` find what is wrong in a pod. Folders and names are real, storage is moto's."""
+"""The checks of `doctor --run` find what is wrong in a pod. Folders and DNS are real; S3 is moto's."""
 
 import json
 import os

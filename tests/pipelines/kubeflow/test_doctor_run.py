@@ -50,8 +50,8 @@ def doctor(kubeflow, bucket, kubernetes_at, program, tmp_path):
 def test_each_kind_of_step_has_a_small_pod_with_its_own_settings(name, tmp_path):
     cluster = load_cluster(name)
     spec, settings = read_package(write_package(cluster, IMAGES, tmp_path / "doctor.yaml", "team"))
-    # `run_view` takes doctor's workflow, slam-asr-doctor-…, for one of the training pipeline, slam-asr, and
-    # shows that pipeline's steps, so both must have the same.
+    # `run_view` recognises a pipeline by the beginning of the workflow's name. It takes slam-asr-doctor-… for
+    # the training pipeline, slam-asr, and lists that pipeline's steps. So both must have the same steps.
     assert set(spec.root.dag.tasks) == set(CHECKED) == set(outputs_of(TRAINING))
     for step in CHECKED:
         executor, pod = spec.deployment_spec["executors"][f"exec-{step}"], settings[f"exec-{step}"]
