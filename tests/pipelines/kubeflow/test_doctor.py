@@ -281,7 +281,7 @@ def credentials(name):
 
 
 OURS = {"endpoint": "store.team.svc.cluster.local:9000", "disableSSL": True}
-"""A provider with the same server as the profile of the test below, by a longer name of that server."""
+"""A provider on http://store.team:9000, the server in the profile of the test below, by its full name."""
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ OURS = {"endpoint": "store.team.svc.cluster.local:9000", "disableSSL": True}
             launcher("s3://other/x", default=OURS | {"credentials": credentials("bucket-secret")}),
             "✓ launcher configuration: artifacts go to s3://other/x, with the secret bucket-secret",
         ),
-        # Another server, with a secret and a bucket of its own, is nothing wrong.
+        # Artifacts may be on another server, with a secret and a bucket of their own.
         (
             launcher(
                 "minio://mlpipeline/x", default={"credentials": credentials("mlpipeline-minio-artifact")}
@@ -421,11 +421,11 @@ def test_multi_user_dashboard_shows_pages_only_from_kubeflows_own_storage(doctor
 
 
 @pytest.mark.parametrize(
-    ("name", "node_name"), [("slam-asr/", "docker.io/slam-asr/"), ("", "docker.io/library/")]
+    ("name", "loaded_name"), [("slam-asr/", "docker.io/slam-asr/"), ("", "docker.io/library/")]
 )
-def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor, name, node_name):
+def test_image_without_a_registry_must_be_loaded_into_the_nodes(doctor, name, loaded_name):
     loaded = [
-        {"names": [f"{node_name}{stage}:7"]}
+        {"names": [f"{loaded_name}{stage}:7"]}
         for stage in ("build-manifest", "extract-features", "train", "convert-checkpoint")
     ]
 
