@@ -1,4 +1,4 @@
-"""Generate speech for training and testing: synthetic voices, and copies of real speech with echo and noise.
+"""Generate speech for training and testing: synthetic voices, and varied copies of real speech.
 
     python -m demo.make_speech demo --wheels wheels --out speech
     python -m demo.make_speech training --wheels wheels --text transcripts.txt --hours 10 --out training
@@ -7,7 +7,7 @@
 `demo` speaks random sentences of a small grammar: the corpus in demo/speech. `training` speaks the lines
 `<chapter>-<number> TEXT` of a file of transcripts, in pieces of 8 to 25 words. The text and the speakers of
 its dev and test subsets occur in no other subset. `copies` writes real speech unchanged, and copies of it at
-other speeds, with echo and noise. All three write LibriSpeech's layout:
+other speeds, most of them with echo or noise. All three write LibriSpeech's layout:
 
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<NNNN>.flac or .opus
     <out>/<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt     lines `<utterance> TEXT IN CAPITALS`

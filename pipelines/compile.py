@@ -83,7 +83,7 @@ class LocationOptions:
     """images of the steps: a template with {stage} and {version}, or the file that `make images` writes
     (default: SLAM_ASR_IMAGES, else the profile's images.names)"""
     corpus: str | None = None
-    """s3:// prefix of the corpus: the default of the pipeline parameter"""
+    """s3:// prefix of the corpus, for the pipeline parameter `corpus`"""
     store: str | None = None
     """s3:// prefix for the results of all stages (default: the profile's storage.store)"""
 

@@ -325,8 +325,8 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if weight and logits is not None:
             positions = (input_ids == self.config.audio_token_id).sum(1).tolist()
             processors.append(CtcPrefixProcessor(logits, positions, self.config, weight, config))
-        # Otherwise, `generate` would take the options that `config` does not set from the LLM's own
-        # configuration.
+        # This replaces the LLM's own configuration, from which `generate` would take the options that
+        # `config` does not set.
         self.llm.generation_config = config
         output = self.llm.generate(
             inputs_embeds=embeddings,
