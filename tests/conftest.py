@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import boto3
 import botocore.loaders
@@ -26,6 +27,9 @@ from moto.server import ThreadedMotoServer
 from slam_asr.runtime.environment import huge_pages
 from tests.docker_engine import NoEngine, build_images, engine
 from tests.faults import FaultyProxy
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 WARM = Path(__file__).resolve().parent / "warm"
 
@@ -207,12 +211,21 @@ def _tiny_whisper(folder: Path) -> None:
 
 
 def _tiny_llama(folder: Path) -> None:
+    tiny_llama(folder).save_pretrained(folder)
+
+
+def tiny_llama(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> "LlamaForCausalLM":
+    """Return a Llama with random weights. Its tokens are single bytes and the merged pairs.
+
+    Its tokenizer is written to the folder.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens = ["<s>", "</s>", *alphabet, *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
@@ -228,7 +241,7 @@ def _tiny_llama(folder: Path) -> None:
         bos_token_id=0,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="session")

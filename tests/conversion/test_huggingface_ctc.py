@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from slam_asr.artifacts.model_folder import CTC_HEAD
 from slam_asr.config.recipe import load_recipe
@@ -25,6 +24,7 @@ from slam_asr.generation.ctc_prefix import CtcScorer, CtcSpelling
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
 from slam_asr.models.llm import load_tokenizer
 from slam_asr.stages.convert_checkpoint import convert_checkpoint
+from tests.conftest import tiny_llama
 from tests.conversion.test_huggingface import (
     decoded,
     decoded_by_transformers,
@@ -42,28 +42,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def llm(tmp_path_factory) -> str:
     """A tiny LLM whose texts depend on the audio. Its tokens are single bytes, and letters after a space."""
     folder = tmp_path_factory.mktemp("llm")
-    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġ{c}" for c in LETTERS)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[("Ġ", c) for c in LETTERS])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(pieces),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    model = tiny_llama(folder, [("Ġ", letter) for letter in LETTERS])
     for name, weight in model.named_parameters():
         weight.data *= 10 if "_proj" in name else 1
     model.save_pretrained(folder)

@@ -175,6 +175,16 @@ def test_a_journal_from_other_options_is_not_used(model, manifest, tiny_recipe, 
     )
 
 
+def test_lines_before_a_damaged_one_are_read(tmp_path):
+    answer = Answer("text", False, [1, 2])
+    journal = DecodeJournal(tmp_path, "d")
+    for index in (3, 4):
+        journal.add({index: answer})
+    file = tmp_path / FILE
+    file.write_bytes(file.read_bytes()[:-5] + b"\xff\xfe\n")
+    assert DecodeJournal(tmp_path, "d").answers == {3: answer}
+
+
 def test_an_incomplete_last_line_is_ignored(tmp_path):
     answer = Answer("text", False, [1, 2], choices=[Choice("text", -0.5), Choice("tex", -0.75)])
     first = DecodeJournal(tmp_path, "d")
