@@ -86,11 +86,6 @@ def measure(rows: Sequence[Hypothesis], characters: bool | None = None) -> Measu
     return measured
 
 
-def score(rows: Sequence[Hypothesis]) -> WordErrors:
-    """Align every utterance and return the word errors of all together."""
-    return measure(rows).total()
-
-
 def _count(measured: Measured, i: int, kind: str, reference: list[str], hypothesis: list[str]) -> None:
     """Add one stretch of the alignment of utterance `i` to the counts."""
     # Only an insertion has no words of the reference. In a substitution, both sides have equally many.

@@ -193,6 +193,8 @@ def settings_that_affect_weights(recipe: Recipe) -> dict[str, Any]:
             del values[section][key]
     if not recipe.projector.beginning.active:
         del values["projector"]["beginning"]
+    if not recipe.projector.masks.active:
+        del values["projector"]["masks"]
     del values["encoder"]["batch_seconds"]
     del values["projector"]["init_from"]  # the digest of its weights is an input of its own
     # Only three settings of the features matter: the dtype, to which features are rounded, and the two that

@@ -200,6 +200,29 @@ class Beginning:
 
 
 @dataclass
+class Masks:
+    """Spans of the features that are set to zero in training, drawn for each utterance in each step.
+
+    They are SpecAugment's masks, but over the encoder's outputs, so that cached features can be used.
+    """
+
+    time_share: float = bounded(0.0, at_least=0.0, at_most=0.9)
+    """Share of an utterance's frames that spans cover. Spans may overlap, so that slightly fewer frames are
+    covered. 0: no such masks."""
+    time_length: int = bounded(25, at_least=1)
+    """Frames in the longest span. Shorter ones are equally probable. 25 frames are half a second."""
+    channel_share: float = bounded(0.0, at_least=0.0, at_most=0.9)
+    """Share of the features' channels that spans cover, in all of an utterance's frames. 0: no such masks."""
+    channel_length: int = bounded(64, at_least=1)
+    """Channels in the longest span. Shorter ones are equally probable."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there are any masks."""
+        return self.time_share > 0 or self.channel_share > 0
+
+
+@dataclass
 class Projector:
     """The trained part between the encoder and the LLM."""
 
@@ -224,6 +247,7 @@ class Projector:
     dropout: float = bounded(0.0, at_least=0.0, at_most=0.9)
     """Share of the features' values that are set to zero in training, except in the beginning, which has its
     own share (`beginning.dropout`). It makes up for some of the variety that a few hours of speech lack."""
+    masks: Masks = field(default_factory=Masks)
     ctc_weight: float = bounded(0.0, at_least=0.0)
     """Weight of CTC's loss, which is added to the LLM's loss after the beginning (or from the start, if there
     is none). Above 0, the projector's outputs must also spell the transcript, and decoding can use this

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.generation.beam_search import Answers, beam_search, penalties, without_penalties
 from slam_asr.models.answer_loss import IGNORED, score_answers
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.batch import Batch, remove_positions
 from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter, Speller
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
@@ -36,7 +36,7 @@ class Slam(nn.Module):
             it has its own precision, and no optimiser, checkpoint or sharding may include it.
         feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
             are the same whether or not they come from a feature store.
-        dropout: share of the features' values that are set to zero in training.
+        augmentation: what happens to features in training; nothing by default.
 
     Raises:
         ModelError: the LLM has no output layer that predicts tokens.
@@ -48,10 +48,10 @@ class Slam(nn.Module):
         llm: PreTrainedModel,
         encoder: SpeechEncoder | None = None,
         feature_dtype: str = "fp32",
-        dropout: float = 0.0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
-        self.projector, self.llm, self.dropout = projector, llm, dropout
+        self.projector, self.llm, self.augment = projector, llm, augmentation or Augmentation()
         self.encoder: SpeechEncoder | None
         if encoder is not None and any(p.requires_grad for p in encoder.parameters()):
             self.encoder = encoder
@@ -124,10 +124,7 @@ class Slam(nn.Module):
         # Some LLMs scale embeddings inside this layer (Gemma). Audio is inserted afterwards, so it is not
         # scaled.
         embeddings = self.llm.get_input_embeddings()(batch.token_ids)
-        features = self.encode(batch.audio)
-        if self.training and self.dropout:
-            features = [functional.dropout(f, self.dropout) for f in features]
-        self._projected = self.projector(features, batch.positions)
+        self._projected = self.projector(self.augment(self.encode(batch.audio)), batch.positions)
         audio = self._projected.to(embeddings.dtype)
         # Audio positions are filled row by row, in the order in which the projector concatenates utterances.
         return embeddings.masked_scatter(batch.is_audio.unsqueeze(-1), audio)

@@ -38,7 +38,7 @@ from slam_asr.storage.failures import (
 )
 from slam_asr.storage.local import sha256_of_bytes, sha256_of_file
 from slam_asr.storage.objects import SHA256, WRITER, head, open_object
-from slam_asr.storage.pieces import in_parallel, no_report
+from slam_asr.storage.pieces import in_parallel
 from slam_asr.storage.retry import call_with_retries
 
 T = TypeVar("T")
@@ -49,13 +49,12 @@ _REFUSES_CHECKSUMS = ("InvalidArgument", "InvalidRequest", "NotImplemented", "50
 """Codes with which servers refuse a header that they do not know, such as that of a checksum."""
 
 
-def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_report) -> None:
+def upload(uri: str, file: PathOrUri) -> None:
     """Upload a local file. The object is visible only when it is complete.
 
     Args:
         uri: the object's URI; an existing object is replaced.
         file: the local file, which must not change during the upload.
-        report: called with the number of bytes of each part that was sent.
 
     Raises:
         OSError: the file cannot be read.
@@ -73,7 +72,7 @@ def upload(uri: str, file: PathOrUri, report: Callable[[int], object] = no_repor
                 raise StorageError(f"{file} changed while it was uploaded: run the same command again.")
             return part
 
-        transfer.run(os.fstat(stream.fileno()).st_size, content, report)
+        transfer.run(os.fstat(stream.fileno()).st_size, content)
 
 
 def write(uri: str, content: bytes | memoryview, only_if_absent: bool = False) -> bool:
@@ -110,15 +109,12 @@ class _Upload:
         self.compared = True
         """Whether each answer of the server so far has shown that it received the right bytes."""
 
-    def run(
-        self, size: int, content: Callable[[int, int], bytes], report: Callable[[int], object] = no_report
-    ) -> None:
+    def run(self, size: int, content: Callable[[int, int], bytes]) -> None:
         """Write the object, replacing an existing one.
 
         Args:
             size: size of the object in bytes.
             content: a function that returns the bytes in [start, end).
-            report: called with the number of bytes of each part that was sent.
         """
         part_bytes = max(pieces.PIECE_BYTES, math.ceil(size / _MAX_PARTS))
         with_checksum = self.target | {"Metadata": {SHA256: self.sha256}}
@@ -126,7 +122,6 @@ class _Upload:
             everything = content(0, size)
             self._call(lambda: self._send("put_object", everything, with_checksum))
             self._read_back()
-            report(size)
             return
         algorithm = {"ChecksumAlgorithm": "SHA256"}
         started = self._call(
@@ -144,11 +139,8 @@ class _Upload:
             return part | {k: answer[k] for k in ("ETag", "ChecksumSHA256") if k in answer}
 
         try:
-            parts = []
             with contextlib.closing(in_parallel(send_part, size, part_bytes)) as sent:
-                for start, end, part in sent:
-                    parts.append(part)
-                    report(end - start)
+                parts = [part for _, _, part in sent]
             self._call(lambda: self._complete(target | {"MultipartUpload": {"Parts": parts}}, size))
         except BaseException:
             # A single attempt. If it fails too, only the first failure is reported.

@@ -13,6 +13,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import samples_of
 from slam_asr.config.recipe import Recipe
 from slam_asr.errors import ConfigurationError
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.ctc import INITIAL_SHARPNESS, CtcHead
 from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.encoders.base import EncoderSpec
@@ -103,7 +104,8 @@ def build_ctc_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> C
     head, encoder_width = build_head(job, recipe), describe_encoder(recipe.encoder).width
     projector = build_initial_projector(job, recipe, encoder_width, head.embeddings.shape[1])
     encoder = load_frozen_encoder(job, recipe, device)
-    return CtcModel(projector, head, encoder, recipe.features.dtype, recipe.projector.beginning.dropout)
+    augmentation = Augmentation(recipe.projector.beginning.dropout, recipe.projector.masks)
+    return CtcModel(projector, head, encoder, recipe.features.dtype, augmentation)
 
 
 def build_head(job: TrainingJob, recipe: Recipe, sharpness: float | None = None) -> CtcHead:

@@ -3,8 +3,8 @@
 import torch
 from rapidfuzz.distance import Levenshtein
 from torch import nn
-from torch.nn import functional
 
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.ctc import CtcBatch, CtcHead, best_paths, ctc_loss
 from slam_asr.models.encoders.base import SpeechEncoder, encode_audio
 from slam_asr.models.projector import SpeechProjector
@@ -18,7 +18,7 @@ class CtcModel(nn.Module):
         head: the CTC head. Only its sharpness is trained.
         encoder: needed if audio is encoded on the fly. It is frozen, and not registered as a submodule.
         feature_dtype: dtype of saved features, to which the encoder's outputs are rounded.
-        dropout: share of the encoder's output values that is zeroed in training.
+        augmentation: what happens to features in training; nothing by default.
     """
 
     encoder: SpeechEncoder | None
@@ -29,12 +29,12 @@ class CtcModel(nn.Module):
         head: CtcHead,
         encoder: SpeechEncoder | None = None,
         feature_dtype: str = "fp32",
-        dropout: float = 0.0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.projector, self.head = projector, head
         object.__setattr__(self, "encoder", encoder)
-        self.feature_dtype, self.dropout = feature_dtype, dropout
+        self.feature_dtype, self.augment = feature_dtype, augmentation or Augmentation()
 
     def spell(self, batch: CtcBatch) -> list[list[int]]:
         """Return CTC's best path of each utterance.
@@ -78,8 +78,6 @@ class CtcModel(nn.Module):
 
     def _outputs_and_logits(self, batch: CtcBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the projector's outputs [positions, LLM width] and their logits [positions, 1 + tokens]."""
-        features = encode_audio(self.encoder, batch.audio, self.feature_dtype)
-        if self.training and self.dropout:
-            features = [functional.dropout(f, self.dropout) for f in features]
+        features = self.augment(encode_audio(self.encoder, batch.audio, self.feature_dtype))
         outputs = self.projector(features, batch.positions)
         return outputs, self.head(outputs)

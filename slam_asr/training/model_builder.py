@@ -14,6 +14,7 @@ from slam_asr.artifacts.model_folder import (
     replace_weights,
 )
 from slam_asr.config.recipe import Recipe, Training
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.encoders.base import SpeechEncoder
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.llm import checkpoint_layers, llm_width, load_llm, set_tuning
@@ -59,7 +60,8 @@ def build_model(job: TrainingJob, recipe: Recipe, device: torch.device) -> tuple
         encoder = spec.load(DTYPES[options.precision]).requires_grad_(True)
         if options.gradient_checkpointing:
             checkpoint_layers(encoder)
-    return Slam(projector, llm, encoder, recipe.features.dtype, recipe.projector.dropout), lazy_weights
+    augmentation = Augmentation(recipe.projector.dropout, recipe.projector.masks)
+    return Slam(projector, llm, encoder, recipe.features.dtype, augmentation), lazy_weights
 
 
 def load_frozen_encoder(job: TrainingJob, recipe: Recipe, device: torch.device) -> SpeechEncoder | None:

@@ -233,7 +233,7 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, li
     import soundfile
 
     from slam_asr.artifacts.hypotheses import Hypothesis
-    from slam_asr.artifacts.word_errors import score
+    from slam_asr.artifacts.word_errors import measure
 
     clips, spoken = [], []
     for transcript in sorted(libri_mini.glob("train-clean-100/*/*/*.trans.txt"))[:3]:
@@ -242,15 +242,15 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, li
             clips.append(transcript.parent / f"{key}.flac")
             spoken.append(text.lower())
     single = transcribe(load_recipe(SHIPPED), [str(c) for c in clips])
-    matched = score(
+    matched = measure(
         [Hypothesis(str(i), text, t.text) for i, (text, t) in enumerate(zip(spoken, single, strict=True))]
-    )
-    mismatched = score(
+    ).total()
+    mismatched = measure(
         [
             Hypothesis(str(i), text, t.text)
             for i, (text, t) in enumerate(zip(spoken, single[1:] + single[:1], strict=True))
         ]
-    )
+    ).total()
     assert matched.wer < 0.75 and matched.hits > 3 * mismatched.hits
     pause = np.zeros(16_000, np.float32)
     soundfile.write(
@@ -260,5 +260,5 @@ def test_the_shipped_model_transcribes_real_speech_of_any_length(demo_models, li
     line = capsys.readouterr().out.splitlines()[-1]
     segments = json.loads(line)["segments"]
     assert len(segments) >= 3 and all(a["end"] <= b["start"] for a, b in pairwise(segments))
-    together = score([Hypothesis("long", " ".join(spoken), json.loads(line)["text"])])
+    together = measure([Hypothesis("long", " ".join(spoken), json.loads(line)["text"])]).total()
     assert together.wer < 0.85

@@ -8,6 +8,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from slam_asr.config.recipe import Projector
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.ctc import CtcBatch, CtcHead
 from slam_asr.models.ctc_vocabulary import CtcVocabulary, choose_tokens
 from slam_asr.models.projector import build_projector
@@ -90,7 +91,7 @@ def test_a_projector_learns_the_tokens_and_its_outputs_approach_their_embeddings
 
 
 def test_dropout_is_active_only_in_training():
-    model = model_of(4, 6, 10, 8, dropout=0.5)
+    model = model_of(4, 6, 10, 8, augmentation=Augmentation(0.5))
     batch = CtcBatch([torch.randn(8, 6)], [4], [torch.tensor([1, 2])])
     assert model(batch)[0] != model(batch)[0]
     model.eval()

@@ -5,6 +5,7 @@ import torch
 
 from slam_asr.config.recipe import Llm, Projector
 from slam_asr.models.answer_loss import IGNORED, score_answers, score_in_chunks
+from slam_asr.models.augmentation import Augmentation
 from slam_asr.models.batch import Row, collate, pack
 from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter, CtcHead, ctc_loss
 from slam_asr.models.llm import load_llm, load_tokenizer
@@ -141,7 +142,7 @@ def test_ctcs_loss_is_added_for_batches_with_ctc_targets(joined):
 
 def test_dropout_is_active_only_in_training(joined):
     model, batch = joined[0], make_batch(joined, [1])
-    model.dropout = 0.5
+    model.augment = Augmentation(0.5)
     try:
         model.eval()
         evaluated = model.embed(batch)
@@ -149,7 +150,7 @@ def test_dropout_is_active_only_in_training(joined):
         # Two random draws differ, but only at the audio's positions.
         first, second = model.embed(batch), model.embed(batch)
     finally:
-        model.dropout = 0.0
+        model.augment = Augmentation()
         model.eval()
     torch.testing.assert_close(evaluated, model.embed(batch), rtol=0, atol=0)
     assert not torch.equal(first[batch.is_audio], second[batch.is_audio])

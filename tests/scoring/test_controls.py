@@ -1,7 +1,7 @@
 """Controls: no utterance retains its own audio, and empty output has a word error rate of 100 %."""
 
 from slam_asr.artifacts.hypotheses import Hypothesis
-from slam_asr.artifacts.word_errors import score
+from slam_asr.artifacts.word_errors import measure
 from slam_asr.scoring.controls import empty_output, shuffled_audio
 
 ROWS = [Hypothesis(f"k{i}", f"reference {i}", f"said {i}", subset="ab"[i % 2]) for i in range(21)]
@@ -27,4 +27,4 @@ def test_the_shuffle_depends_only_on_its_seed():
 
 
 def test_empty_output_is_all_deletions():
-    assert score(empty_output(ROWS)).wer == 1.0
+    assert measure(empty_output(ROWS)).total().wer == 1.0

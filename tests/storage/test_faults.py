@@ -1,6 +1,5 @@
 """When a fifth of all requests fail, every call returns the right bytes; no flipped bit is overlooked."""
 
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -245,15 +244,10 @@ def test_progress_of_a_download_that_starts_again_counts_each_byte_once(
 
 
 def test_progress_counts_each_byte_once(faulty_s3, small_pieces, tmp_path):
-    content = noise(7 * small_pieces + 3)
-    for uploading in (True, False):
-        counted = []
-        if uploading:
-            (tmp_path / "file").write_bytes(content)
-            uploads.upload(f"{ROOT}/x", tmp_path / "file", report=counted.append)
-        else:
-            with open(tmp_path / "file", "w+b") as file:
-                download(f"{ROOT}/x", file, report=counted.append)
-        assert sum(counted) == len(content)
-    assert (tmp_path / "file").read_bytes() == content
-    assert os.path.getsize(tmp_path / "file") == len(content)
+    content, counted = noise(7 * small_pieces + 3), []
+    (tmp_path / "sent").write_bytes(content)
+    uploads.upload(f"{ROOT}/x", tmp_path / "sent")
+    with open(tmp_path / "fetched", "w+b") as file:
+        download(f"{ROOT}/x", file, report=counted.append)
+    assert sum(counted) == len(content)
+    assert (tmp_path / "fetched").read_bytes() == content

@@ -53,6 +53,10 @@ LORA = {
     "llm.tuning": "lora",
     "llm.lora.dropout": 0.2,
     "projector.dropout": 0.1,
+    "projector.masks.time_share": 0.2,
+    "projector.masks.time_length": 5,
+    "projector.masks.channel_share": 0.2,
+    "projector.masks.channel_length": 3,
     "projector.ctc_weight": 0.5,
     # A model this small gives blanks almost no probability, so the threshold is tiny too.
     "projector.drop_blanks": 1e-26,
@@ -87,7 +91,7 @@ def tensors_of(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """Record and folder of a training run with CTC and dropout in both phases.
+    """Record and folder of a training run with CTC, dropout and masks in both phases.
 
     Dropout applies to the encoder's values and to LoRA's inputs.
     """
@@ -331,7 +335,7 @@ def test_the_keys_of_an_unused_beginning_are_no_inputs_of_a_training_run(prepare
     recipe = load_recipe(prepared[0])
     off = dataclasses.replace(recipe.projector.beginning, steps=7, dropout=0.5)
     changed = dataclasses.replace(recipe, projector=dataclasses.replace(recipe.projector, beginning=off))
-    assert {"beginning", "ctc_weight", "drop_blanks", "dropout"}.isdisjoint(
+    assert {"beginning", "ctc_weight", "drop_blanks", "dropout", "masks"}.isdisjoint(
         settings_that_affect_weights(recipe)["projector"]
     )
     assert "answer_prefix" not in settings_that_affect_weights(recipe)["llm"]
