@@ -215,6 +215,8 @@ def write_adapter(
     config = lora_config(recipe.llm.lora)
     config.base_model_name_or_path, config.task_type = recipe.llm.name, "CAUSAL_LM"
     config.inference_mode = True
+    # peft has made a set of the names, whose order would differ from one run to the next.
+    config.target_modules = list(recipe.llm.lora.targets)
     (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder / ADAPTER))
     tensors = {_PEFT + name.replace(".default.", "."): t for name, t in weights.items()}

@@ -1,5 +1,6 @@
 """Each shipped model can be read, fits its base models, is small, and has a model card."""
 
+import json
 import re
 
 import pytest
@@ -10,9 +11,11 @@ from slam_asr.artifacts.model_folder import (
     ADAPTER,
     WEIGHTS,
     fetch_model,
+    read_adapter,
     read_config,
     read_projector,
     shipped_models,
+    write_adapter,
 )
 from slam_asr.config.recipe import load_recipe, shipped_recipes
 from slam_asr.models.encoders.registry import describe_encoder
@@ -36,6 +39,19 @@ def test_a_shipped_model_is_small_and_in_half_precision(name):
         with safe_open(weights, "pt") as file:
             assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
     assert (len(files) == 2) == (read_config(folder).typed_recipe.llm.tuning == "lora")
+
+
+def test_an_adapter_that_is_read_and_written_is_the_same(tmp_path):
+    folder = fetch_model("whisper-base-smollm2-135m")
+    recipe = read_config(folder).typed_recipe
+    write_adapter(tmp_path, read_adapter(folder), recipe, half=True)
+    written, shipped = (path / ADAPTER for path in (tmp_path, folder))
+    file = "adapter_model.safetensors"
+    assert (written / file).read_bytes() == (shipped / file).read_bytes()
+    # The order too: peft itself writes the names in an order that differs from one run to the next.
+    for path in (written, shipped):
+        config = json.loads((path / "adapter_config.json").read_text())
+        assert config["target_modules"] == recipe.llm.lora.targets
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from slam_asr.artifacts.hypotheses import Hypothesis, write_hypotheses
-from slam_asr.artifacts.word_errors import score
+from slam_asr.artifacts.word_errors import measure
 from slam_asr.cli import run
 from slam_asr.errors import UserError
 from slam_asr.stages.compare import compare
@@ -55,7 +55,7 @@ def test_the_better_recogniser_is_named_and_the_rates_are_those_of_the_report(ou
     rows = run("compare", [*outputs, "--output", str(tmp_path / "difference.json")])
     assert [row.subset for row in rows] == ["clean", "other", "all"]
     total = rows[-1]
-    assert total.first == round(100 * score(hypotheses(0.1, 2)).wer, 2)
+    assert total.first == round(100 * measure(hypotheses(0.1, 2)).total().wer, 2)
     assert total.difference == pytest.approx(total.first - total.second, abs=0.011)
     assert total.low < total.difference < total.high < 0
     assert total.verdict == "the first is better"
