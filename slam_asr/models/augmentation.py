@@ -1,8 +1,8 @@
 """Augmentation of features in training: masks over time and over channels, and dropout.
 
-With few hours of speech, a model learns the utterances by heart. It cannot rely on single frames or channels
-if other ones are missing each time. Masks follow SpecAugment (Park et al., 2019, arXiv:1904.08779), but cover
-the encoder's outputs instead of a spectrogram, so that cached features can be used.
+With few hours of speech, a model learns the utterances by heart. If different frames and channels are missing
+each time, it cannot rely on any single one. Masks follow SpecAugment (Park et al., 2019, arXiv:1904.08779),
+but cover the encoder's outputs instead of a spectrogram, so that cached features can be used.
 """
 
 import torch
@@ -36,11 +36,11 @@ class Augmentation(nn.Module):
     def _augment(self, features: torch.Tensor) -> torch.Tensor:
         masks, (frames, channels) = self.masks, features.shape
         if masks.time_share:
-            hidden = draw_mask(frames, masks.time_share, masks.time_length).to(features.device)
-            features = features.masked_fill(hidden[:, None], 0.0)
+            masked = draw_mask(frames, masks.time_share, masks.time_length).to(features.device)
+            features = features.masked_fill(masked[:, None], 0.0)
         if masks.channel_share:
-            hidden = draw_mask(channels, masks.channel_share, masks.channel_length).to(features.device)
-            features = features.masked_fill(hidden, 0.0)
+            masked = draw_mask(channels, masks.channel_share, masks.channel_length).to(features.device)
+            features = features.masked_fill(masked, 0.0)
         return functional.dropout(features, self.dropout) if self.dropout else features
 
 
@@ -52,14 +52,14 @@ def draw_mask(size: int, share: float, longest: int) -> torch.Tensor:
     Args:
         size: number of elements.
         share: mean sum of the spans' lengths, as a fraction of `size`.
-        longest: length of the longest span; shorter ones are equally probable, down to 1.
+        longest: length of the longest span; all lengths from 1 to this are equally likely.
 
     Returns:
         [size] bool, on the CPU: True for the elements of a span.
     """
     mask = torch.zeros(size, dtype=torch.bool)
     longest = min(longest, size)
-    # The fractional part of the number of spans is the probability of one more.
+    # The expected number of spans is rounded up or down at random, so that its mean is exact.
     count = int(share * size / ((1 + longest) / 2) + torch.rand(()).item())
     for _ in range(count):
         length = int(torch.randint(1, longest + 1, ()))

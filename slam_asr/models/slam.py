@@ -36,7 +36,7 @@ class Slam(nn.Module):
             it has its own precision, and no optimiser, checkpoint or sharding may include it.
         feature_dtype: dtype of saved features. A frozen encoder's outputs are rounded to it, so that features
             are the same whether or not they come from a feature store.
-        augmentation: what happens to features in training; nothing by default.
+        augmentation: dropout and masks of the features in training; none by default.
 
     Raises:
         ModelError: the LLM has no output layer that predicts tokens.

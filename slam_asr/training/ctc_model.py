@@ -18,7 +18,7 @@ class CtcModel(nn.Module):
         head: the CTC head. Only its sharpness is trained.
         encoder: needed if audio is encoded on the fly. It is frozen, and not registered as a submodule.
         feature_dtype: dtype of saved features, to which the encoder's outputs are rounded.
-        augmentation: what happens to features in training; nothing by default.
+        augmentation: dropout and masks of the features in training; none by default.
     """
 
     encoder: SpeechEncoder | None
