@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
-from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.manifest import Utterance, manifest_line
 from slam_asr.audio import load_audio
 from slam_asr.config.recipe import Recipe, load_recipe
 from slam_asr.features.audio_workers import AudioLoader, default_workers
@@ -39,7 +39,7 @@ def manifest_of(files: list[Path], folder: Path) -> Path:
     for file in files:
         duration = len(load_audio(file)) / 16_000
         utterances.append(Utterance(file.stem, str(file), "x", duration, 16_000, sha256_of_file(file)))
-    write_manifest(folder / "m.jsonl", utterances)
+    (folder / "m.jsonl").write_bytes(b"".join(map(manifest_line, utterances)))
     return folder / "m.jsonl"
 
 

@@ -78,13 +78,18 @@ def utterances(count: int) -> "Iterator[Utterance]":
 
 def step(name: str, folder: Path, count: int) -> None:
     """Run one step, and print its seconds and peak memory in MB."""
-    from slam_asr.artifacts.manifest import read_manifest, write_manifest
+    from slam_asr.artifacts.manifest import manifest_line, read_manifest
+    from slam_asr.runtime.external_sort import ExternalSort
+    from slam_asr.storage import write_atomically
 
     path = folder / "manifest.jsonl"
     manifest = read_manifest(path) if name in ("iterate", "index") else None
     started = time.perf_counter()
     if name == "sort":
-        write_manifest(path, utterances(count))
+        with ExternalSort(folder) as ordered:
+            for utterance in utterances(count):
+                ordered.add(utterance.key.encode(), manifest_line(utterance))
+            write_atomically(path, (line for _, line in ordered))
     elif name == "validate":
         assert len(read_manifest(path)) == count
     elif name == "iterate":

@@ -7,25 +7,24 @@ names as in SLAM-LLM, so SLAM-LLM's files can be read without conversion. `build
 
     {"key": "1001-134707-0000", "source": "/data/x.flac", "target": "…", "duration": 12.3, "subset": "test"}
 
-A manifest may have millions of lines and may be in object storage. It is read line by line, every line is
-checked, and sorting uses local disk. Memory therefore grows with the number of lines, but not their length.
+A manifest may have millions of lines and may be in object storage. It is read line by line, and every line
+is checked. Memory grows with the number of lines, but not with their length.
 """
 
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from slam_asr.artifacts.json_lines import json_line, temporary_folder, write_lines
+from slam_asr.artifacts.json_lines import json_line
 from slam_asr.audio import audio_sha256
 from slam_asr.errors import InputError
-from slam_asr.runtime.external_sort import ExternalSort
 from slam_asr.storage import PathOrUri, exists, fetch, is_s3, local_path, parent_of, resolve, sha256_of_bytes
 
 
@@ -94,8 +93,7 @@ class Manifest(Sequence[Utterance]):
     """The utterances of a manifest in file order. An utterance is parsed when it is accessed.
 
     Memory holds the offset of each line (8 bytes per utterance) instead of its content. Threads and forked
-    processes may share an instance. An instance can be pickled; the process that unpickles it reads the same
-    file. `read_manifest` creates instances.
+    processes may share an instance. `read_manifest` creates instances.
     """
 
     def __init__(self, path: PathOrUri, offsets: np.ndarray) -> None:
@@ -133,19 +131,6 @@ class Manifest(Sequence[Utterance]):
         # Not strict: lines that were appended since the manifest was opened are not part of it.
         for i, (_, _, line) in zip(range(len(self)), lines, strict=False):
             yield _utterance(line, folder, self._location(i))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]  # the usual way to make a class unhashable
-
-    def __repr__(self) -> str:
-        return f"Manifest({self.path!r}, {len(self)} utterances)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_file": None}
 
     def _location(self, i: int) -> "Location":
         return lambda: f"{self.path}, utterance {i + 1} (changed since it was first read)"
@@ -188,20 +173,6 @@ def iterate_manifest(path: PathOrUri) -> Iterator[tuple[int, Utterance]]:
     folder = parent_of(_absolute(path))
     for number, _, line in _lines(file):
         yield number, _utterance(line, folder, _location(path, number))
-
-
-def write_manifest(path: PathOrUri, utterances: Iterable[Utterance]) -> None:
-    """Write a manifest atomically, sorted by key. The same utterances always give the same bytes.
-
-    Args:
-        path: a local path or an s3:// URI.
-        utterances: the utterances in any order. If they exceed the memory limit of `ExternalSort`, they are
-            sorted on local disk.
-    """
-    with ExternalSort(temporary_folder(path)) as ordered:
-        for utterance in utterances:
-            ordered.add(utterance.key.encode("utf-8", "backslashreplace"), manifest_line(utterance))
-        write_lines(path, (line for _, line in ordered))
 
 
 def manifest_line(utterance: Utterance) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slam_asr.artifacts.json_lines import json_line, write_lines
+from slam_asr.artifacts.json_lines import json_line
 from slam_asr.artifacts.manifest import Utterance, manifest_line, parse_line
 from slam_asr.artifacts.stage_record import Outcome
 from slam_asr.audio import SAMPLE_RATE
@@ -67,7 +67,7 @@ def write_manifests(folder: Path, reader: CorpusReader, subsets: Subsets, recipe
             statistics.downmixed += result.channels != 1 and result.utterance.audio_channel is None
         # The list of rejections is written before their number is checked, because the message of the check
         # refers to the list and to the counts that are collected while it is written.
-        write_lines(folder / REJECTED, _count_rejections(rejected, statistics))
+        write_atomically(folder / REJECTED, _count_rejections(rejected, statistics))
         _refuse_too_many(rejected, statistics, total, recipe.data.max_rejected, folder / REJECTED)
         without_dev = bool(recipe.data.train) and not subsets["dev"]
         dev_keys = _dev_keys(splits["train"], recipe.data) if without_dev else set()
@@ -178,7 +178,7 @@ def _write_manifests(
                 "or choose other subsets with --data.train, --data.dev and --data.test."
             )
     for split in SPLITS:
-        write_lines(folder / f"{split}.jsonl", _count_lines(split, lines[split], statistics, shared))
+        write_atomically(folder / f"{split}.jsonl", _count_lines(split, lines[split], statistics, shared))
     shared.warn()
 
 

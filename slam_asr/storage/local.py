@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -63,14 +63,16 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
 
 
-def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace: bool = True) -> bool:
+def write_atomically(
+    path: PathOrUri, content: bytes | memoryview | str | Iterable[bytes], replace: bool = True
+) -> bool:
     """Write a file: write a temporary one, flush it to disk, and rename it.
 
     A reader never sees part of the content. After a crash, the previous file, if any, is unchanged.
 
     Args:
         path: the file's path; its folder is created.
-        content: the content; text is written as UTF-8.
+        content: the content; text is written as UTF-8. Parts of the content are written as they arrive.
         replace: whether to replace an existing file.
 
     Returns:
@@ -87,7 +89,8 @@ def write_atomically(path: PathOrUri, content: bytes | memoryview | str, replace
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # keeps `remove_abandoned` from removing it
-                file.write(content.encode() if isinstance(content, str) else content)
+                content = content.encode() if isinstance(content, str) else content
+                file.writelines([content] if isinstance(content, bytes | memoryview) else content)
                 file.flush()
                 # Without this, a crash of the machine after the rename could leave an empty file.
                 os.fsync(file.fileno())

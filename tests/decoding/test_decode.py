@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slam_asr.artifacts.hypotheses import read_hypotheses
-from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.config.recipe import dump_recipe, load_recipe
 from slam_asr.decoding import journal
 from slam_asr.decoding.decoder import Decoder, _serve
@@ -35,6 +35,7 @@ from slam_asr.stages.decode import _rates, decode
 from slam_asr.stages.score import score
 from tests.artifacts.feature_store.test_store import publish, some_features
 from tests.conftest import make_tone, write_wav
+from tests.utterances import write_manifest
 
 COUNT = 9
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
+from tests.utterances import write_manifest
 
 LENGTHS = (0.1, 0.73, 1.0, 2.345)
 """Durations in seconds of the utterances in a small manifest."""

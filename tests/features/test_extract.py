@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from slam_asr.artifacts.feature_store.namespace import namespaces_in
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import write_manifest
 from slam_asr.artifacts.utterances import manifest_files
 from slam_asr.audio import load_audio
 from slam_asr.config.recipe import load_recipe
@@ -32,6 +31,7 @@ from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import delete, read_bytes, walk, write_bytes
 from tests.conftest import make_tone, write_wav
 from tests.features.conftest import LENGTHS, utterances_in
+from tests.utterances import write_manifest
 
 STORES, KILLS = (20, 3) if os.environ.get("SLAM_ASR_SOAK") else (1, 2)
 """Number of stores that are filled by killed runs, and number of runs that are killed for each store."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import read_manifest, write_manifest
+from slam_asr.artifacts.manifest import read_manifest
 from slam_asr.cli import run
 from slam_asr.errors import UserError
 from slam_asr.features.maintenance import verify_store
@@ -13,6 +13,7 @@ from slam_asr.storage import delete, exists, join, read_bytes, walk, write_bytes
 from tests.artifacts.feature_store.test_store import publish
 from tests.features.conftest import utterances_in
 from tests.features.test_extract import SMALL, contents, recipe
+from tests.utterances import write_manifest
 
 
 @pytest.fixture(params=["folder", "prefix"])

@@ -5,7 +5,6 @@ import torch
 
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack, unpack
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import write_manifest
 from slam_asr.cli import run
 from slam_asr.errors import StorageError
 from slam_asr.features import encode
@@ -16,6 +15,7 @@ from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import join, read_bytes, walk, write_bytes
 from tests.features.conftest import utterances_in
 from tests.features.test_extract import SMALL, contents, recipe
+from tests.utterances import write_manifest
 
 
 @pytest.fixture(scope="module")

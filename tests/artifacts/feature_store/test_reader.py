@@ -7,7 +7,7 @@ import torch
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
-from slam_asr.artifacts.manifest import Utterance, write_manifest
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import fit_to_window, read_rows, samples_of, save_rows
 from slam_asr.config.recipe import load_recipe
 from slam_asr.errors import UserError
@@ -16,6 +16,7 @@ from slam_asr.models.feature_dtype import round_trip
 from slam_asr.stages.extract_features import extract_features
 from slam_asr.storage import sha256_of_file
 from tests.conftest import make_tone, write_wav
+from tests.utterances import write_manifest
 
 
 @pytest.fixture
