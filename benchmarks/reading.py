@@ -35,6 +35,7 @@ import torch
 from slam_asr.artifacts.feature_store.index import argsort_audio_ids
 from slam_asr.artifacts.feature_store.namespace import FeatureNamespace, pack
 from slam_asr.artifacts.feature_store.store import _PARALLEL_FETCHES, FeatureStore
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.audio import SAMPLE_RATE, read_clip
 from slam_asr.models.feature_dtype import QuantizedFrames
 from slam_asr.storage import write_bytes
@@ -80,7 +81,7 @@ def read_epoch(store: FeatureStore, windows: list[list[str]], shards: list[list[
         # As in training, the shards of the next window are fetched while this window is read.
         store.expect([*shards[number], *(shards[number + 1] if number + 1 < len(shards) else [])])
         for audio_id in audio_ids:
-            frames = store.read(audio_id)
+            frames = store.read(Utterance("", "", "", sha256=audio_id))
             target[: frames.numel()].copy_(frames.flatten())
     return time.perf_counter() - started
 

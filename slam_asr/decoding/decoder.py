@@ -14,24 +14,22 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from slam_asr.artifacts.feature_store.reader import AudioReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
 from slam_asr.config.recipe import Recipe, dump_recipe, load_recipe
 from slam_asr.cores import usable_cores
+from slam_asr.decoding.journal import answers_in
 from slam_asr.decoding.model import Model, open_model
 from slam_asr.errors import InputError
+from slam_asr.models.encoders.frontend import Prepared
+from slam_asr.models.searcher import Answer, Searcher, plan_batches
 from slam_asr.runtime.launch import Job, ProcessEnded, processes_of
 from slam_asr.runtime.worker import failures_written_to
-
-if TYPE_CHECKING:
-    import torch
-
-    from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
-    from slam_asr.models.encoders.frontend import Prepared
-    from slam_asr.models.searcher import Answer, Searcher
 
 
 def _read_manifests(files: list[str]) -> list[Utterance]:
@@ -90,8 +88,6 @@ class Decoder:
         Raises:
             ConfigurationError: an utterance leaves too few LLM positions for its answer.
         """
-        from slam_asr.models.searcher import plan_batches
-
         options = self.recipe.decoding
         limits = options.max_new_tokens, options.beams, options.positions_per_batch
         positions = [n + self._prompt.main.positions for n in self._audio_positions]
@@ -103,13 +99,11 @@ class Decoder:
         _ = self._searcher
 
     @cached_property
-    def _searcher(self) -> "Searcher":
-        from slam_asr.models.searcher import Searcher
-
+    def _searcher(self) -> Searcher:
         options = self.recipe.decoding
         return Searcher(self.model.load(options, with_encoder=self.store is None), self._prompt, options)
 
-    def decode(self, batch: list[int]) -> "dict[int, Answer]":
+    def decode(self, batch: list[int]) -> dict[int, Answer]:
         """Decode the utterances with the given indices; return their answers by index."""
         read: Callable[[Utterance], torch.Tensor | Prepared] = self._reader.read
         inputs = list(self._read_pool.map(read, [self.utterances[i] for i in batch]))
@@ -122,12 +116,8 @@ class Decoder:
         return [self.model.positions(self._reader.span(u)) for u in self.utterances]
 
     @cached_property
-    def _reader(self) -> "StoreReader | AudioReader":
-        from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
-
-        if self.store:
-            return StoreReader(self.store)
-        return AudioReader(self.model.spec, self.model.trained.features)
+    def _reader(self) -> FeatureStore | AudioReader:
+        return self.store or AudioReader(self.model.spec, self.model.trained.features)
 
     @cached_property
     def _read_pool(self) -> ThreadPoolExecutor:
@@ -149,7 +139,7 @@ class DecodingJob(Job):
 
 
 def decode_on_several(
-    decoder: Decoder, batches: list[list[int]], number: int, take: "Callable[[dict[int, Answer]], None]"
+    decoder: Decoder, batches: list[list[int]], number: int, take: Callable[[dict[int, Answer]], None]
 ) -> None:
     """Decode batches on several processes; each gets its next batch when it has finished the previous one.
 
@@ -185,7 +175,7 @@ def decode_on_several(
 def _serve(
     process: subprocess.Popen[str],
     batches: Iterator[list[int]],
-    take: "Callable[[dict[int, Answer]], None]",
+    take: Callable[[dict[int, Answer]], None],
     lock: threading.Lock,
 ) -> None:
     """Send batches to a process and pass its answers on, until no batch is left.
@@ -193,8 +183,6 @@ def _serve(
     Raises:
         ProcessEnded: the process ended early.
     """
-    from slam_asr.decoding.journal import answers_in
-
     assert process.stdin is not None and process.stdout is not None, "both are pipes"
     while True:
         with lock:
@@ -221,8 +209,6 @@ def main() -> None:
 
     Each line is JSON: one batch, or the answers to it.
     """
-    import torch
-
     job = DecodingJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     answer_stream = sys.stdout
     with (

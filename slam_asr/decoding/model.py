@@ -7,21 +7,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+import torch
+from torch import nn
 
 from slam_asr.artifacts import model_folder
 from slam_asr.config.recipe import Decoding, Recipe, value_of, with_base_models_of
 from slam_asr.errors import ConfigurationError, ModelError
+from slam_asr.models.ctc import BlankFilter, CtcHead, Speller
+from slam_asr.models.ctc_vocabulary import CtcVocabulary
+from slam_asr.models.encoders.base import EncoderSpec
+from slam_asr.models.encoders.registry import describe_encoder
+from slam_asr.models.llm import add_lora, describe_llm, llm_positions, llm_width, load_llm, load_tokenizer
+from slam_asr.models.precision import DTYPES, encoder_precision, explain_precision, pick_device
+from slam_asr.models.projector import positions_of
+from slam_asr.models.prompt import Prompt
+from slam_asr.models.slam import Slam
+from slam_asr.pretrained.locate import locate_base_model
+from slam_asr.pretrained.model_files import weights_sha256
+from slam_asr.pretrained.weight_checks import require_sound_files
 from slam_asr.progress import log_line
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from slam_asr.models.ctc import Speller
-    from slam_asr.models.encoders.base import EncoderSpec
-    from slam_asr.models.prompt import Prompt
-    from slam_asr.models.slam import Slam
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Model:
     config: model_folder.ModelConfig
     trained: Recipe
     """The recipe that the model was trained with, with its base models where they are now."""
-    spec: "EncoderSpec"
+    spec: EncoderSpec
     llm_folder: Path
     """Folder of the base LLM, or of the model's own LLM if all weights of the LLM were trained."""
 
@@ -42,23 +48,16 @@ class Model:
         Raises:
             ConfigurationError: this machine's device cannot compute in this precision.
         """
-        from slam_asr.models.precision import explain_precision, pick_device
-
         how = explain_precision(precision, pick_device())
         return f"models: {self.trained.encoder.name} + projector + {self.trained.llm.name}; {how}"
 
-    def prompt(self) -> "Prompt":
+    def prompt(self) -> Prompt:
         """Load the tokenizer and tokenise the prompt."""
-        from slam_asr.models.llm import load_tokenizer
-        from slam_asr.models.prompt import Prompt
-
         options = self.trained.llm
         return Prompt(load_tokenizer(self.llm_folder, options.trust_remote_code), options)
 
     def positions(self, span: int) -> int:
         """Return the number of LLM positions for audio that is `span` encoder frames long."""
-        from slam_asr.models.projector import positions_of
-
         return positions_of(self.trained.projector, span)
 
     def require_capacity(
@@ -74,8 +73,6 @@ class Model:
         Raises:
             ConfigurationError: the longest utterance does not fit; the message names it.
         """
-        from slam_asr.models.llm import llm_positions
-
         # Beyond the limit, learnt position embeddings do not exist, and rotary ones were never trained.
         limit = llm_positions(self.llm_folder, self.trained.llm.trust_remote_code)
         longest = max(range(len(positions)), key=positions.__getitem__)
@@ -87,7 +84,7 @@ class Model:
                 f"({options.max_new_tokens}): lower that, or decode shorter audio."
             )
 
-    def load(self, options: Decoding, with_encoder: bool) -> "Slam":
+    def load(self, options: Decoding, with_encoder: bool) -> Slam:
         """Load projector and LLM, including trained adapters, on this machine's device, in evaluation mode.
 
         Args:
@@ -99,11 +96,6 @@ class Model:
             ModelError: weights are missing or damaged, or do not fit; or the model needs a CTC head to find
                 blanks, and has none.
         """
-        from slam_asr.models.ctc import BlankFilter
-        from slam_asr.models.llm import add_lora, load_llm
-        from slam_asr.models.precision import DTYPES, encoder_precision, pick_device
-        from slam_asr.models.slam import Slam
-
         self.require_ctc_head(options)
         device, precision = pick_device(), options.precision
         projector = model_folder.read_projector(self.folder, self.config)
@@ -122,7 +114,7 @@ class Model:
         computed = encoder_precision(needed, on_gpu=device.type == "cuda")
         # Decoding from a feature store needs no encoder. That of Whisper large would take 1.3 GB in bf16.
         encoder = self.spec.load(DTYPES[computed], device) if with_encoder else None
-        cast("nn.Module", llm).to(device)  # transformers wraps `to` in a way that hides its signature
+        cast(nn.Module, llm).to(device)  # transformers wraps `to` in a way that hides its signature
         slam = Slam(projector.to(device, DTYPES[precision]), llm, encoder, feature_dtype)
         threshold = self.trained.projector.drop_blanks
         if options.ctc_weight or threshold:
@@ -151,14 +143,8 @@ class Model:
                 "0, or train a model with projector.ctc_weight."
             )
 
-    def _speller(self, slam: "Slam", device: "torch.device") -> "Speller":
+    def _speller(self, slam: Slam, device: torch.device) -> Speller:
         """Build what the search needs for CTC's scores from the recorded head and the LLM's embeddings."""
-        import torch
-
-        from slam_asr.models.ctc import CtcHead, Speller
-        from slam_asr.models.ctc_vocabulary import CtcVocabulary
-        from slam_asr.models.llm import load_tokenizer
-
         record, layer = self.config.training[model_folder.CTC_HEAD], slam.llm.get_input_embeddings()
         with torch.no_grad():
             # The layer is called, because some LLMs (Gemma) scale embeddings inside it.
@@ -185,11 +171,6 @@ def open_model(name: str, recipe: Recipe | None = None) -> Model:
             For a shipped model, other weights of the same width are allowed.
         UserError: the model does not exist.
     """
-    from slam_asr.models.encoders.registry import describe_encoder
-    from slam_asr.models.llm import describe_llm, llm_width
-    from slam_asr.pretrained.model_files import weights_sha256
-    from slam_asr.pretrained.weight_checks import require_sound_files
-
     folder = model_folder.fetch_model(name)
     config = model_folder.read_config(folder)
     trained = with_base_models_of(config.typed_recipe, recipe)
@@ -222,8 +203,6 @@ def _base_folder(own: Path, key: str, located: Recipe, trained: Recipe, model: s
         ConfigurationError: `located` names another base model, although the model has its own.
         ModelError: no source has the base model.
     """
-    from slam_asr.pretrained.locate import locate_base_model
-
     name = value_of(located, key)
     if own.is_dir():
         if name != value_of(trained, key):

@@ -15,8 +15,6 @@ from slam_asr.artifacts.stage_record import Outcome, Record, result_folder, run_
 from slam_asr.artifacts.utterances import load_utterance, manifest_files
 from slam_asr.artifacts.word_errors import measure
 from slam_asr.config.recipe import Decoding, Encoder, Llm, Recipe
-from slam_asr.decoding.decoder import Decoder, decode_on_several
-from slam_asr.decoding.model import open_model
 from slam_asr.progress import Meter, log_line
 from slam_asr.runtime.work_split import WorkShard, parse_work_shard
 from slam_asr.scoring.report import MAX_UTTERANCES
@@ -24,6 +22,7 @@ from slam_asr.scoring.report_audio import encode_audio, worst_first, write_audio
 from slam_asr.storage import digest, fetch, is_s3, name_of, sha256_of_file
 
 if TYPE_CHECKING:
+    from slam_asr.decoding.decoder import Decoder
     from slam_asr.decoding.journal import DecodeJournal
     from slam_asr.models.searcher import Answer
 
@@ -64,7 +63,9 @@ def decode(
             leaves too few LLM positions for its answer.
         UserError: the model or a base model does not exist, or the features come from another encoder.
     """
+    from slam_asr.decoding.decoder import Decoder
     from slam_asr.decoding.journal import DecodeJournal
+    from slam_asr.decoding.model import open_model
     from slam_asr.models.precision import explain_precision, pick_device, processes_here
 
     shard = parse_work_shard(work_shard)
@@ -119,7 +120,7 @@ def recipe_for_model(recipe: Recipe, model: str) -> Recipe:
     return replace(recipe, encoder=encoder, llm=replace(recipe.llm, name=place(recipe.llm, trained.llm)))
 
 
-def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
+def _inputs(decoder: "Decoder", shard: WorkShard) -> dict[str, Any]:
     """Return everything that determines the transcripts, for the fingerprint."""
     return {
         "model": model_digests(decoder.model.folder),
@@ -132,13 +133,15 @@ def _inputs(decoder: Decoder, shard: WorkShard) -> dict[str, Any]:
 
 
 def _decode(
-    decoder: Decoder, shard: WorkShard, journal: "DecodeJournal", processes: int
+    decoder: "Decoder", shard: WorkShard, journal: "DecodeJournal", processes: int
 ) -> tuple[list[Decoded], dict[str, Any]]:
     """Transcribe a work shard's utterances, except those in the journal.
 
     Returns:
         Hypothesis and answer of each utterance, and facts for the record: counts, hours and seconds.
     """
+    from slam_asr.decoding.decoder import decode_on_several
+
     # Batches are planned over all utterances, so they do not depend on the number of work shards and
     # processes. Nor do an utterance's rounding errors, which depend on the other utterances in its batch.
     batches = [batch for number, batch in enumerate(decoder.batches) if shard.takes(number)]
@@ -188,7 +191,7 @@ def _hypothesis(u: Utterance, a: "Answer") -> Hypothesis:
     return Hypothesis(u.key, u.target, a.text, u.subset, u.speaker, u.duration or 0.0, a.cut, u.language)
 
 
-def _hours(decoder: Decoder, indices: Sequence[int]) -> float:
+def _hours(decoder: "Decoder", indices: Sequence[int]) -> float:
     return sum(decoder.utterances[i].duration or 0.0 for i in indices) / 3600
 
 

@@ -1,7 +1,7 @@
 """The stage `train`: checks everything that can be checked without loading weights, then starts torchrun."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from slam_asr.config.recipe import Recipe, dump_recipe
 from slam_asr.progress import clock
 from slam_asr.runtime.worker import FAILURE
 from slam_asr.storage import is_s3, join, require_writable, write_atomically, write_bytes, write_json
-from slam_asr.training.job import FACTS, TrainingJob
+from slam_asr.training.job import FACTS
 
 if TYPE_CHECKING:
     from slam_asr.training.inputs import CheckedInputs
@@ -47,31 +47,25 @@ def train(
     from slam_asr.training.launch import require_same_training, train_as_worker_node
 
     checked = check_inputs(recipe, train_manifest, dev_manifest, feature_store)
+    inputs = checked.job.inputs
     # Worker nodes need this folder, too, but do not call `run_stage`.
-    published = result_folder(output, checked.inputs)
+    published = result_folder(output, inputs)
 
     def train_here(folder: Path) -> None:
-        _train_in(folder, recipe, checked, train_manifest, dev_manifest, published)
+        _train_in(folder, recipe, checked, published)
 
     def work(folder: Path) -> Outcome:
-        require_same_training(join(published, CHECKPOINTS), checked.inputs, overwrite)
+        require_same_training(join(published, CHECKPOINTS), inputs, overwrite)
         train_here(folder)
         return _outcome(folder, recipe, checked)
 
     # Only the first node runs the stage, because only one machine may write its record.
     if not checked.nodes.is_coordinator:
-        return train_as_worker_node(published, checked.inputs, checked.nodes, train_here, overwrite)
-    return run_stage("train", output, checked.inputs, work, overwrite)
+        return train_as_worker_node(published, inputs, checked.nodes, train_here, overwrite)
+    return run_stage("train", output, inputs, work, overwrite)
 
 
-def _train_in(
-    folder: Path,
-    recipe: Recipe,
-    checked: "CheckedInputs",
-    train_manifest: str,
-    dev_manifest: str | None,
-    published: str,
-) -> None:
+def _train_in(folder: Path, recipe: Recipe, checked: "CheckedInputs", published: str) -> None:
     """Train on this machine, with results in a local folder."""
     from slam_asr.artifacts.utterances import save_rows
     from slam_asr.planning.memory_fit import require_fit
@@ -80,7 +74,7 @@ def _train_in(
     from slam_asr.runtime.machine import machine_of
     from slam_asr.training.launch import launch_training
 
-    llm = read_model_config(checked.llm_folder, "LLM", recipe.llm.trust_remote_code)
+    llm = read_model_config(Path(checked.job.llm_folder), "LLM", recipe.llm.trust_remote_code)
     shapes = Shapes(recipe, checked.encoder, llm, [])
     machine = machine_of(checked.device, checked.processes, checked.nodes.number)
     # Each machine writes its own share of a checkpoint, and may have other rights than the first one.
@@ -94,22 +88,9 @@ def _train_in(
         # Checkpoints are uploaded during the training, but most other results only at its end. With this
         # file, a checkpoint can be converted before then.
         write_bytes(join(published, "recipe.yaml"), dump_recipe(recipe))
-    job = TrainingJob(
-        recipe=dump_recipe(recipe),
-        train_manifest=train_manifest,
-        dev_manifest=dev_manifest,
-        feature_store=checked.feature_store,
-        llm_folder=str(checked.llm_folder),
-        encoder_parameters=checked.encoder.count_parameters(),
-        folder=str(folder),
-        published=published,
-        rows={name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()},
-        init_from=str(checked.init_from) if checked.init_from else None,
-        init_adapter=checked.init_adapter,
-        ctc_tokens=checked.ctc_tokens,
-        ctc_sharpness=checked.ctc_sharpness,
-        inputs=checked.inputs,
-    )
+    rows = {name: save_rows(folder / f"rows-{name}.npy", us) for name, us in checked.fitting.items()}
+    job = replace(checked.job, folder=str(folder), published=published, rows=rows)
+    job.encoder_parameters = checked.encoder.count_parameters()
     write_json(folder / "job.json", asdict(job))
     launch_training(checked.processes, folder, checked.nodes, join(published, CHECKPOINTS))
 

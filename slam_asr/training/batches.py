@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,25 +16,9 @@ from slam_asr.models.answer_loss import IGNORED
 from slam_asr.models.batch import Batch, Row, collate, pack
 from slam_asr.models.ctc import CtcBatch
 from slam_asr.models.ctc_vocabulary import CtcVocabulary
+from slam_asr.models.encoders.frontend import Prepared
 from slam_asr.models.projector import positions_of
 from slam_asr.models.prompt import Prompt, TokenizedPrompt
-
-
-@dataclass
-class PromptedTarget:
-    """The transcript of an utterance together with one of the prompts, as token ids."""
-
-    before: list[int]
-    """The prompt's token ids before the audio."""
-    after: list[int]
-    """The prompt's token ids between the audio and the answer."""
-    answer: list[int]
-    """Token ids of the transcript and of the token that ends it. The loss is computed on these tokens."""
-
-    @property
-    def positions(self) -> int:
-        """Number of LLM positions that the prompt and the answer take, without the audio."""
-        return len(self.before) + len(self.after) + len(self.answer)
 
 
 class Examples:
@@ -80,17 +63,17 @@ class Examples:
         for index, utterance in enumerate(utterances):
             audio_ids += bytes.fromhex(utterance.audio_id)
             samples.append(samples_of(utterance))
-            prompted = [self.prompted(utterance, p) for p in prompts]
+            texts = [self.text(utterance, p) for p in prompts]
             self.audio_positions[index] = positions_of(projector, reader.span(utterance))
-            self.target_counts[index] = [len(p.answer) for p in prompted]
-            longest = max(prompted, key=lambda p: p.positions)
-            self.positions.append(int(self.audio_positions[index]) + longest.positions)
+            self.target_counts[index] = [len(answer) for _, _, answer in texts]
+            before, after, answer = max(texts, key=lambda text: sum(map(len, text)))
+            self.positions.append(int(self.audio_positions[index]) + len(before) + len(after) + len(answer))
             self.hours += (utterance.duration or 0.0) / 3600
             if limit is not None and self.positions[-1] > limit:
                 raise InputError(
                     f"Utterance {utterance.key} needs {self.positions[-1]} LLM positions (audio "
-                    f"{self.audio_positions[index]}, prompt {len(longest.before) + len(longest.after)}, "
-                    f"answer {len(longest.answer)}) but the LLM holds {limit}: lower data.max_duration and "
+                    f"{self.audio_positions[index]}, prompt {len(before) + len(after)}, "
+                    f"answer {len(answer)}) but the LLM holds {limit}: lower data.max_duration and "
                     "build the manifest again, which leaves such utterances out, or shorten the prompt."
                 )
         rows = np.frombuffer(bytes(audio_ids), np.uint8).reshape(-1, 32)
@@ -103,9 +86,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def prompted(self, utterance: Utterance, prompt: TokenizedPrompt) -> PromptedTarget:
-        """Tokenise an utterance's text with one of the prompts."""
-        return PromptedTarget(prompt.before, *self.recipe_prompts.with_answer(prompt, utterance.target))
+    def text(self, utterance: Utterance, prompt: TokenizedPrompt) -> tuple[list[int], list[int], list[int]]:
+        """Tokenise an utterance's text with one of the prompts.
+
+        Returns:
+            Token ids of the prompt before the audio, of the prompt after it, and of the answer: the
+            transcript and the token that ends it. The loss is computed on the answer.
+        """
+        return prompt.before, *self.recipe_prompts.with_answer(prompt, utterance.target)
 
 
 def _canonical_numbers(numbers: np.ndarray, audio_ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -170,7 +158,8 @@ class BatchReader:
         positions = [int(self.examples.audio_positions[i]) for i in indices or [0]]
         # The pool reads several utterances at once, and yields them in order; `map` reads one after another.
         # Threads suffice, because the GIL is released while libsndfile decodes.
-        audio = (self._pool.map if self._pool else map)(self.reader.read, utterances)
+        read: Callable[[Utterance], torch.Tensor | Prepared] = self.reader.read
+        audio = (self._pool.map if self._pool else map)(read, utterances)
         spelled = None
         if self.vocabulary is not None:
             spelled = [torch.tensor(self._spelled(i)).long() for i in indices]
@@ -180,8 +169,7 @@ class BatchReader:
         rows = []
         for utterance, features, length in zip(utterances, audio, positions, strict=True):
             prompt = self.examples.prompts[self.draw(epoch, utterance.key)]
-            text = self.examples.prompted(utterance, prompt)
-            rows.append(Row(features, length, text.before, text.after, text.answer))
+            rows.append(Row(features, length, *self.examples.text(utterance, prompt)))
         batch = pack(rows) if self.packs else collate(rows)
         batch.spelled = spelled
         if not indices:

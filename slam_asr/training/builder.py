@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from slam_asr.artifacts.checkpoint import BEGINNING
-from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader, StoreReader
+from slam_asr.artifacts.feature_store.reader import AudioReader, FeatureReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import read_rows
@@ -171,4 +171,4 @@ def _source(
         return AudioReader(spec, recipe.features)
     audio_ids = [u.audio_id for utterances in manifests for u in utterances]
     options = recipe.features
-    return StoreReader(FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes))
+    return FeatureStore(store, spec.fingerprint(), options.dtype, audio_ids, options.cache_bytes)

@@ -17,7 +17,7 @@ from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance, read_manifest
 from slam_asr.artifacts.utterances import fit_to_window
-from slam_asr.config.recipe import Recipe, settings_that_affect_weights
+from slam_asr.config.recipe import Recipe, dump_recipe, settings_that_affect_weights
 from slam_asr.errors import ConfigurationError, InputError
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
@@ -29,6 +29,7 @@ from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.progress import log_line
 from slam_asr.storage import digest, fetch, join, sha256_of_file
 from slam_asr.training.beginning import tokens_for_ctc
+from slam_asr.training.job import TrainingJob
 from slam_asr.training.kernels import require_kernels
 from slam_asr.training.launch import Nodes, nodes_from_environment
 from slam_asr.training.trackers import require_trackers
@@ -44,35 +45,15 @@ class CheckedInputs:
     processes: int
     """Training processes on this machine."""
     encoder: EncoderSpec
-    llm_folder: Path
     prompt: Prompt
     utterances: Mapping[str, Sequence[Utterance]]
     """All utterances, by set (`train`, `dev`)."""
     fitting: Mapping[str, Sequence[Utterance]]
     """The utterances that training uses, by set: those that `encoder.long_audio` does not skip."""
-    feature_store: str | None
-    """Path of the feature store; None if audio is encoded on the fly."""
-    init_from: Path | None
-    """Local folder of the model whose projector the training starts from."""
-    ctc_tokens: list[int]
-    """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
     base: dict[str, Any]
     """`encoder_fingerprint`, and `llm_sha256`: the digest of the LLM's weights."""
-    inputs: dict[str, Any]
-    """Everything that changes the trained weights by more than rounding errors."""
-
-    @property
-    def init_adapter(self) -> bool:
-        """Whether the training also starts from the adapter of the model in `init_from`."""
-        return "init_adapter" in self.inputs
-
-    @property
-    def ctc_sharpness(self) -> float | None:
-        """Sharpness of the initial model's CTC head; None without such a head."""
-        if self.init_from is None:
-            return None
-        head = model_folder.read_config(self.init_from).training.get(model_folder.CTC_HEAD)
-        return head and head["sharpness"]
+    job: TrainingJob
+    """What the training processes need, except for the folders of results."""
 
     @property
     def hours(self) -> float:
@@ -111,7 +92,7 @@ def check_inputs(
     features = feature_store and require_features(feature_store, fingerprint, recipe, fitting.values())
     # Digests of contents, not names: a resumed training may find its models in another folder.
     base = {"encoder_fingerprint": fingerprint, "llm_sha256": weights_sha256(llm_folder)}
-    init_from, initial_digests = _check_initial_model(recipe, encoder, llm_folder, base)
+    init_from, initial_digests, sharpness = _check_initial_model(recipe, encoder, llm_folder, base)
     inputs: dict[str, Any] = {
         "manifests": {name: sha256_of_file(fetch(path)) for name, path in manifests.items()},
         "features": features,
@@ -125,26 +106,23 @@ def check_inputs(
     if recipe.training.utterances_per_batch:
         # With this option the size of a step depends on the number of processes.
         inputs["processes"] = nodes.number * processes
-    return CheckedInputs(
-        device=device,
-        nodes=nodes,
-        processes=processes,
-        encoder=encoder,
-        llm_folder=llm_folder,
-        prompt=prompt,
-        utterances=utterances,
-        fitting=fitting,
+    job = TrainingJob(
+        recipe=dump_recipe(recipe),
+        train_manifest=train_manifest,
+        dev_manifest=dev_manifest,
         feature_store=feature_store,
-        init_from=init_from,
+        llm_folder=str(llm_folder),
+        init_from=str(init_from) if init_from else None,
         ctc_tokens=ctc_tokens,
-        base=base,
+        ctc_sharpness=sharpness,
         inputs=inputs,
     )
+    return CheckedInputs(device, nodes, processes, encoder, prompt, utterances, fitting, base, job)
 
 
 def _check_initial_model(
     recipe: Recipe, encoder: EncoderSpec, llm_folder: Path, base: dict[str, Any]
-) -> tuple[Path | None, dict[str, str]]:
+) -> tuple[Path | None, dict[str, str], float | None]:
     """Fetch and check the model that `projector.init_from` names, if any.
 
     A warning is logged if its projector was trained with another encoder or LLM.
@@ -156,15 +134,16 @@ def _check_initial_model(
         base: `encoder_fingerprint` and `llm_sha256` of this training run.
 
     Returns:
-        The model's local folder, or None; and the SHA-256 of the weights to start from, keyed by `init_from`
-        for the projector and by `init_adapter` for the adapter.
+        The model's local folder, or None; the SHA-256 of the weights to start from, keyed by `init_from` for
+        the projector and by `init_adapter` for the adapter; and the sharpness of the model's CTC head, or
+        None.
 
     Raises:
         UserError: the model does not exist, or its projector or adapter does not fit the recipe's.
     """
     name = recipe.projector.init_from
     if not name:
-        return None, {}
+        return None, {}, None
     folder = model_folder.fetch_model(name)
     config = model_folder.read_config(folder)
     # Called only for its checks: each training process builds the projector itself.
@@ -185,7 +164,8 @@ def _check_initial_model(
     digests = {"init_from": sha256_of_file(folder / model_folder.WEIGHTS)}
     if _starts_from_adapter(recipe, folder):
         digests["init_adapter"] = sha256_of_file(model_folder.adapter_file(folder / model_folder.ADAPTER))
-    return folder, digests
+    head = config.training.get(model_folder.CTC_HEAD)
+    return folder, digests, head and head["sharpness"]
 
 
 def _starts_from_adapter(recipe: Recipe, folder: Path) -> bool:

@@ -19,11 +19,11 @@ class TrainingJob:
     feature_store: str | None
     """None if audio is encoded on the fly."""
     llm_folder: str
-    encoder_parameters: int
+    encoder_parameters: int = 0
     """Number of the encoder's parameters, for the report."""
-    folder: str
+    folder: str = ""
     """Local folder for results."""
-    published: str
+    published: str = ""
     """The stage's output folder, perhaps in object storage.
 
     During the training, checkpoints are written there. If the folder is in object storage, the recipe is
@@ -35,11 +35,10 @@ class TrainingJob:
     the encoder's window; None if all fit."""
     init_from: str | None = None
     """Local folder of the model whose projector the training starts from."""
-    init_adapter: bool = False
-    """Whether the training also starts from that model's adapter."""
     ctc_tokens: list[int] = field(default_factory=list)
     """Token ids that CTC distinguishes, the blank's first; empty if the training has no CTC loss."""
     ctc_sharpness: float | None = None
     """Sharpness of the initial model's CTC head; None without such a head."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """Everything that changes the trained weights by more than rounding errors."""
+    """Everything that changes the trained weights by more than rounding errors. It has `init_adapter` if the
+    training also starts from the adapter of the model in `init_from`."""

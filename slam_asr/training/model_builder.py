@@ -93,7 +93,7 @@ def build_initial_projector(
 
 def load_initial_adapter(job: TrainingJob, llm: PreTrainedModel) -> None:
     """Load the initial model's adapter into an LLM with adapters, if the job starts from that adapter."""
-    if job.init_from and job.init_adapter:
+    if job.init_from and "init_adapter" in job.inputs:
         # peft derives the names of an adapter's weights from the layer: `q_proj.lora_A.default.weight`.
         trained = [name for name, _ in llm.named_parameters() if ".lora_" in name]
         replace_weights(llm, read_adapter(job.init_from), str(Path(job.init_from) / ADAPTER), trained)

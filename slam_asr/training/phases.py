@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from slam_asr.artifacts.checkpoint import BEGINNING, MAIN
-from slam_asr.artifacts.feature_store.reader import StoreReader
+from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.config.recipe import Training
 from slam_asr.models.answer_loss import allows_chunks, score_in_chunks
 from slam_asr.models.ctc import AuxiliaryCtc, BlankFilter
@@ -195,7 +195,7 @@ def announce(parts: Parts) -> None:
     """Log the models, the device and the plan, before the first step of a phase."""
     recipe, options, plan, budget = parts.recipe, parts.recipe.training, parts.plan, parts.budget
     train = parts.readers["train"]
-    audio = "cached features" if isinstance(train.reader, StoreReader) else "encoded on the fly"
+    audio = "cached features" if isinstance(train.reader, FeatureStore) else "encoded on the fly"
     llm = "" if parts.in_beginning else f" + {recipe.llm.name}"
     log_line(f"models: {recipe.encoder.name} ({audio}) + {recipe.projector.kind} projector{llm}")
     total, trained = (sum(counts) for counts in zip(*parts.phase.parameters.values(), strict=True))

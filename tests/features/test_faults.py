@@ -27,7 +27,7 @@ def all_features(store, manifest) -> dict[str, torch.Tensor]:
     read = {}
     for number in sorted(shards):
         store.expect([number, number + 1] if number + 1 in shards else [number])
-        read |= {u.key: store.read(u.audio_id).clone() for u in shards[number]}
+        read |= {u.key: store.read(u).clone() for u in shards[number]}
     return read
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from slam_asr.artifacts import checkpoint
 from slam_asr.artifacts.checkpoint import BEGINNING
-from slam_asr.artifacts.feature_store.reader import StoreReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.hypotheses import read_hypotheses
 from slam_asr.artifacts.manifest import read_manifest
@@ -215,7 +214,7 @@ def test_ctcs_share_changes_hypotheses_but_batches_do_not(prepared, uninterrupte
 def test_the_trained_head_finds_blanks_among_other_positions(prepared, uninterrupted, tmp_path):
     model = open_model(convert_checkpoint(str(uninterrupted[1]), str(tmp_path / "model")).folder)
     slam = model.load(model.trained.decoding, with_encoder=False)
-    reader = StoreReader(FeatureStore(prepared[2], model.spec.fingerprint(), model.trained.features.dtype))
+    reader = FeatureStore(prepared[2], model.spec.fingerprint(), model.trained.features.dtype)
     features = [reader.read(utterance) for utterance in read_manifest(f"{prepared[1]}/train.jsonl")]
     outputs, head = slam.projector(features), slam.blank_filter.head
     # The tiny models have random weights, so no fixed threshold would divide the positions. The median does.
@@ -239,7 +238,7 @@ def test_the_loss_is_that_of_torchs_ctc_over_all_tokens_of_each_utterance(prepar
     recipe = load_recipe(prepared[0], OPTIONS | options)
     spec = describe_encoder(recipe.encoder)
     utterances = list(read_manifest(f"{prepared[1]}/train.jsonl"))
-    reader = StoreReader(FeatureStore(prepared[2], spec.fingerprint(), recipe.features.dtype))
+    reader = FeatureStore(prepared[2], spec.fingerprint(), recipe.features.dtype)
     tokenizer, llm = load_tokenizer(Path(recipe.llm.name)), load_llm(Path(recipe.llm.name), torch.float32)
     # The tokens are bytes, so every character is one token.
     texts = [tokenizer.encode(u.target, add_special_tokens=False) for u in utterances]

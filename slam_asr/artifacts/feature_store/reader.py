@@ -1,13 +1,14 @@
 """Two sources of a model's audio: a feature store, or the audio files themselves.
 
-Both readers know the length of an utterance before it is read, so that batches can be planned. They also know
-its shard, so that each shard is fetched only once per epoch. Both return what `Slam` takes as input. With
-`AudioReader`, the encoder runs as part of the model, and utterances are grouped into the shards that a store
-of the same manifest would have. Training therefore takes utterances in the same order with either reader.
+`FeatureStore` and `AudioReader` have the same methods. Both know the length of an utterance before it is
+read, so that batches can be planned. They also know its shard, so that each shard is fetched only once per
+epoch. Both return what `Slam` takes as input. With `AudioReader`, the encoder runs as part of the model, and
+utterances are grouped into the shards that a store of the same manifest would have. Training therefore takes
+utterances in the same order with either reader.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
@@ -17,67 +18,10 @@ from slam_asr.artifacts.utterances import load_utterance, samples_of
 from slam_asr.models.feature_dtype import bytes_per_frame
 
 if TYPE_CHECKING:
-    import torch
-
     from slam_asr.artifacts.feature_store.store import FeatureStore
     from slam_asr.config.recipe import Features
     from slam_asr.models.encoders.base import EncoderSpec
     from slam_asr.models.encoders.frontend import Prepared
-
-
-class FeatureReader(Protocol):
-    """A source of the model's audio, for training and decoding."""
-
-    def span(self, utterance: Utterance) -> int:
-        """Return the length in encoder frames, from which the number of LLM positions is computed."""
-
-    def read(self, utterance: Utterance) -> "torch.Tensor | Prepared":
-        """Return the encoder's output [frames, width] in the store's dtype, or the encoder's input."""
-
-    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Return the number of the shard that contains each utterance.
-
-        Args:
-            audio_ids: uint8 [utterances, 32], the audio ids as bytes.
-            samples: int [utterances], lengths in samples at 16 kHz.
-
-        Returns:
-            int32 [utterances].
-        """
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """Prepare to read these shards, which are needed now or next. All others may be released."""
-
-
-class StoreReader:
-    """Reads features from a store."""
-
-    def __init__(self, store: "FeatureStore") -> None:
-        self.store = store
-
-    def span(self, utterance: Utterance) -> int:
-        """Return the length in encoder frames."""
-        return self.store.span(utterance.audio_id)
-
-    def read(self, utterance: Utterance) -> "torch.Tensor":
-        """Return the encoder's output [frames, width] in the store's dtype; fp8 is dequantized to bf16."""
-        return self.store.read(utterance.audio_id)
-
-    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Return the number of the shard that contains each utterance's features.
-
-        Args:
-            audio_ids: uint8 [utterances, 32]; the store must have features of all of them.
-            samples: ignored, because the index names the shard of each utterance.
-
-        Returns:
-            int32 [utterances].
-        """
-        return self.store.index.columns["shard"][self.store.index.locate(audio_ids)]
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """Prefetch these shards if the store is in object storage; release all others."""
-        self.store.expect(shards)
 
 
 class AudioReader:
@@ -122,3 +66,7 @@ class AudioReader:
 
     def expect(self, shards: Iterable[int]) -> None:
         """Do nothing, because audio files are not prefetched."""
+
+
+FeatureReader = Union["FeatureStore", "AudioReader"]
+"""A source of the model's audio, for training and decoding."""

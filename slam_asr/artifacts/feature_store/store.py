@@ -13,6 +13,7 @@ import torch
 
 from slam_asr.artifacts.feature_store.index import to_array
 from slam_asr.artifacts.feature_store.namespace import checksum, find_namespace
+from slam_asr.artifacts.manifest import Utterance
 from slam_asr.errors import InputError, StorageError
 from slam_asr.models.feature_dtype import DTYPES, QuantizedFrames, dequantize
 from slam_asr.storage import is_s3, local_path, parent_of
@@ -104,16 +105,28 @@ class FeatureStore:
             )
         return position
 
-    def span(self, audio_id: str) -> int:
-        """Return the length of this audio in encoder frames.
+    def span(self, utterance: Utterance) -> int:
+        """Return the length of this utterance in encoder frames.
 
         Raises:
             InputError: the store has no features of this audio.
         """
-        return int(self.index.columns["span"][self.find(audio_id)])
+        return int(self.index.columns["span"][self.find(utterance.audio_id)])
 
-    def read(self, audio_id: str) -> torch.Tensor:
-        """Read the features of this audio.
+    def shards_of(self, audio_ids: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Return the number of the shard that contains each utterance's features.
+
+        Args:
+            audio_ids: uint8 [utterances, 32], the audio ids as bytes; the store must have features of all.
+            samples: ignored, because the index names the shard of each utterance.
+
+        Returns:
+            int32 [utterances].
+        """
+        return self.index.columns["shard"][self.index.locate(audio_ids)]
+
+    def read(self, utterance: Utterance) -> torch.Tensor:
+        """Read the features of this utterance.
 
         Returns:
             [frames, width] on the CPU in the store's dtype; fp8 is dequantized to bf16. It may be a view of
@@ -123,6 +136,7 @@ class FeatureStore:
             InputError: the store has no features of this audio, or they are damaged.
             StorageError: the shard's file or object storage cannot be read.
         """
+        audio_id = utterance.audio_id
         position = self.find(audio_id)
         entry = self.index.entry(position)
         size = entry.frames * self.index.width * DTYPES[self.dtype].itemsize

@@ -1,12 +1,13 @@
 """The configuration that joins a speech encoder, a projector and an LLM. It needs only transformers."""
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 
 class SlamAsrConfig(PreTrainedConfig):
-    """The configuration of the joined model.
+    """The configuration of the joined model. transformers makes its subclasses dataclasses.
 
     Args:
         encoder_name: the encoder's name on the hub, or its folder; None if it is in the subfolder `encoder`.
@@ -31,31 +32,19 @@ class SlamAsrConfig(PreTrainedConfig):
 
     model_type = "slam_asr"
 
-    def __init__(  # noqa: PLR0913 (each parameter is a key of the file)
-        self,
-        encoder_name: str | None = None,
-        llm_name: str | None = None,
-        encoder_dtype: str = "float32",
-        encoder_width: int = 0,
-        llm_width: int = 0,
-        projector: dict[str, Any] | None = None,
-        frames: str = "all",
-        long_audio: str = "cut",
-        feature_dtype: str = "fp32",
-        lora_scale: float | None = None,
-        audio_token_id: int = 0,
-        drop_blanks: float = 0.0,
-        ctc_tokens: list[int] | None = None,
-        ctc_sharpness: float = 1.0,
-        ctc_first_tokens: list[int] | None = None,
-        ctc_weight: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        self.encoder_name, self.llm_name, self.encoder_dtype = encoder_name, llm_name, encoder_dtype
-        self.encoder_width, self.llm_width = encoder_width, llm_width
-        self.projector = projector or {}
-        self.frames, self.long_audio, self.feature_dtype = frames, long_audio, feature_dtype
-        self.lora_scale, self.audio_token_id = lora_scale, audio_token_id
-        self.drop_blanks, self.ctc_tokens, self.ctc_sharpness = drop_blanks, ctc_tokens or [], ctc_sharpness
-        self.ctc_first_tokens, self.ctc_weight = ctc_first_tokens or [], ctc_weight
-        super().__init__(**kwargs)
+    encoder_name: str | None = None
+    llm_name: str | None = None
+    encoder_dtype: str = "float32"
+    encoder_width: int = 0
+    llm_width: int = 0
+    projector: dict[str, Any] = field(default_factory=dict)
+    frames: str = "all"
+    long_audio: str = "cut"
+    feature_dtype: str = "fp32"
+    lora_scale: float | None = None
+    audio_token_id: int = 0
+    drop_blanks: float = 0.0
+    ctc_tokens: list[int] = field(default_factory=list)
+    ctc_sharpness: float = 1.0
+    ctc_first_tokens: list[int] = field(default_factory=list)
+    ctc_weight: float = 0.0

@@ -81,7 +81,7 @@ class EncoderSpec(ABC):
         """
         require_weights(AutoModel, self.folder, "encoder")
 
-    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+    def encoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the part of the checkpoint's model that encodes speech."""
         return model
 
@@ -123,11 +123,6 @@ class SpeechEncoder(nn.Module, ABC):
         self.prepare = spec.preparer()
         """Function from a waveform [samples] at 16 kHz in float32 to an input of `forward`."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations."""
-        return next(self.model.parameters()).dtype
-
     @abstractmethod
     def forward(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Encode a batch of utterances of any lengths.
@@ -144,11 +139,6 @@ class SpeechEncoder(nn.Module, ABC):
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Call `forward` without gradients. Returns one tensor [frames, width] per utterance."""
         return self(utterances)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.model.parameters()).device
 
 
 def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:

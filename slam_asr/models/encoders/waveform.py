@@ -53,7 +53,7 @@ class WaveformSpec(EncoderSpec):
                 "fetch the model again."
             ) from error
 
-    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+    def encoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the complete model, with the augmentations of its own pretraining disabled."""
         # In training mode, transformers would mask frames and drop layers at random.
         model.config.apply_spec_augment, model.config.layerdrop = False, 0.0
@@ -97,10 +97,13 @@ class WaveformEncoder(SpeechEncoder):
         frames = [self.spec.frames_of(u.samples) for u in utterances]
         encodable = [u for u, n in zip(utterances, frames, strict=True) if n > 0]
         if not encodable:
-            return [torch.zeros(0, self.spec.width, dtype=self.dtype, device=self.device) for u in utterances]
-        lengths = torch.tensor([u.samples for u in encodable], device=self.device)
+            return [
+                torch.zeros(0, self.spec.width, dtype=self.model.dtype, device=self.model.device)
+                for u in utterances
+            ]
+        lengths = torch.tensor([u.samples for u in encodable], device=self.model.device)
         waveforms = pad_sequence([u.inputs[0] for u in encodable], batch_first=True).to(
-            self.device, self.dtype
+            self.model.device, self.model.dtype
         )
         # Without padding no mask is needed, and attention may use its faster kernels.
         mask = None

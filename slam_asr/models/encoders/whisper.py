@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -53,7 +52,7 @@ class WhisperSpec(EncoderSpec):
         total = self.windows_of(samples) * self.window_frames
         return total if self.options.frames == "all" else min(math.ceil(samples / SAMPLES_PER_FRAME), total)
 
-    def encoder_of(self, model: PreTrainedModel) -> nn.Module:
+    def encoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the encoder. The decoder is dropped."""
         return model.get_encoder()
 
@@ -89,10 +88,10 @@ class WhisperEncoder(SpeechEncoder):
         inputs = [window[None] for utterance in utterances for window in utterance.inputs]
         padded = [functional.pad(i, (0, columns - i.shape[2]), mode="replicate") for i in inputs]
         # [windows, bins, columns]
-        windows = torch.cat(padded).to(self.device, self.dtype, non_blocking=True)
+        windows = torch.cat(padded).to(self.model.device, self.model.dtype, non_blocking=True)
         # On a CPU, the activations of several windows do not fit into the caches. With eight at a time, a
         # window took 1.3 times as long as alone, with the same output.
-        at_once = 1 if self.device.type == "cpu" else len(windows)
+        at_once = 1 if self.model.device.type == "cpu" else len(windows)
         hidden = torch.cat([self.model(part).last_hidden_state for part in windows.split(at_once)])
         parts = hidden.split([len(u.inputs) for u in utterances])  # each [windows, frames, width]
         return [

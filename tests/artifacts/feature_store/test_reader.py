@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from slam_asr.artifacts.feature_store.index import to_array
-from slam_asr.artifacts.feature_store.reader import AudioReader, StoreReader
+from slam_asr.artifacts.feature_store.reader import AudioReader
 from slam_asr.artifacts.feature_store.store import FeatureStore
 from slam_asr.artifacts.manifest import Utterance
 from slam_asr.artifacts.utterances import fit_to_window, read_rows, samples_of, save_rows
@@ -67,7 +67,7 @@ def test_long_audio_is_cut_split_or_skipped(tiny_models, utterances, tmp_path, c
     assert (
         [store.index.entry(store.find(u.audio_id)).frames for u in fitting]
         == frames
-        == [store.span(u.audio_id) for u in fitting]
+        == [store.span(u) for u in fitting]
     )
 
 
@@ -76,8 +76,8 @@ def test_long_audio_is_cut_split_or_skipped(tiny_models, utterances, tmp_path, c
 def test_audio_files_give_the_same_features_as_the_store(tiny_models, utterances, tmp_path, choice, dtype):
     options = recipe(tiny_models, choice, dtype=dtype)
     write_manifest(tmp_path / "m.jsonl", utterances)
-    store = StoreReader(
-        FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    store = FeatureStore(
+        extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder
     )
     spec = describe_encoder(options.encoder)
     encoder = spec.load(torch.float32)
@@ -97,8 +97,8 @@ def test_both_readers_divide_utterances_into_the_same_shards(tiny_models, tmp_pa
         Utterance(f"k{i}", str(wav), "text", 0.3, 16000, sha256_of_file(wav)) for i, wav in enumerate(files)
     ]
     write_manifest(tmp_path / "m.jsonl", many)
-    store = StoreReader(
-        FeatureStore(extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder)
+    store = FeatureStore(
+        extract_features(options, [str(tmp_path / "m.jsonl")], str(tmp_path / "store")).folder
     )
     audio_ids, samples = to_array([u.audio_id for u in many]), np.full(25, 4800)
     groups = []

@@ -17,6 +17,7 @@ from slam_asr.artifacts.manifest import Utterance
 from slam_asr.errors import UserError
 from slam_asr.models.feature_dtype import QuantizedFrames, dequantize, quantize, round_trip
 from slam_asr.storage import delete, read_bytes, walk, write_bytes
+from tests.utterances import with_audio
 
 FINGERPRINT = {"weights_sha256": "abc", "frames": "speech", "dtype": "fp32"}
 
@@ -57,8 +58,10 @@ def test_written_features_can_be_read(root):
     publish(root, features)
     reader = FeatureStore(root, {"weights_sha256": "abc"})
     for a, tensor in features.items():
-        assert torch.equal(reader.read(a), tensor) and torch.equal(reader.read(a), tensor)
-        assert reader.span(a) == len(tensor) + 1 and reader.index.entry(reader.find(a)).frames == len(tensor)
+        utterance = with_audio(a)
+        assert torch.equal(reader.read(utterance), tensor) and torch.equal(reader.read(utterance), tensor)
+        assert reader.span(utterance) == len(tensor) + 1
+        assert reader.index.entry(reader.find(a)).frames == len(tensor)
 
 
 def test_shards_are_safetensors_that_anyone_can_read(tmp_path):
@@ -80,7 +83,7 @@ def test_several_indexes_are_merged_and_old_files_are_unchanged(root):
     after = {f.name: read_bytes(f"{root}/{f.name}") for f in walk(root)}
     assert before.items() <= after.items()
     reader = FeatureStore(root)
-    assert all(torch.equal(reader.read(a), t) for a, t in (first | second).items())
+    assert all(torch.equal(reader.read(with_audio(a)), t) for a, t in (first | second).items())
 
 
 def test_an_audio_id_in_two_indexes_counts_once(tmp_path):
@@ -97,7 +100,7 @@ def test_only_the_requested_entries_are_loaded(tmp_path):
     reader = FeatureStore(str(tmp_path), audio_ids=requested)
     assert reader.index.audio_ids() == requested
     with pytest.raises(UserError, match="lacks audio"):
-        reader.read(sorted(features)[0])
+        reader.read(with_audio(sorted(features)[0]))
 
 
 def test_an_index_finds_every_entry_and_no_other(tmp_path):
@@ -202,7 +205,7 @@ def test_a_flipped_byte_is_never_read(root):
 
 def _fails(reader, a):
     try:
-        reader.read(a)
+        reader.read(with_audio(a))
     except UserError as error:
         assert "is damaged" in str(error)
         return True
@@ -219,14 +222,14 @@ def test_the_advice_for_a_damaged_shard_names_the_store_even_if_a_folder_in_it_w
     store = FeatureStore(namespace.root)
     with pytest.raises(UserError, match=re.escape(f"`slam-asr features verify {tmp_path} --repair true`")):
         for audio_id in features:
-            store.read(audio_id)
+            store.read(with_audio(audio_id))
 
 
 def test_without_space_on_local_disk_utterances_are_read_one_by_one(bucket, monkeypatch):
     features = some_features()
     publish("s3://bucket/f", features)
     reader = FeatureStore("s3://bucket/f", cache_bytes=10)
-    assert all(torch.equal(reader.read(a), t) for a, t in features.items())
+    assert all(torch.equal(reader.read(with_audio(a)), t) for a, t in features.items())
     assert not [f for f in walk(str(reader._cache.folder)) if not f.name.startswith(".")]
 
 
@@ -250,7 +253,7 @@ def test_only_expected_shards_are_mapped(root):
     for number in range(6):
         reader.expect([number])
         retained |= {
-            a: (reader.read(a), t)
+            a: (reader.read(with_audio(a)), t)
             for features in shards
             for a, t in features.items()
             if reader.index.entry(reader.find(a)).shard == number
@@ -268,7 +271,7 @@ def test_features_are_read_to_the_precision_of_their_dtype(tmp_path, dtype):
     )
     frames[7] = 0
     publish(tmp_path, {audio_id_of(dtype): frames}, fingerprint=FINGERPRINT | {"dtype": dtype})
-    read = FeatureStore(str(tmp_path)).read(audio_id_of(dtype))
+    read = FeatureStore(str(tmp_path)).read(with_audio(audio_id_of(dtype)))
     assert torch.equal(read, round_trip(frames, dtype)) and torch.isfinite(read.float()).all()
     # Rounding changes a value by at most half of its mantissa's last bit. In fp8, values far below the
     # frame's largest one have fewer bits, so the limit for the largest one applies to the complete frame.
