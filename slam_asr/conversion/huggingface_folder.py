@@ -25,6 +25,8 @@ from slam_asr.conversion.parts import Parts
 from slam_asr.conversion.tuned import write_trained_encoder, write_trained_llm
 from slam_asr.errors import ConfigurationError, ModelError
 from slam_asr.generation import ctc_prefix
+from slam_asr.models import feature_dtype, projector
+from slam_asr.models.encoders import waveform_batch
 from slam_asr.models.encoders.base import EncoderSpec
 from slam_asr.models.encoders.registry import describe_encoder
 from slam_asr.models.encoders.waveform import WaveformSpec
@@ -41,9 +43,12 @@ from slam_asr.pretrained.model_files import weight_files
 from slam_asr.progress import log_line
 from slam_asr.storage import local_path, write_atomically
 
+_SHARED = (ctc_prefix, feature_dtype, projector, waveform_batch)
+"""Modules that need only torch and transformers. Folders get copies of them, to write no code twice. In
+`huggingface/`, files with the copies' names stand in for them."""
 SOURCES = {
     **{source.name: source for source in (Path(__file__).parent / "huggingface").glob("*_slam_asr.py")},
-    "ctc_prefix_slam_asr.py": Path(ctc_prefix.__file__),
+    **{f"{module.__name__.rpartition('.')[2]}_slam_asr.py": Path(str(module.__file__)) for module in _SHARED},
 }
 """The files of code that a folder gets, by their names in it."""
 AUTO_MAP = {

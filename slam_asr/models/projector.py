@@ -1,20 +1,33 @@
 """The projectors: trained modules that turn encoder frames into LLM positions.
 
-All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded.
+All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded. This file
+needs only torch and transformers: folders for transformers contain a copy of it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from slam_asr.config.recipe import Projector
+
+class Sizes(Protocol):
+    """Kind and sizes of a projector, as in the recipe's section `projector`."""
+
+    downsampling: int
+    hidden: int
+    queries: int
+    layers: int
+
+    @property
+    def kind(self) -> str:
+        """One of `PROJECTORS`."""
 
 
-def positions_of(options: Projector, span: int) -> int:
+def positions_of(options: Sizes, span: int) -> int:
     """Return the number of LLM positions that an utterance takes; `span` is from `EncoderSpec.span_of`."""
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
@@ -57,7 +70,7 @@ class LinearProjector(SpeechProjector):
     k = 5 and hidden width 2048 (Ma et al., 2024, arXiv:2402.08846).
     """
 
-    def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         self.downsampling = options.downsampling
         self.linear1 = nn.Linear(options.downsampling * encoder_width, options.hidden)
@@ -75,7 +88,7 @@ class ConvolutionProjector(SpeechProjector):
     SLAM-LLM calls it EncoderProjectorCov1d; `cov1d` is SLAM-LLM's spelling.
     """
 
-    def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         self.downsampling = k = options.downsampling
         self.conv1d = nn.Conv1d(encoder_width, encoder_width, k, stride=k)
@@ -103,7 +116,7 @@ class QFormerProjector(SpeechProjector):
     active in training. Each query gives one position, however long the utterance is.
     """
 
-    def __init__(self, options: Projector, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -126,7 +139,7 @@ class QFormerProjector(SpeechProjector):
         return list(self.norm(self.linear(attended.last_hidden_state)))
 
 
-PROJECTORS: dict[str, Callable[[Projector, int, int], SpeechProjector]] = {
+PROJECTORS: dict[str, Callable[[Sizes, int, int], SpeechProjector]] = {
     "linear": LinearProjector,
     "cov1d-linear": ConvolutionProjector,
     "q-former": QFormerProjector,
@@ -148,7 +161,7 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
     return torch.cat(groups), counts
 
 
-def build_projector(options: Projector, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
+def build_projector(options: Sizes, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
     """Build a projector in float32, with random weights that depend only on the seed."""
     # The caller's random state is restored afterwards. No GPU's state is saved (`devices=[]`), because the
     # weights are drawn on the CPU.

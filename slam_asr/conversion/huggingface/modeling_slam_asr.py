@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_slam_asr import SlamAsrConfig
 from .ctc_slam_asr import CtcPrefixProcessor, ctc_logits, require_ctc_weight, without_blanks
-from .modules_slam_asr import LoraLinear, MaskedGroupNorm, SlamAsrProjector, mask_of, round_features
+from .feature_dtype_slam_asr import round_trip
+from .projector_slam_asr import build_projector
+from .waveform_batch_slam_asr import encode_waveforms, mask_first_norm
 
 SAMPLES_PER_FRAME = 320
 """Samples per encoder frame at 16 kHz."""
@@ -61,14 +64,13 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.is_whisper = encoder.config.model_type == "whisper"
         self.encoder = encoder.get_encoder() if self.is_whisper else encoder
-        self.projector = SlamAsrProjector(config)
+        sizes = SimpleNamespace(**config.projector)
+        self.projector = build_projector(sizes, config.encoder_width, config.llm_width)
         self.llm = llm
         if not self.is_whisper:
             # In training mode, transformers would mask frames and drop layers at random.
             self.encoder.config.apply_spec_augment, self.encoder.config.layerdrop = False, 0.0
-            first = self.encoder.feature_extractor.conv_layers[0]
-            if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
-                first.layer_norm = MaskedGroupNorm(first.layer_norm)
+            mask_first_norm(self.encoder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,9 +184,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         frames = self._encode(input_features, audio_lengths.tolist())
         weight = next(self.projector.parameters())
-        rounded = [
-            round_features(f, self.config.feature_dtype).to(weight.device, weight.dtype) for f in frames
-        ]
+        rounded = [round_trip(f, self.config.feature_dtype).to(weight.device, weight.dtype) for f in frames]
         return BaseModelOutputWithPooling(pooler_output=self.projector(rounded, positions))
 
     def _encode(self, inputs: torch.Tensor, samples: list[int]) -> list[torch.Tensor]:
@@ -202,27 +202,7 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 part.flatten(0, 1)[: math.ceil(n / SAMPLES_PER_FRAME) if speech else None]
                 for part, n in zip(parts, samples, strict=True)
             ]
-        frames = [self._waveform_frames(n) for n in samples]
-        encodable = [i for i, n in enumerate(frames) if n > 0]
-        if not encodable:
-            return [inputs.new_zeros(0, self.config.encoder_width) for _ in samples]
-        lengths = torch.tensor([samples[i] for i in encodable], device=weight.device)
-        inputs = inputs[encodable, : int(lengths.max())]
-        mask = mask_of(lengths, inputs.shape[1]) if len(set(lengths.tolist())) > 1 else None
-        first = self.encoder.feature_extractor.conv_layers[0]
-        norm = getattr(first, "layer_norm", None)
-        if isinstance(norm, MaskedGroupNorm):
-            kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
-            # The output length of an unpadded convolution.
-            norm.lengths = None if mask is None else (lengths - kernel) // stride + 1
-        outputs = iter(self.encoder(inputs, attention_mask=mask).last_hidden_state)
-        return [next(outputs)[:n] if n else inputs.new_zeros(0, self.config.encoder_width) for n in frames]
-
-    def _waveform_frames(self, samples: int) -> int:
-        config = self.encoder.config
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
-        return samples
+        return encode_waveforms(self.encoder, inputs, samples)
 
     def _embed(
         self,
@@ -343,6 +323,21 @@ class SlamAsrForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with a low-rank adapter (LoRA). The adapter's output is added to the layer's."""
+
+    def __init__(self, base: nn.Module, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        (rank, inputs), outputs = lora_a.shape, len(lora_b)
+        self.lora_A, self.lora_B = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the layer's outputs for inputs of [..., width of the input]."""
+        return self.base(hidden) + self.lora_B(self.lora_A(hidden)) * self.scale
 
 
 def _as_dtype(dtype: Any) -> torch.dtype:
