@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from slam_asr import __version__  # noqa: E402 - the package need not be installed here
 from slam_asr.steps import IMAGES  # noqa: E402
+from slam_asr.version import commit_of_checkout  # noqa: E402
 
 IMAGE_LIST = ROOT / "build" / "images.yaml"
 LOADERS = {"kind": ("load", "docker-image"), "minikube": ("image", "load")}
@@ -172,7 +173,7 @@ def _build(stage: str, name: str, options: argparse.Namespace) -> None:
         "TORCH": _torch_of(stage, options),
         "BASE_IMAGE": options.base_image,
         "PIP_ARGS": options.pip_args,
-        "GIT_COMMIT": _commit(),
+        "GIT_COMMIT": commit_of_checkout(),
     }
     command = ["docker", "build", "--file", "images/Dockerfile", "--tag", name]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items() if value]
@@ -242,17 +243,6 @@ def _write_list(references: dict[str, str]) -> None:
     IMAGE_LIST.parent.mkdir(exist_ok=True)
     IMAGE_LIST.write_text("\n".join([heading, *entries, ""]), encoding="utf-8")
     print(f"wrote {IMAGE_LIST.relative_to(ROOT)}")
-
-
-def _commit() -> str:
-    """Return the checkout's commit, with a + if files differ from it; empty without git."""
-    # All tags are excluded, so that the result is a commit and never the name of a tag.
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-    return described.stdout.strip()
 
 
 def _last_line(text: str) -> str:

@@ -54,14 +54,7 @@ def compile_command(arguments: list[str]) -> int:
     )
     add_pipeline_options(parser, in_a_cluster=True)
     options, recipe = parse_with_recipe(parser, arguments, required=False)
-    cluster = load_cluster(options["cluster"])
-    request = request_from_options(options, recipe, in_a_cluster=True)
-    defaults = location_parameters(cluster, options["corpus"], options["store"], request.model)
-    defaults |= request.parameters
-    if request.recipe:
-        check_recipe(request, cluster)
-        defaults |= recipe_parameters(options["source"], request.recipe)
-    require_no_templates(defaults)
+    cluster, request, defaults = requested(options, recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"needs Kubeflow Pipelines {OLDEST_BACKEND} or later: earlier ones do not know the security context "
@@ -96,6 +89,30 @@ def add_cluster_options(parser: ArgumentParser) -> None:
         help=f"a shipped cluster profile ({', '.join(shipped_clusters())}) or a YAML file",
     )
     add_options(parser, LocationOptions)
+
+
+def requested(options: dict[str, Any], recipe: Recipe | None) -> tuple[Cluster, RunRequest, dict[str, Any]]:
+    """Check the options of a command that compiles the pipeline.
+
+    Args:
+        options: the parsed options.
+        recipe: the resolved recipe, if the command names one.
+
+    Returns:
+        The profile, what is to run, and the pipeline parameters.
+
+    Raises:
+        UserError: the profile, the recipe or an option is wrong.
+    """
+    cluster = load_cluster(options["cluster"])
+    request = request_from_options(options, recipe, in_a_cluster=True)
+    parameters = location_parameters(cluster, options["corpus"], options["store"], request.model)
+    parameters |= request.parameters
+    if request.recipe:
+        check_recipe(request, cluster)
+        parameters |= recipe_parameters(options["source"], request.recipe)
+    require_no_templates(parameters)
+    return cluster, request, parameters
 
 
 def location_parameters(

@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 from slam_asr import __version__
-from slam_asr.storage import digest
 
 COMMIT = "SLAM_ASR_COMMIT"
 """Environment variable of the images with the commit that they were built from; a + marks changed files."""
@@ -14,7 +13,7 @@ COMMIT = "SLAM_ASR_COMMIT"
 
 def describe_version() -> str:
     """Return one line: version, commit if known, torch's and CUDA's versions, and the number of GPUs."""
-    commit = os.environ.get(COMMIT) or _commit_of_checkout()
+    commit = os.environ.get(COMMIT) or commit_of_checkout()
     line = f"slam-asr {__version__}" + (f" (commit {commit})" if commit else "")
     if importlib.util.find_spec("torch") is None:
         return f"{line}, no torch"
@@ -25,12 +24,13 @@ def describe_version() -> str:
     return f"{line}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}{gpus}"
 
 
-def _commit_of_checkout() -> str:
+def commit_of_checkout() -> str:
+    """Return the commit of this checkout, with a + if files differ from it; empty without git."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return ""
     try:
-        # --exclude: describe the commit by its hash alone, never by a tag.
+        # All tags are excluded, so that the result is a commit and never the name of a tag.
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout.strip()
     except FileNotFoundError:
@@ -42,6 +42,8 @@ def source_digest() -> str:
 
     `__version__` changes only with a release, and an image knows its commit only if `make images` built it.
     """
+    from slam_asr.storage import digest
+
     package = Path(__file__).resolve().parent
     files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
     # A checkout on Windows may have other line ends than an image.

@@ -55,7 +55,7 @@ class CheckRun:
                 self.cluster, self.images, Path(folder) / f"{NAME}.yaml", connection.namespace, self.nodes
             )
             name = f"doctor {datetime.now().strftime('%m-%d %H:%M')}"
-            run_id = start(connection, package, name, NAME, {}, self.cluster.service_account, NAME)
+            run_id = start(connection, package, name, NAME, {}, self.cluster.service_account)
         log_line(f"run {run_id}: {name}\n{connection.link(run_id)}")
         try:
             # The findings are read before the run is stopped: stopping removes running pods with their logs.

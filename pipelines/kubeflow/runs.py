@@ -19,7 +19,6 @@ from slam_asr.config.recipe import Recipe
 from slam_asr.config.schema import nearest
 from slam_asr.errors import ClusterError, ConfigurationError
 from slam_asr.notices.workflow import Workflow
-from slam_asr.steps import TRAINING
 from slam_asr.storage import digest
 
 _LIFETIME = timedelta(hours=1)
@@ -36,7 +35,6 @@ def start(
     experiment: str,
     parameters: dict[str, Any],
     account: str,
-    pipeline: str = TRAINING,
 ) -> str:
     """Upload a package and start a run of it.
 
@@ -47,7 +45,6 @@ def start(
         experiment: name of the experiment that groups the runs.
         parameters: the pipeline parameters.
         account: service account of the pods.
-        pipeline: name of the pipeline.
 
     Returns:
         The run's id.
@@ -55,7 +52,7 @@ def start(
     Raises:
         ClusterError: the API refuses or does not answer.
     """
-    experiment_id, version = experiment_and_version(connection, package, experiment, pipeline)
+    experiment_id, version = experiment_and_version(connection, package, experiment)
     return _create(connection, name, experiment_id, version, parameters, account)
 
 

@@ -79,9 +79,7 @@ def _create(submission: Submission, name: str, cron: str, catch_up: bool) -> Non
             raise ConfigurationError(
                 f"There is a schedule {name} already: delete it first, or choose another --schedule-name."
             )
-        experiment, version = experiment_and_version(
-            connection, package, submission.options["experiment"], submission.request.pipeline
-        )
+        experiment, version = experiment_and_version(connection, package, submission.options["experiment"])
         schedule = kfp_server_api.V2beta1RecurringRun(
             experiment_id=experiment,
             display_name=name,

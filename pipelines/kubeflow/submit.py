@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import command_parser
-from pipelines.cluster import Cluster, load_cluster
-from pipelines.compile import (
-    add_cluster_options,
-    check_recipe,
-    compile_package,
-    location_parameters,
-    recipe_parameters,
-    require_no_templates,
-)
+from pipelines.cluster import Cluster
+from pipelines.compile import add_cluster_options, compile_package, requested
 from pipelines.kubeflow.commands import WaitOptions, flags, follow_run, require_seconds
 from pipelines.kubeflow.connection import ConnectionOptions, connect
-from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe, request_from_options
+from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe
 from slam_asr.errors import ConfigurationError
 from slam_asr.options import add_options
 
@@ -67,13 +60,7 @@ def submit(arguments: list[str]) -> int:
     with compiled(submission) as (connection, package):
         name = options["run_name"] or run_name(submission.request.resolved_recipe)
         run_id = start(
-            connection,
-            package,
-            name,
-            options["experiment"],
-            submission.parameters,
-            cluster.service_account,
-            submission.request.pipeline,
+            connection, package, name, options["experiment"], submission.parameters, cluster.service_account
         )
     print(f"run {run_id}: {name}\n{connection.link(run_id)}", flush=True)
     if not connection.multi_user and connection.namespace != (options["namespace"] or cluster.namespace):
@@ -107,15 +94,7 @@ def parse_submission(command: str, description: str, arguments: list[str], *own_
     options, recipe = parse_with_recipe(parser, flags(arguments), required=True)
     if "poll" in options:
         require_seconds(options, "poll")
-    cluster = load_cluster(options["cluster"])
-    request = request_from_options(options, recipe, in_a_cluster=True)
-    check_recipe(request, cluster)
-    parameters = (
-        location_parameters(cluster, options["corpus"], options["store"], request.model)
-        | request.parameters
-        | recipe_parameters(options["source"], request.resolved_recipe)
-    )
-    require_no_templates(parameters)
+    cluster, request, parameters = requested(options, recipe)
     for name, option in (
         ("corpus", "--corpus s3://…"),
         ("store", "--store s3://…, or storage.store in the profile"),

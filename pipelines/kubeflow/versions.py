@@ -8,24 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import kfp_server_api
+import yaml
 
-from pipelines import asr, evaluate, sweep
-from pipelines.kubeflow import check_pipeline
 from pipelines.kubeflow.connection import Connection
 from slam_asr import __version__
-from slam_asr.steps import EVALUATION, PUBLISHING, SWEEP, TRAINING
-
-_DESCRIPTIONS = {
-    TRAINING: asr.DESCRIPTION,
-    PUBLISHING: asr.DESCRIPTION,
-    EVALUATION: evaluate.DESCRIPTION,
-    SWEEP: sweep.DESCRIPTION,
-    check_pipeline.NAME: check_pipeline.DESCRIPTION,
-}
 
 
 def experiment_and_version(
-    connection: Connection, package: Path, experiment: str, pipeline: str
+    connection: Connection, package: Path, experiment: str
 ) -> tuple[str, kfp_server_api.V2beta1PipelineVersionReference]:
     """Upload a package, and create the experiment, unless they exist.
 
@@ -33,7 +23,6 @@ def experiment_and_version(
         connection: the connection to Kubeflow Pipelines.
         package: the compiled pipeline.
         experiment: name of the experiment that groups the runs.
-        pipeline: name of the pipeline.
 
     Returns:
         The id of the experiment, and the version of the pipeline.
@@ -41,22 +30,22 @@ def experiment_and_version(
     Raises:
         ClusterError: the API refuses or does not answer.
     """
-    version = _upload(connection, package, pipeline)
+    version = _upload(connection, package)
     create, namespace = connection.client.create_experiment, connection.request_namespace
     # The client returns an existing experiment of that name, so this request may be retried.
     group = connection.call("create the experiment", lambda: create(experiment, namespace=namespace))
     return group.experiment_id, version
 
 
-def _upload(
-    connection: Connection, package: Path, pipeline: str
-) -> kfp_server_api.V2beta1PipelineVersionReference:
+def _upload(connection: Connection, package: Path) -> kfp_server_api.V2beta1PipelineVersionReference:
     """Upload a package as a version of its pipeline, unless the same content was uploaded before.
 
     The version's name contains a digest of the package, by which an earlier upload is recognised.
     """
     client = connection.client
-    description = _DESCRIPTIONS[pipeline]
+    # A second document, with the Kubernetes settings, may follow; only the first one is parsed.
+    info = next(yaml.safe_load_all(package.read_bytes()))["pipelineInfo"]
+    pipeline, description = info["name"], info["description"]
     # The digest has 48 bits. Two of n versions have the same one with a probability of about n² / 2 / 2**48:
     # for n = 1000, 2 in a billion.
     name = f"{__version__}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"

@@ -79,13 +79,7 @@ class MlflowRegistry:
 
     def _versions(self) -> list[Any]:
         with self._explained():
-            found, token = [], None
-            while True:
-                page = self.client.search_model_versions(f"name='{self.name}'", page_token=token)
-                found += page
-                token = page.token
-                if not token:
-                    return found
+            return self.mlflow.search_model_versions(filter_string=f"name='{self.name}'")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
