@@ -71,7 +71,7 @@ class Decoder:
         around = self.prompt.main.positions
         lengths = [n + around for n in self.audio_positions]
         batches = (
-            list(plan_batches(lengths, self.decoding.max_new_tokens, beams, positions))
+            plan_batches(lengths, self.decoding.max_new_tokens, beams, positions)
             if positions
             else [[i] for i in range(len(lengths))]
         )

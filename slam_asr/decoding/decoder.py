@@ -92,7 +92,7 @@ class Decoder:
         limits = options.max_new_tokens, options.beams, options.positions_per_batch
         positions = [n + self._prompt.main.positions for n in self._audio_positions]
         self.model.require_capacity(positions, options, lambda i: f"Utterance {self.utterances[i].key}")
-        return list(plan_batches(positions, *limits))
+        return plan_batches(positions, *limits)
 
     def load(self) -> None:
         """Load the weights now, so that the first batch takes no longer than the others."""

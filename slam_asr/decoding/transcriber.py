@@ -17,6 +17,7 @@ from slam_asr.audio import SAMPLE_RATE, AudioError, count_samples, read_clip
 from slam_asr.config.recipe import Recipe
 from slam_asr.cores import usable_cores
 from slam_asr.decoding.pauses import divide
+from slam_asr.models.grouping import cut_at_budget
 from slam_asr.progress import Meter, log_line
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Transcriber:
         if seconds is None:
             seconds = [count_samples(file) / SAMPLE_RATE for file in files]
         # An hour of audio at 16 kHz in float32 takes 230 MB.
-        for group in _groups(seconds):
+        for group in cut_at_budget(range(len(files)), seconds, MAX_SECONDS_IN_MEMORY):
             recordings = []
             for file in (files[index] for index in group):
                 try:
@@ -223,15 +224,3 @@ def _read(file: str) -> "np.ndarray":
     elif clip.channels > 1:
         log_line(f"the {clip.channels} channels of {file} are averaged")
     return clip.samples
-
-
-def _groups(seconds: Sequence[float]) -> Iterator[list[int]]:
-    """Yield the indices of the files that are in memory at the same time, given each file's seconds."""
-    group: list[int] = []
-    for index in range(len(seconds)):
-        if group and sum(seconds[i] for i in group) + seconds[index] > MAX_SECONDS_IN_MEMORY:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group

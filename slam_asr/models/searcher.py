@@ -1,6 +1,6 @@
 """Decodes batches of audio to transcripts, by greedy or beam search through the LLM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from slam_asr.generation.beam_search import Answers
 from slam_asr.generation.search_state import NEARLY_TIED
 from slam_asr.models.batch import Row, collate
 from slam_asr.models.encoders.frontend import Prepared
+from slam_asr.models.grouping import batches_of, longest_first
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 
@@ -142,7 +143,7 @@ def generation_of(options: Decoding, prompt: Prompt) -> GenerationConfig:
     )
 
 
-def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: int) -> Iterator[list[int]]:
+def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: int) -> list[list[int]]:
     """Group utterances of similar length, longest first, into batches of at most `budget` LLM positions.
 
     Args:
@@ -152,18 +153,10 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
         budget: maximum number of positions of a batch, including padding. Only a single utterance that is
             longer by itself may exceed it.
 
-    Yields:
+    Returns:
         Indices of each batch's utterances.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(positions)), key=lambda i: (-positions[i], i)):
-        # The order is longest first, so a batch's first utterance determines the padded length.
-        longest = positions[batch[0] if batch else index] + max_new_tokens
-        # Each beam counts with a copy of its audio and prompt. LLMs whose beams cannot share this prefix do
-        # need the copies.
-        if batch and longest * beams * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    # Each beam counts with a copy of its audio and prompt. LLMs whose beams cannot share this prefix do need
+    # the copies.
+    sizes = [(n + max_new_tokens) * beams for n in positions]
+    return batches_of(sizes, budget, longest_first(sizes))

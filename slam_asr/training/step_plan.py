@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from slam_asr.config.recipe import Training
+from slam_asr.models.grouping import batches_of, cut_at_budget
 from slam_asr.training.batches import Examples
 
 STEPS_PER_POOL = 16
@@ -84,10 +85,10 @@ def plan_epoch(
         shuffled = [i for s in window for i in by_shard[s].tolist()]
         generator.shuffle(shuffled)
         steps: list[list[int]] = []
-        for pool in _cut_at_budget(shuffled, sizes, STEPS_PER_POOL * budget):
+        for pool in cut_at_budget(shuffled, sizes, STEPS_PER_POOL * budget):
             # The index breaks ties, so the result does not depend on the order before sorting.
             pool.sort(key=lambda i: (positions[i], i))
-            steps += _cut_at_budget(pool, sizes, budget)
+            steps += cut_at_budget(pool, sizes, budget)
         generator.shuffle(steps)
         yield Window(epoch, window, steps)
 
@@ -199,29 +200,6 @@ class TrainingPlan:
             yield from self._plan(self._beginning_epochs + epoch)
 
 
-def _cut_at_budget(indices: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut a list into groups that are as full as the budget allows. The last group gets the remainder.
-
-    Args:
-        indices: indices into `sizes`; their order does not change.
-        sizes: share of the budget that each index takes.
-        budget: maximum sum of a group. A single index that takes more gets a group of its own.
-
-    Returns:
-        The groups, in the order of `indices`.
-    """
-    groups: list[list[int]] = []
-    # As if the last group were full, so that the first index begins a new one.
-    size = budget
-    for index in indices:
-        if size + sizes[index] > budget:
-            groups.append([])
-            size = 0
-        groups[-1].append(index)
-        size += sizes[index]
-    return groups
-
-
 def split_step(
     step: list[int], positions: Sequence[int], processes: int, budget: int, sizes: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
@@ -244,14 +222,7 @@ def split_step(
         may be empty, for example if the step has fewer utterances than processes.
     """
     sizes = positions if sizes is None else sizes
-    longest_first = sorted(step, key=lambda i: (-positions[i], i))
-    groups: list[list[int]] = []
-    for index in longest_first:
-        # The first utterance of a group is its longest, to which all others of the group are padded.
-        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+    groups = batches_of(sizes, budget, sorted(step, key=lambda i: (-positions[i], i)))
     # Each pass adds one group: it halves the largest group or, if no group has two utterances, adds an empty
     # one.
     while len(groups) % processes:

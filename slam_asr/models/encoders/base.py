@@ -6,7 +6,6 @@ the code that they share. The modules `whisper` and `waveform` contain the two f
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Encoder
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 from slam_asr.models.feature_dtype import round_trip
+from slam_asr.models.grouping import batches_of
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.pretrained.weight_checks import require_weights
@@ -139,29 +139,6 @@ class SpeechEncoder(nn.Module, ABC):
     def encode(self, utterances: list[Prepared]) -> list[torch.Tensor]:
         """Call `forward` without gradients. Returns one tensor [frames, width] per utterance."""
         return self(utterances)
-
-
-def batches_of(seconds: Sequence[float], budget: float) -> list[list[int]]:
-    """Group utterances into batches for an encoder, without reordering them.
-
-    Args:
-        seconds: seconds of input that the encoder processes for each utterance.
-        budget: maximum seconds per batch. Because of padding, every utterance counts as much as the longest
-            one of its batch. Only a single utterance that is longer by itself may exceed the budget.
-
-    Returns:
-        The utterances' indices in each batch.
-    """
-    batches: list[list[int]] = []
-    longest = 0.0
-    for index, length in enumerate(seconds):
-        # A longer utterance also increases the padding of all others in its batch.
-        longest = max(longest, length)
-        if not batches or longest * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            longest = length
-        batches[-1].append(index)
-    return batches
 
 
 def encode_audio(
