@@ -302,5 +302,10 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
         names = [name.strip(" -") for name in missing[1].split(",")]
         return f"Missing: {', '.join(shown.get(name, f'--{name}') for name in names)}{help_hint}"
     sentence = one_sentence(error)
+    if section := re.match(r"(\S+): Unable to load config '(.*?)' - ", sentence):
+        return (
+            f"Option --{section[1]} sets a complete section, but {section[2]} is not a YAML file that can be "
+            f"read: give such a file, or a single key, as in --{section[1]}.KEY VALUE."
+        )
     key = sentence.partition(":")[0]
     return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"
