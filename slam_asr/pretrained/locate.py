@@ -12,10 +12,7 @@ Run as a program, this module fetches models ahead of time:
 
 import argparse
 import difflib
-import os
 import re
-import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from slam_asr.storage import digest, info, is_s3, join, local_path, name_of, sha
 from slam_asr.storage.address import SCHEME
 from slam_asr.storage.cache import cache_folder
 from slam_asr.storage.downloads import download
-from slam_asr.storage.locks import exclusive
+from slam_asr.storage.local_copies import make_once
 
 DEMO_MODELS = ("openai/whisper-tiny.en", "openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct")
 """Models that `python -m demo.models` in the checkout fetches without the hub. Error messages mention it."""
@@ -87,7 +84,10 @@ def locate_model(name: str) -> Path:
     cached = _cached_model(name)
     if is_complete(cached):
         return cached
-    return cached_snapshot(name) or _make_once(cached, name, lambda: _fetch(name, cached))
+    if snapshot := cached_snapshot(name):
+        return snapshot
+    waiting = f"waiting for another process that is fetching {name}"
+    return make_once(cached, lambda temporary: _fetch(name, cached).rename(temporary), is_complete, waiting)
 
 
 def locate_base_model(name: str, key: str, model: str) -> Path:
@@ -154,31 +154,6 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and name[0] not in ".-"
 
 
-def _make_once(
-    cached: Path, what: str, make: Callable[[], Path], exists: Callable[[Path], bool] | None = None
-) -> Path:
-    """Let one process at a time make a folder of the cache, unless it exists.
-
-    Args:
-        cached: the folder.
-        what: the model, for the log.
-        make: writes the files to a temporary folder next to `cached`, and returns it.
-        exists: checks whether the folder is in the cache; by default, whether it is a complete model.
-
-    Returns:
-        `cached`.
-    """
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    lock = cached.with_name(f".{cached.name}.lock")
-    with exclusive(lock, f"waiting for another process that is fetching {what}"):
-        # Another process may have made the folder while this one waited for the lock.
-        if not (exists or is_complete)(cached):
-            temporary = make()
-            shutil.rmtree(cached, ignore_errors=True)
-            os.rename(temporary, cached)
-    return cached
-
-
 def _from_object_storage(uri: str) -> Path:
     """Fetch a model from an s3:// prefix, or convert the original file at this address; return its folder.
 
@@ -198,40 +173,29 @@ def _from_object_storage(uri: str) -> Path:
     cached = cache_folder() / "models" / f"{uri.removeprefix(SCHEME).replace('/', '--')}-{state}"
     needed = [f.name for f in files] if single else needed_files([f.name for f in files])
 
-    def fetch() -> Path:
-        temporary = cached.with_name(f".{cached.name}.partial")
-        # A killed process may have left this folder. Each file in it is then fetched again.
-        temporary.mkdir(exist_ok=True)
-        total = sum(f.bytes for f in files if f.name in needed) // _MEGABYTE
-        with Meter(f"fetching {uri}", total=total, unit="MB") as meter:
+    def fetch(temporary: Path) -> None:
+        temporary.mkdir()
+        total, received = sum(f.bytes for f in files if f.name in needed), 0
+        with Meter(f"fetching {uri}", total=total // _MEGABYTE, unit="MB") as meter:
+
+            def report(size: int) -> None:
+                nonlocal received
+                received += size
+                # Rounding each piece would lose up to a megabyte per piece.
+                meter.update(received // _MEGABYTE - meter.done)
+
             for name in needed:
                 with open(temporary / name, "w+b") as target:
-                    download(uri if single else join(uri, name), target, report=_by_megabytes(meter))
+                    download(uri if single else join(uri, name), target, report=report)
         if not single and not is_complete(temporary):
             raise ModelError(
                 f"{uri} holds no complete model (config.json, weights, and tokenizer or preprocessor "
                 "files): check the prefix."
             )
-        return temporary
 
     # A single file is no complete model before it is converted; the folder is complete once it exists.
-    _make_once(cached, uri, fetch, Path.is_dir)
+    make_once(cached, fetch, Path.is_dir, f"waiting for another process that is fetching {uri}")
     return _converted(cached / name_of(uri)) if single else cached
-
-
-def _by_megabytes(meter: Meter) -> Callable[[int], None]:
-    """Return a callback that adds numbers of bytes, from any thread, to a meter that counts megabytes."""
-    received, lock = 0, threading.Lock()
-
-    def report(size: int) -> None:
-        nonlocal received
-        with lock:
-            # The meter gets the difference of two rounded totals: rounding each piece would lose up to a
-            # megabyte per piece.
-            before, received = received, received + size
-            meter.update(received // _MEGABYTE - before // _MEGABYTE)
-
-    return report
 
 
 def _converted(source: Path) -> Path:
@@ -246,18 +210,11 @@ def _converted(source: Path) -> Path:
 
     cached = cache_folder() / "models" / f"{source.stem}-{sha256_of_file(source)[:16]}"
 
-    def convert() -> Path:
-        temporary = cached.with_name(f".{cached.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
+    def convert(temporary: Path) -> None:
         log_line(f"converting {source} to transformers' files in {cached}")
-        try:
-            log_line(f"{source.name}: {convert_original(source, temporary)}")
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        return temporary
+        log_line(f"{source.name}: {convert_original(source, temporary)}")
 
-    return _make_once(cached, str(source), convert)
+    return make_once(cached, convert, is_complete, f"waiting for another process that is fetching {source}")
 
 
 def _fetch(name: str, cached: Path) -> Path:

@@ -22,7 +22,6 @@ from slam_asr.pretrained.fairseq_config import FairseqOptions, TensorDict, wavef
 from slam_asr.pretrained.lazy_tensors import write_one_by_one
 from slam_asr.pretrained.load_weights import require_finite_weight
 from slam_asr.pretrained.unpickle import plain, read_pickle
-from slam_asr.storage import write_json
 
 _WHISPER = [
     (r"positional_embedding", "embed_positions.weight"),
@@ -112,7 +111,7 @@ def convert_original(source: Path, folder: Path) -> str:
     # An earlier config.json must not vouch for the new weights if the conversion is interrupted.
     (folder / "config.json").unlink(missing_ok=True)
     write_one_by_one(folder / "model.safetensors", weights, like=weights)
-    write_json(folder / "preprocessor_config.json", _preprocessor(original))
+    _feature_extractor(original).save_pretrained(folder)
     original.config.architectures = [type(_skeleton(original.config)).__name__]
     original.config.dtype = next(iter(weights.values())).dtype
     original.config.save_pretrained(folder)
@@ -292,20 +291,12 @@ def _waveform(content: dict[str, Any], tensors: TensorDict, where: str) -> Origi
     return Original(config, encoder, _WAVEFORM, normalize, dropped)
 
 
-def _preprocessor(original: Original) -> dict[str, Any]:
-    """Return the content of preprocessor_config.json."""
+def _feature_extractor(original: Original) -> Any:
+    """Return transformers' feature extractor, which writes preprocessor_config.json."""
+    from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+
     if original.normalize is None:
-        return {
-            "feature_extractor_type": "WhisperFeatureExtractor",
-            "feature_size": original.config.num_mel_bins,
-            "sampling_rate": 16000,
-        }
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": original.normalize,
-        "feature_size": 1,
-        "sampling_rate": 16000,
-        "padding_value": 0.0,
-        # fairseq masks padding only in the models whose convolutions use layer norm.
-        "return_attention_mask": original.config.feat_extract_norm == "layer",
-    }
+        return WhisperFeatureExtractor(feature_size=original.config.num_mel_bins)
+    # fairseq masks padding only in the models whose convolutions use layer norm.
+    masks = original.config.feat_extract_norm == "layer"
+    return Wav2Vec2FeatureExtractor(do_normalize=original.normalize, return_attention_mask=masks)

@@ -57,7 +57,7 @@ def fetch_folder(path: PathOrUri) -> Path:
 
 
 def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> Path:
-    """Return the path of a cached file or folder. One process or thread fetches it, and others wait.
+    """Return the path of a cached file or folder, which is fetched if it is not there yet.
 
     Args:
         path: the file's or folder's URI. Its last part becomes the local name, for people and for libraries
@@ -69,21 +69,40 @@ def _cached(path: str, identity: list[object], fill: Callable[[Path], None]) -> 
     name = os.fsencode(name_of(path))[-_MAX_NAME_BYTES:].decode(errors="ignore")
     if name in (".", ".."):  # an object can have this name, but a file cannot
         name = "object"
-    target = cache_folder() / "objects" / digest(identity)[:24] / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(target.parent / ".lock"):
-        # Another process may have fetched it while this one waited.
-        if not target.exists():
-            temporary = target.with_name(f".{target.name}{PARTIAL}")
-            _remove(temporary)  # a killed process may have left it
-            try:
-                fill(temporary)
-                os.rename(temporary, target)
-            except BaseException:
-                _remove(temporary)
-                raise
+    return make_once(cache_folder() / "objects" / digest(identity)[:24] / name, fill)
+
+
+def make_once(
+    target: Path,
+    fill: Callable[[Path], object],
+    exists: Callable[[Path], bool] = Path.exists,
+    while_waiting: str = "",
+) -> Path:
+    """Let one process or thread at a time make a file or folder of the cache, unless it exists.
+
+    Args:
+        target: the file or folder.
+        fill: a function that makes it under a temporary path next to it.
+        exists: checks whether it has been made.
+        while_waiting: logged while another process makes it; nothing is logged if empty.
+
+    Returns:
+        `target`.
+    """
+    if not exists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(target.with_name(f".{target.name}.lock"), while_waiting):
+            # Another process may have made it while this one waited.
+            if not exists(target):
+                temporary = target.with_name(f".{target.name}{PARTIAL}")
+                _remove(temporary)  # a killed process may have left it
+                try:
+                    fill(temporary)
+                    _remove(target)
+                    os.rename(temporary, target)
+                except BaseException:
+                    _remove(temporary)
+                    raise
     return target
 
 

@@ -75,7 +75,7 @@ def test_a_full_disk_is_reported_in_one_sentence_and_leaves_no_files(bucket, sma
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message = str(from_os_error(raised.value))
     assert message.startswith("The disk is full") and "file" in message
-    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.name != ".lock"]
+    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix != ".lock"]
 
 
 def test_an_object_with_a_long_name_is_cached_under_a_shorter_one(bucket):
