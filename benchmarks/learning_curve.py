@@ -3,16 +3,23 @@
     python benchmarks/learning_curve.py data/train.jsonl data/dev.jsonl features
     python benchmarks/learning_curve.py data/train.jsonl data/dev.jsonl features --shares 0.5 1 --wer
 
-Trains the same recipe on growing parts of a manifest, each from random weights and with the same number of
-steps. A part consists of all utterances of some speakers, and contains the smaller parts. Prints a line per
-part, with the best token error rate that CTC reaches on the dev set in the recipe's beginning. With --wer,
-each trained model also transcribes the dev set. Then fits the power law
+Trains the same recipe on growing parts of a manifest, each from random weights. A part consists of all
+utterances of some speakers, and contains the smaller parts. Prints a line per part, with the lowest token
+error rate that CTC reaches on the dev set during the first part of the training (`projector.beginning`). With
+--wer, each trained model also transcribes the dev set. Then fits the power law
 
     error rate = a · hours ^ -b
 
 and prints the hours at which it reaches each target. Such an estimate assumes that further speech is like the
-speech of the manifest. This needs no network if the models are on the machine, and features of all utterances
-in the store. Training runs are in a temporary folder. With --work, they remain in that folder.
+speech of the manifest. Varied copies of an utterance count as hours, too.
+
+All trainings take the same number of steps: `projector.beginning.steps`, and then `training.max_steps`, which
+the recipe must set. `training.epochs` is overridden. Without --wer, only the first part is evaluated: shorten
+the rest with `--set training.max_steps=1`. The manifest must name the speakers, and the feature store must
+have all utterances. No network is needed if the models are on the machine.
+
+Training runs are written to a temporary folder, which is removed at the end. With --work FOLDER, they are
+written to FOLDER and remain there.
 """
 
 import argparse
@@ -61,7 +68,9 @@ def main() -> None:
         "--targets", nargs="+", type=float, default=[25.0, 12.0], help="error rates in percent"
     )
     parser.add_argument("--wer", action="store_true", help="also transcribe the dev set with each model")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the recipe to override"
+    )
     parser.add_argument("--work", type=Path, help="folder for the training runs")
     options = parser.parse_args()
     utterances = list(read_manifest(options.train))
@@ -101,6 +110,7 @@ def measure(options: argparse.Namespace, part: list[Utterance], folder: Path) ->
     keys = [f"--{assignment}" for assignment in options.set]
     places = ["--train-manifest", str(manifest), "--dev-manifest", options.dev]
     places += ["--feature-store", options.features, "--output", str(run)]
+    # So many epochs that only `training.max_steps` ends the training.
     slam_asr(folder, "train", "--recipe", options.recipe, *places, "--training.epochs=100000", *keys)
     training, validation = read_curve(run / "curve.jsonl", BEGINNING)
     if not validation:

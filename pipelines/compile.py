@@ -54,7 +54,7 @@ def compile_command(arguments: list[str]) -> int:
     )
     add_pipeline_options(parser, in_a_cluster=True)
     options, recipe = parse_with_recipe(parser, arguments, required=False)
-    cluster, request, defaults = requested(options, recipe)
+    cluster, request, defaults = check_request(options, recipe)
     written = compile_all(cluster, local_path(options["output"]), options["images"], defaults, request)
     print(
         f"needs Kubeflow Pipelines {OLDEST_BACKEND} or later: earlier ones do not know the security context "
@@ -91,15 +91,17 @@ def add_cluster_options(parser: ArgumentParser) -> None:
     add_options(parser, LocationOptions)
 
 
-def requested(options: dict[str, Any], recipe: Recipe | None) -> tuple[Cluster, RunRequest, dict[str, Any]]:
-    """Check the options of a command that compiles the pipeline.
+def check_request(
+    options: dict[str, Any], recipe: Recipe | None
+) -> tuple[Cluster, RunRequest, dict[str, Any]]:
+    """Check what the options of a command that compiles the pipeline request.
 
     Args:
         options: the parsed options.
         recipe: the resolved recipe, if the command names one.
 
     Returns:
-        The profile, what is to run, and the pipeline parameters.
+        The cluster profile, what is to run, and the pipeline parameters.
 
     Raises:
         UserError: the profile, the recipe or an option is wrong.

@@ -304,8 +304,9 @@ def _complaint(parser: ArgumentParser, error: Exception) -> str:
     sentence = one_sentence(error)
     if section := re.match(r"(\S+): Unable to load config '(.*?)' - ", sentence):
         return (
-            f"Option --{section[1]} sets a complete section, but {section[2]} is not a YAML file that can be "
-            f"read: give such a file, or a single key, as in --{section[1]}.KEY VALUE."
+            f"Option --{section[1]} takes the path of a YAML file with the complete section, but "
+            f"{section[2]} cannot be read as one: give another file, or set single keys, as in "
+            f"--{section[1]}.KEY VALUE."
         )
     key = sentence.partition(":")[0]
     return f"Option {options[key]}{sentence.removeprefix(key)}" if key in options else f"Option --{sentence}"

@@ -56,7 +56,7 @@ def parser():
         (["build-manifest", "--recipe", "demo", "--corpus", "/no/such", "--output", "y"], "/no/such"),
         (["train", "--recipe", "demo", "--training.zero_stage", "9"], "training.zero_stage"),
         (["train", "--recipe", "demo", "fast"], "fast follows no option"),
-        (["train", "--recipe", "demo", "--projector.masks", "/no/such"], "/no/such is not a YAML file"),
+        (["train", "--recipe", "demo", "--projector.masks", "/no/such"], "/no/such cannot be read as one"),
         (["train", "--recipe", "demo", "--output"], "--output lacks a value"),
         (["decode", "--recipe", "demo", "--manifests"], "--manifests lacks a value"),
         (["train", "--recipe", "demo", "--out", "x"], "did you mean --output?"),

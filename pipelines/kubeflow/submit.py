@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import command_parser
 from pipelines.cluster import Cluster
-from pipelines.compile import add_cluster_options, compile_package, requested
+from pipelines.compile import add_cluster_options, check_request, compile_package
 from pipelines.kubeflow.commands import WaitOptions, flags, follow_run, require_seconds
 from pipelines.kubeflow.connection import ConnectionOptions, connect
 from pipelines.run_request import RunRequest, add_pipeline_options, parse_with_recipe
@@ -94,7 +94,7 @@ def parse_submission(command: str, description: str, arguments: list[str], *own_
     options, recipe = parse_with_recipe(parser, flags(arguments), required=True)
     if "poll" in options:
         require_seconds(options, "poll")
-    cluster, request, parameters = requested(options, recipe)
+    cluster, request, parameters = check_request(options, recipe)
     for name, option in (
         ("corpus", "--corpus s3://…"),
         ("store", "--store s3://…, or storage.store in the profile"),

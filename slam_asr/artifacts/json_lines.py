@@ -8,7 +8,7 @@ from slam_asr.storage import PathOrUri, write_atomically
 
 
 def write_json_lines(path: PathOrUri, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line, as `write_atomically` does."""
+    """Write one JSON object per line to a local file, atomically (see `write_atomically`)."""
     write_atomically(path, map(json_line, rows))
 
 

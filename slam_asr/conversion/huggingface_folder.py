@@ -1,7 +1,8 @@
 """Writes a folder that transformers loads by itself, on machines without slam-asr.
 
-The folder holds the trained weights, the processor, and copies of the files in `huggingface/`, which
-`config.json` names. Encoder and LLM are named by config.json, or are in the subfolders `encoder` and `llm`.
+The folder holds the trained weights, the processor, and the Python files that `config.json` names: those of
+`huggingface/`, and copies of the modules in `_SHARED`. Encoder and LLM are named by config.json, or are in
+the subfolders `encoder` and `llm`.
 """
 
 import json
@@ -44,8 +45,9 @@ from slam_asr.progress import log_line
 from slam_asr.storage import local_path, write_atomically
 
 _SHARED = (ctc_prefix, feature_dtype, projector, waveform_batch)
-"""Modules that need only torch and transformers. Folders get copies of them, to write no code twice. In
-`huggingface/`, files with the copies' names stand in for them."""
+"""Modules of slam-asr that need only torch and transformers. An exported folder gets a copy of each, named
+NAME_slam_asr.py. In `huggingface/`, a file of that name imports from the module instead, so that the code
+there also runs within slam-asr."""
 SOURCES = {
     **{source.name: source for source in (Path(__file__).parent / "huggingface").glob("*_slam_asr.py")},
     **{f"{module.__name__.rpartition('.')[2]}_slam_asr.py": Path(str(module.__file__)) for module in _SHARED},

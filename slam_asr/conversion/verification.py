@@ -223,7 +223,7 @@ def _probe_losses(
 
 
 def _overwrite(llm: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Replace some of the LLM's weights in place; their names were checked before they were written."""
+    """Replace some of the LLM's weights in place. The conversion has checked that the LLM has these names."""
     # The tensors of `state_dict` share their memory with the LLM's weights.
     llm_weights = llm.state_dict()
     for name, tensor in weights.items():

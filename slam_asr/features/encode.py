@@ -21,7 +21,7 @@ from slam_asr.features.pieces import PIECE_SECONDS, read_pieces, remove_pieces
 from slam_asr.features.plan import ExtractionTask, PlannedShard
 from slam_asr.models import feature_dtype
 from slam_asr.models.encoders.base import SpeechEncoder
-from slam_asr.models.grouping import batches_of, longest_first
+from slam_asr.models.grouping import longest_first, padded_batches
 from slam_asr.models.precision import DTYPES, encoder_precision, processes_here
 from slam_asr.progress import Meter, log_line
 from slam_asr.storage import exists, info, join, write_bytes
@@ -211,7 +211,7 @@ def plan_batches(task: ExtractionTask, shards: list[PlannedShard], meter: Meter)
         samples = shard.audio.samples.tolist()
         # Equal lengths are ordered by position, so that a resumed extraction forms the same batches; see
         # `features.pieces`.
-        groups = batches_of([spec.seconds_of(n) for n in samples], budget, longest_first(samples))
+        groups = padded_batches([spec.seconds_of(n) for n in samples], budget, longest_first(samples))
         for number, members in enumerate(groups, start=1):
             is_last = number == len(groups)
             batch = AudioBatch(

@@ -4,20 +4,21 @@ from collections.abc import Iterable, Sequence
 
 
 def longest_first(lengths: Sequence[float]) -> list[int]:
-    """Return the indices of lengths, the longest first; equal lengths remain in their order."""
+    """Return the indices of `lengths`, the longest first; equal lengths remain in their order."""
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
-def batches_of(
+def padded_batches(
     lengths: Sequence[float], budget: float, order: Iterable[int] | None = None
 ) -> list[list[int]]:
-    """Group utterances into batches that are as full as the budget allows.
+    """Group utterances in a given order. A batch ends where the next utterance would exceed the budget.
+
+    Because of padding, the size of a batch is the length of its longest utterance times their number.
 
     Args:
-        lengths: size of each utterance.
-        budget: maximum size of a batch. Because of padding, every utterance counts as much as the longest one
-            of its batch. Only a single utterance that is longer by itself may exceed the budget.
-        order: the indices in the order in which they are grouped; by default, that of `lengths`.
+        lengths: length of each utterance.
+        budget: maximum size of a batch. Only a single utterance that is longer by itself may exceed it.
+        order: indices of the utterances in this order; by default, that of `lengths`.
 
     Returns:
         The utterances' indices in each batch.
@@ -35,12 +36,12 @@ def batches_of(
 
 
 def cut_at_budget(indices: Iterable[int], sizes: Sequence[float], budget: float) -> list[list[int]]:
-    """Cut a list into groups that are as full as the budget allows. The last group gets the remainder.
+    """Cut a list into groups. A group ends where the next index would take the sum of sizes over the budget.
 
     Args:
         indices: indices into `sizes`; their order does not change.
         sizes: share of the budget that each index takes.
-        budget: maximum sum of a group. A single index that takes more gets a group of its own.
+        budget: maximum sum of a group. An index that takes more by itself gets a group of its own.
 
     Returns:
         The groups, in the order of `indices`.

@@ -1,7 +1,9 @@
 """The projectors: trained modules that turn encoder frames into LLM positions.
 
-All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded. This file
-needs only torch and transformers: folders for transformers contain a copy of it.
+All kinds follow SLAM-LLM's definitions and parameter names, so that its checkpoints can be loaded.
+
+This file may import only torch and transformers, because `convert-checkpoint --to huggingface` copies it into
+the folders that it writes.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +16,11 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 
-class Sizes(Protocol):
-    """Kind and sizes of a projector, as in the recipe's section `projector`."""
+class ProjectorOptions(Protocol):
+    """The keys of the recipe's section `projector` that determine a projector's architecture.
+
+    It is a protocol because an exported folder has no recipe.
+    """
 
     downsampling: int
     hidden: int
@@ -24,10 +29,10 @@ class Sizes(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of `PROJECTORS`."""
+        """A key of `PROJECTORS`."""
 
 
-def positions_of(options: Sizes, span: int) -> int:
+def positions_of(options: ProjectorOptions, span: int) -> int:
     """Return the number of LLM positions that an utterance takes; `span` is from `EncoderSpec.span_of`."""
     return options.queries if options.kind == "q-former" else span // options.downsampling
 
@@ -70,7 +75,7 @@ class LinearProjector(SpeechProjector):
     k = 5 and hidden width 2048 (Ma et al., 2024, arXiv:2402.08846).
     """
 
-    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: ProjectorOptions, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         self.downsampling = options.downsampling
         self.linear1 = nn.Linear(options.downsampling * encoder_width, options.hidden)
@@ -88,7 +93,7 @@ class ConvolutionProjector(SpeechProjector):
     SLAM-LLM calls it EncoderProjectorCov1d; `cov1d` is SLAM-LLM's spelling.
     """
 
-    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: ProjectorOptions, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         self.downsampling = k = options.downsampling
         self.conv1d = nn.Conv1d(encoder_width, encoder_width, k, stride=k)
@@ -116,7 +121,7 @@ class QFormerProjector(SpeechProjector):
     active in training. Each query gives one position, however long the utterance is.
     """
 
-    def __init__(self, options: Sizes, encoder_width: int, llm_width: int) -> None:
+    def __init__(self, options: ProjectorOptions, encoder_width: int, llm_width: int) -> None:
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -139,7 +144,7 @@ class QFormerProjector(SpeechProjector):
         return list(self.norm(self.linear(attended.last_hidden_state)))
 
 
-PROJECTORS: dict[str, Callable[[Sizes, int, int], SpeechProjector]] = {
+PROJECTORS: dict[str, Callable[[ProjectorOptions, int, int], SpeechProjector]] = {
     "linear": LinearProjector,
     "cov1d-linear": ConvolutionProjector,
     "q-former": QFormerProjector,
@@ -161,7 +166,9 @@ def join_frames(utterances: list[torch.Tensor], k: int) -> tuple[torch.Tensor, l
     return torch.cat(groups), counts
 
 
-def build_projector(options: Sizes, encoder_width: int, llm_width: int, seed: int = 0) -> SpeechProjector:
+def build_projector(
+    options: ProjectorOptions, encoder_width: int, llm_width: int, seed: int = 0
+) -> SpeechProjector:
     """Build a projector in float32, with random weights that depend only on the seed."""
     # The caller's random state is restored afterwards. No GPU's state is saved (`devices=[]`), because the
     # weights are drawn on the CPU.

@@ -11,7 +11,7 @@ from slam_asr.generation.beam_search import Answers
 from slam_asr.generation.search_state import NEARLY_TIED
 from slam_asr.models.batch import Row, collate
 from slam_asr.models.encoders.frontend import Prepared
-from slam_asr.models.grouping import batches_of, longest_first
+from slam_asr.models.grouping import longest_first, padded_batches
 from slam_asr.models.prompt import Prompt
 from slam_asr.models.slam import Slam
 
@@ -159,4 +159,4 @@ def plan_batches(positions: list[int], max_new_tokens: int, beams: int, budget: 
     # Each beam counts with a copy of its audio and prompt. LLMs whose beams cannot share this prefix do need
     # the copies.
     sizes = [(n + max_new_tokens) * beams for n in positions]
-    return batches_of(sizes, budget, longest_first(sizes))
+    return padded_batches(sizes, budget, longest_first(sizes))

@@ -214,7 +214,7 @@ def _converted(source: Path) -> Path:
         log_line(f"converting {source} to transformers' files in {cached}")
         log_line(f"{source.name}: {convert_original(source, temporary)}")
 
-    return make_once(cached, convert, is_complete, f"waiting for another process that is fetching {source}")
+    return make_once(cached, convert, is_complete, f"waiting for another process that is converting {source}")
 
 
 def _fetch(name: str, cached: Path) -> Path:

@@ -72,14 +72,15 @@ def write_atomically(
 
     Args:
         path: the file's path; its folder is created.
-        content: the content; text is written as UTF-8. Parts of the content are written as they arrive.
+        content: bytes; text, which is written as UTF-8; or an iterable of bytes, which is written to the
+            temporary file piece by piece, so that memory need not hold all of it.
         replace: whether to replace an existing file.
 
     Returns:
         Whether the file was written. If `replace` is false, the first of several writers wins.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable.
+        OSError: the disk is full, the folder is not writable, or an iterable raised it; it names this path.
         StorageError: the path is not a local one.
     """
     path = local_path(path)

@@ -1,4 +1,4 @@
-"""Local copies of objects and prefixes. Each is fetched into the cache once."""
+"""Local copies of objects and prefixes, and other files of the cache that are made only once."""
 
 import os
 import shutil
@@ -78,13 +78,14 @@ def make_once(
     exists: Callable[[Path], bool] = Path.exists,
     while_waiting: str = "",
 ) -> Path:
-    """Let one process or thread at a time make a file or folder of the cache, unless it exists.
+    """Make a file or folder of the cache unless it exists; only one process or thread at a time does so.
 
     Args:
         target: the file or folder.
-        fill: a function that makes it under a temporary path next to it.
-        exists: checks whether it has been made.
-        while_waiting: logged while another process makes it; nothing is logged if empty.
+        fill: a function that creates the content at the temporary path that it is given. The path is then
+            renamed to `target`.
+        exists: whether the target is there and complete. If it is not, whatever is there is replaced.
+        while_waiting: line for the log if another process or thread is making it; empty for none.
 
     Returns:
         `target`.

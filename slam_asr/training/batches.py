@@ -63,7 +63,7 @@ class Examples:
         for index, utterance in enumerate(utterances):
             audio_ids += bytes.fromhex(utterance.audio_id)
             samples.append(samples_of(utterance))
-            texts = [self.text(utterance, p) for p in prompts]
+            texts = [self.token_ids(utterance, p) for p in prompts]
             self.audio_positions[index] = positions_of(projector, reader.span(utterance))
             self.target_counts[index] = [len(answer) for _, _, answer in texts]
             before, after, answer = max(texts, key=lambda text: sum(map(len, text)))
@@ -86,8 +86,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def text(self, utterance: Utterance, prompt: TokenizedPrompt) -> tuple[list[int], list[int], list[int]]:
-        """Tokenise an utterance's text with one of the prompts.
+    def token_ids(
+        self, utterance: Utterance, prompt: TokenizedPrompt
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Tokenise one of the prompts with an utterance's transcript as its answer.
 
         Returns:
             Token ids of the prompt before the audio, of the prompt after it, and of the answer: the
@@ -169,7 +171,7 @@ class BatchReader:
         rows = []
         for utterance, features, length in zip(utterances, audio, positions, strict=True):
             prompt = self.examples.prompts[self.draw(epoch, utterance.key)]
-            rows.append(Row(features, length, *self.examples.text(utterance, prompt)))
+            rows.append(Row(features, length, *self.examples.token_ids(utterance, prompt)))
         batch = pack(rows) if self.packs else collate(rows)
         batch.spelled = spelled
         if not indices:

@@ -53,7 +53,8 @@ class CheckedInputs:
     base: dict[str, Any]
     """`encoder_fingerprint`, and `llm_sha256`: the digest of the LLM's weights."""
     job: TrainingJob
-    """What the training processes need, except for the folders of results."""
+    """What the training processes need. The stage fills in `folder`, `published`, `rows` and
+    `encoder_parameters`."""
 
     @property
     def hours(self) -> float:

@@ -40,5 +40,5 @@ class TrainingJob:
     ctc_sharpness: float | None = None
     """Sharpness of the initial model's CTC head; None without such a head."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """Everything that changes the trained weights by more than rounding errors. It has `init_adapter` if the
-    training also starts from the adapter of the model in `init_from`."""
+    """Everything that changes the trained weights by more than rounding errors. It has the key `init_adapter`
+    if the training also starts from the adapter of the model in `init_from`."""

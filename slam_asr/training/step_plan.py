@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from slam_asr.config.recipe import Training
-from slam_asr.models.grouping import batches_of, cut_at_budget
+from slam_asr.models.grouping import cut_at_budget, padded_batches
 from slam_asr.training.batches import Examples
 
 STEPS_PER_POOL = 16
@@ -222,7 +222,7 @@ def split_step(
         may be empty, for example if the step has fewer utterances than processes.
     """
     sizes = positions if sizes is None else sizes
-    groups = batches_of(sizes, budget, sorted(step, key=lambda i: (-positions[i], i)))
+    groups = padded_batches(sizes, budget, sorted(step, key=lambda i: (-positions[i], i)))
     # Each pass adds one group: it halves the largest group or, if no group has two utterances, adds an empty
     # one.
     while len(groups) % processes:

@@ -1,10 +1,10 @@
 """Two sources of a model's audio: a feature store, or the audio files themselves.
 
-`FeatureStore` and `AudioReader` have the same methods. Both know the length of an utterance before it is
-read, so that batches can be planned. They also know its shard, so that each shard is fetched only once per
-epoch. Both return what `Slam` takes as input. With `AudioReader`, the encoder runs as part of the model, and
-utterances are grouped into the shards that a store of the same manifest would have. Training therefore takes
-utterances in the same order with either reader.
+`FeatureStore` and `AudioReader` share `span`, `read`, `shards_of` and `expect`. Both know the length of an
+utterance before it is read, so that batches can be planned. They also know its shard, so that each shard is
+fetched only once per epoch. Both return what `Slam` takes as input. With `AudioReader`, the encoder runs as
+part of the model, and utterances are grouped into the shards that a store of the same manifest would have.
+Training therefore takes utterances in the same order with either reader.
 """
 
 from collections.abc import Iterable

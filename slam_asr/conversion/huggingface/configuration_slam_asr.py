@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 
 class SlamAsrConfig(PreTrainedConfig):
-    """The configuration of the joined model. transformers makes its subclasses dataclasses.
+    """The configuration of the joined model. transformers turns every such class into a dataclass.
 
     Args:
         encoder_name: the encoder's name on the hub, or its folder; None if it is in the subfolder `encoder`.

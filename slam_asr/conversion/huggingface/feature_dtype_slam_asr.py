@@ -1,4 +1,7 @@
-"""Stands in for `slam_asr/models/feature_dtype.py`: exported folders have a copy of it here."""
+"""Imports from `slam_asr/models/feature_dtype.py`.
+
+In an exported folder, a copy of that module takes the place of this file.
+"""
 
 from slam_asr.models.feature_dtype import round_trip
 

@@ -1,4 +1,7 @@
-"""Stands in for `slam_asr/models/projector.py`: exported folders have a copy of it here."""
+"""Imports from `slam_asr/models/projector.py`.
+
+In an exported folder, a copy of that module takes the place of this file.
+"""
 
 from slam_asr.models.projector import build_projector
 

@@ -18,7 +18,7 @@ from slam_asr.audio import SAMPLE_RATE
 from slam_asr.config.recipe import Encoder
 from slam_asr.models.encoders.frontend import Prepared, Preparer
 from slam_asr.models.feature_dtype import round_trip
-from slam_asr.models.grouping import batches_of
+from slam_asr.models.grouping import padded_batches
 from slam_asr.pretrained.load_weights import load_weights
 from slam_asr.pretrained.model_files import weights_sha256
 from slam_asr.pretrained.weight_checks import require_weights
@@ -162,7 +162,7 @@ def encode_audio(
     prepared = cast(list[Prepared], audio)
     seconds = [encoder.spec.seconds_of(a.samples) for a in prepared]
     groups = [
-        [prepared[i] for i in group] for group in batches_of(seconds, encoder.spec.options.batch_seconds)
+        [prepared[i] for i in group] for group in padded_batches(seconds, encoder.spec.options.batch_seconds)
     ]
     if saved_as is None:
         return [features for group in groups for features in encoder(group)]

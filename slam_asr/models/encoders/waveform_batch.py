@@ -4,7 +4,8 @@ Each utterance gets the same frames as when it is encoded alone, except for roun
 is masked in the attention. The base models also normalise their first convolution's output over time. If
 padding entered these statistics, the error would be as large as the output itself.
 
-This file needs only torch: folders for transformers contain a copy of it.
+This file may import only torch, because `convert-checkpoint --to huggingface` copies it into the folders that
+it writes.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 
 def frames_of(config: Any, samples: int) -> int:
-    """Return the output length of the unpadded convolutions.
+    """Return the number of frames for a waveform; 0 if it is too short for one.
 
     Args:
         config: the encoder's configuration in transformers.
@@ -27,7 +28,7 @@ def frames_of(config: Any, samples: int) -> int:
 
 
 def mask_first_norm(encoder: Any) -> None:
-    """Let the norm after an encoder's first convolution mask padding, if it is a group norm."""
+    """If a group norm follows an encoder's first convolution, replace it by a `MaskedGroupNorm`."""
     first = encoder.feature_extractor.conv_layers[0]
     if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
         first.layer_norm = MaskedGroupNorm(first.layer_norm, first.conv)
@@ -38,8 +39,8 @@ def encode_waveforms(encoder: Any, waveforms: torch.Tensor, samples: list[int]) 
 
     Args:
         encoder: transformers' model, after `mask_first_norm`.
-        waveforms: [utterances, samples], on the encoder's device and in its dtype; what follows an
-            utterance's own samples is zeros.
+        waveforms: [utterances, samples], on the encoder's device and in its dtype; shorter utterances are
+            padded with zeros at the end.
         samples: each utterance's number of samples.
 
     Returns:
