@@ -80,7 +80,7 @@ def write_model(
         folder: the model's folder.
         projector: the projector's weights on the CPU, keyed by name in `SpeechProjector`, of any dtype.
         config: the content of config.json.
-        half: whether to save the projector in fp16 instead of fp32.
+        half: whether to save the projector in bf16 instead of fp32.
     """
     # If the writing is interrupted, an old configuration must not remain next to new weights.
     (folder / CONFIG).unlink(missing_ok=True)
@@ -89,11 +89,11 @@ def write_model(
 
 
 def _save(path: Path, weights: Mapping[str, "torch.Tensor"], half: bool) -> None:
-    """Write a safetensors file in fp16, if `half` is true, or else in fp32."""
+    """Write a safetensors file in bf16, if `half` is true, or else in fp32."""
     import torch
     from safetensors.torch import save
 
-    dtype = torch.float16 if half else torch.float32
+    dtype = torch.bfloat16 if half else torch.float32
     write_atomically(path, save({name: t.to(dtype).contiguous() for name, t in weights.items()}))
 
 
@@ -208,7 +208,7 @@ def write_adapter(
         folder: the model's folder. The adapter is written to `adapter/` in it.
         weights: the adapter's weights keyed by name in the LLM, such as `…q_proj.lora_A.default.weight`.
         recipe: gives rank, alpha and target modules of the adapter, and the LLM's name.
-        half: whether to save the adapter in fp16 instead of fp32.
+        half: whether to save the adapter in bf16 instead of fp32.
     """
     from slam_asr.models.llm import lora_config
 

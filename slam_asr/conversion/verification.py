@@ -72,7 +72,7 @@ def verify(folder: Path, parts: Parts, to: str, half: bool) -> str:
         folder: folder of the result.
         parts: the checkpoint's weights.
         to: the format: `model`, `huggingface`, `slam-llm` or `llm`.
-        half: whether projector and adapter were written in fp16.
+        half: whether projector and adapter were written in bf16.
 
     Returns:
         A clause for the stage's summary that states what was compared.
@@ -84,7 +84,7 @@ def verify(folder: Path, parts: Parts, to: str, half: bool) -> str:
 
     def rounded(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The weights are rounded as in the written file, so that the comparison can be exact.
-        return {name: t.half().float() if half else t.float() for name, t in weights.items()}
+        return {name: t.bfloat16().float() if half else t.float() for name, t in weights.items()}
 
     weights = rounded(parts.projector.state_dict())
     projector = projector_from_weights(weights, recipe.projector, *parts.widths, parts.where)

@@ -44,7 +44,7 @@ def convert_checkpoint(  # noqa: PLR0913 (each parameter is an option of the com
             code may run.
         which: which checkpoint of a training run to convert: the latest, the best (with the lowest dev loss),
             or the average (the mean of all saved checkpoints, without those of the beginning).
-        half: save projector and LoRA adapter in fp16, which halves their size.
+        half: save projector and LoRA adapter in bf16, which halves their size.
         adapter: folder of a LoRA adapter as peft writes it (SLAM-LLM's peft_ckpt), for a checkpoint that does
             not contain its adapter.
         complete: with `--to huggingface`, copy encoder and LLM into the folder; by default, it contains only

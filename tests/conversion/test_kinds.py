@@ -171,7 +171,7 @@ def test_a_model_can_be_copied_and_copied_in_half_precision(recipe, tmp_path):
     }
     for name, tensor in weights["model"].items():
         assert torch.equal(weights["copy"][name], tensor) and torch.equal(
-            weights["half"][name], tensor.half().float()
+            weights["half"][name], tensor.bfloat16().float()
         )
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_can_be_written_in_half_precision(tiny_recipe, tmp_path):
     complete, half = (read_adapter(model.folder) for model in models)
     assert complete and complete.keys() == half.keys()
     for name, tensor in complete.items():
-        assert half[name].dtype == torch.float16 and torch.equal(half[name], tensor.half())
+        assert half[name].dtype == torch.bfloat16 and torch.equal(half[name], tensor.bfloat16())
     # Copying the model that is in half precision loses no further precision.
     copy = convert_checkpoint(models[1].folder, str(tmp_path / "copy"))
     assert all(torch.equal(t, half[n].float()) for n, t in read_adapter(copy.folder).items())
