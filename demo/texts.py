@@ -72,6 +72,19 @@ def pieces(lines: list[str]) -> Iterator[str]:
             joined = []
 
 
+def read_chapters(path: Path) -> list[list[str]]:
+    """Read the lines `<chapter>-<number> TEXT` of a file: the texts of each chapter, in order of their names.
+
+    Texts are in lower case. Lines that have anything but words in English letters are left out.
+    """
+    chapters: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        key, _, text = line.partition(" ")
+        if re.fullmatch(r"[a-z' ]+", text.lower()) and key.count("-"):
+            chapters.setdefault(key.rpartition("-")[0], []).append(text.lower())
+    return [chapters[name] for name in sorted(chapters)]
+
+
 def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
     """Read the lines `<chapter>-<number> TEXT` of a file, and share the chapters between the subsets.
 
@@ -81,14 +94,9 @@ def select_texts(path: Path, seed: int) -> dict[str, list[str]]:
     Raises:
         ValueError: no line has this form, or the lines are too short for a single training utterance.
     """
-    chapters: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        key, _, text = line.partition(" ")
-        if re.fullmatch(r"[a-z' ]+", text.lower()) and key.count("-"):
-            chapters.setdefault(key.rpartition("-")[0], []).append(text.lower())
     texts: dict[str, list[str]] = {subset: [] for subset in ("train-synthetic", *HELD_OUT.values())}
-    for position, name in enumerate(sorted(chapters)):
-        texts[HELD_OUT.get(position % 40, "train-synthetic")].extend(pieces(chapters[name]))
+    for position, lines in enumerate(read_chapters(path)):
+        texts[HELD_OUT.get(position % 40, "train-synthetic")].extend(pieces(lines))
     if not texts["train-synthetic"]:
         raise ValueError(
             f"{path} gives no training text: it needs lines `<chapter>-<number> TEXT` of English words, and "
