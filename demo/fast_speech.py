@@ -26,10 +26,11 @@ import soundfile
 import soxr
 
 from demo.acoustics import VARIED, disturb, trim
+from demo.kokoro import SAMPLE_RATE
 from demo.make_speech import in_parallel
 from demo.texts import read_chapters
 
-SAMPLE_RATE, HIBARI_RATE = 16_000, 24_000
+HIBARI_RATE = 24_000
 WORDS = (20, 62)
 """Minimum and maximum number of words of an utterance."""
 WORDS_PER_SECOND = 2.7
@@ -46,8 +47,18 @@ VOICE: list[Any] = []  # a worker's synthesiser
 
 
 def utterances(path: Path, hours: float, seed: int) -> list[list[str]]:
-    """Choose the texts: for each utterance its lines, in random order, as many as give these hours."""
+    """Choose the texts: for each utterance its lines, in random order, as many as give these hours.
+
+    Raises:
+        ValueError: there is no such file, it has no text of such a length, or the hours are not positive.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give one with lines `<chapter>-<number> TEXT`")
+    if not hours > 0:
+        raise ValueError(f"--hours {hours} is not positive")
     texts = [joined for lines in read_chapters(path) for joined in _join(lines)]
+    if not texts:
+        raise ValueError(f"{path} gives no text of {WORDS[0]} to {WORDS[1]} words in a chapter")
     random.Random(seed).shuffle(texts)
     chosen, words = [], hours * 3600 * WORDS_PER_SECOND
     for text in texts:
@@ -129,16 +140,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=7, help="order of the texts (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if not args.text.is_file():
-        parser.error(f"there is no file {args.text}: give one with lines `<chapter>-<number> TEXT`")
-    texts = utterances(args.text, args.hours, args.seed)
-    if not texts:
-        parser.error(f"{args.text} gives no text of {WORDS[0]} to {WORDS[1]} words in a chapter")
-    if importlib.util.find_spec("hibari") is None:
-        parser.error("the package hibari-tts is missing: install what demo/README.md names")
-    starts = range(0, len(texts), UTTERANCES_PER_SPEAKER)
-    tasks = [(n, texts[start : start + UTTERANCES_PER_SPEAKER]) for n, start in enumerate(starts)]
-    in_parallel(partial(speak, args.out / "train-fast"), tasks, args.workers, start_worker)
+    try:
+        texts = utterances(args.text, args.hours, args.seed)
+        if importlib.util.find_spec("hibari") is None:
+            raise ValueError("the package hibari-tts is missing: install what demo/README.md names")
+        starts = range(0, len(texts), UTTERANCES_PER_SPEAKER)
+        tasks = [(n, texts[start : start + UTTERANCES_PER_SPEAKER]) for n, start in enumerate(starts)]
+        in_parallel(partial(speak, args.out / "train-fast"), tasks, args.workers, start_worker)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
             read_english_styles(english)
         write_speakers(args.out / "speakers.tsv", chapters, ENGLISH_VOICES if english else VOICES)
         in_parallel(synthesise, chapters, args.workers, start_worker, args.wheels, english)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -72,9 +72,10 @@ def test_speech_longer_than_whispers_window_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--text nowhere.txt", "there is no file nowhere.txt: give one"),
-        ("--text {empty}", "gives no text of 20 to 62 words in a chapter"),
-        ("--text {text}", "the package hibari-tts is missing: install what demo/README.md names"),
+        ("--text nowhere.txt --hours 1", "there is no file nowhere.txt: give one"),
+        ("--text {empty} --hours 1", "gives no text of 20 to 62 words in a chapter"),
+        ("--text {text} --hours 0", "--hours 0.0 is not positive"),
+        ("--text {text} --hours 1", "the package hibari-tts is missing: install what demo/README.md names"),
     ],
 )
 def test_bad_input_gives_a_one_line_error(text, tmp_path, capsys, monkeypatch, arguments, expected):
@@ -82,6 +83,6 @@ def test_bad_input_gives_a_one_line_error(text, tmp_path, capsys, monkeypatch, a
     (tmp_path / "empty").write_text("no transcript\n")
     paths = {"text": text, "empty": tmp_path / "empty"}
     with pytest.raises(SystemExit) as stopped:
-        fast_speech.main(f"{arguments} --hours 1 --out {tmp_path / 'out'}".format(**paths).split())
+        fast_speech.main(f"{arguments} --out {tmp_path / 'out'}".format(**paths).split())
     assert stopped.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
